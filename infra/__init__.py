@@ -1,0 +1,1 @@
+"""How Tessera is deployed: Ray Serve configuration and what runs it."""

@@ -1,0 +1,95 @@
+"""Self-supervised training of an image tokenizer: pictures in, the same pictures out, no captions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from pipeline import registry
+from pipeline.config import TokenizerConfig
+from pipeline.feed import PictureDataset
+from pipeline.images import grid, to_float, to_uint8
+from pipeline.perceptual import PerceptualLoss
+from pipeline.train import Training
+
+
+def gradient_l1(x: Tensor, y: Tensor) -> Tensor:
+    """L1 distance of horizontal and vertical differences, (B, 3, H, W) -> (): sharp edges pay."""
+    horizontal = (x.diff(dim=3) - y.diff(dim=3)).abs().mean()
+    vertical = (x.diff(dim=2) - y.diff(dim=2)).abs().mean()
+    return horizontal + vertical
+
+
+class TokenizerObjective(nn.Module):
+    """Tokenizer and reconstruction losses: L1 + L2 + image gradients + perceptual."""
+
+    phases = ("reconstruct",)
+
+    def __init__(
+        self, config: TokenizerConfig, image_size: int, perceptual: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.model = registry.load("tokenizers", config.name).build(config, image_size)
+        self.perceptual = perceptual
+
+    def forward(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
+        return self.losses(batch, phase)
+
+    def losses(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
+        """ "loss", its parts, and "psnr" in dB (peak 1) of the batch's mean squared error."""
+        config = self.config
+        images = to_float(batch["images"])
+        reconstruction, quantizer_loss = self.model(images)
+        reconstruction = reconstruction.float()
+        difference = reconstruction - images
+        parts = {
+            "l1": difference.abs().mean(),
+            "l2": difference.square().mean(),
+            "gradient": gradient_l1(reconstruction, images),
+        }
+        loss = (
+            config.l1_weight * parts["l1"]
+            + config.l2_weight * parts["l2"]
+            + config.gradient_weight * parts["gradient"]
+            + quantizer_loss
+        )
+        if self.perceptual is not None:
+            seen = max(1, round(len(images) * config.perceptual_fraction))
+            parts["perceptual"] = self.perceptual(reconstruction[:seen], images[:seen])
+            loss = loss + config.perceptual_weight * parts["perceptual"]
+        mse = parts["l2"].detach() / 4  # [-1, 1] -> [0, 1]
+        parts["psnr"] = -10 * torch.log10(mse.clamp_min(1e-10))
+        return {"loss": loss, **parts}
+
+
+def build_training(
+    pixels: Path, config: TokenizerConfig, image_size: int, *, cache: Path
+) -> Training:
+    """What a worker trains: the tokenizer on the pictures of the preprocessed train split."""
+    perceptual = (
+        PerceptualLoss(config.perceptual_features, cache) if config.perceptual_weight else None
+    )
+    train, validation = (
+        PictureDataset.from_parquet(pixels, image_size=image_size, split=split, only=config.data)
+        for split in ("train", "validation")
+    )
+    objective = TokenizerObjective(config, image_size, perceptual)
+    shown = validation.batch(np.arange(min(16, len(validation))), None)["images"]
+    return Training(objective, train, validation, sample=partial(draw_reconstructions, images=shown))
+
+
+@torch.no_grad()
+def draw_reconstructions(objective: TokenizerObjective, *, images: Tensor) -> Image.Image:
+    """Pictures uint8 (B, 3, H, W) above what the tokenizer makes of them, eight a row."""
+    device = next(objective.model.parameters()).device
+    tokens = objective.model.encode(to_float(images.to(device)))
+    decoded = to_uint8(objective.model.decode(tokens)).cpu()
+    rows = [t for pair in zip(images.split(8), decoded.split(8), strict=True) for t in pair]
+    return grid(torch.cat(rows), columns=8)

@@ -1,0 +1,77 @@
+"""Captions, checked once: what a caption may be, and why one is refused.
+
+Use:
+
+    captions_of([{"text": "red apple", "language": "en"}], max_chars=1_000)
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.contracts import Caption
+
+
+class BadCaption(ValueError):  # noqa: N818 - a verdict on one row, not a failure of the program
+    """A caption that cannot be used.
+
+    Attributes:
+        reason: bad_json, bad_utf8, empty_caption or long_caption.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def clean(text: str) -> str:
+    """NFC-normalise and collapse white space; control characters count as white space."""
+    spaced = "".join(" " if unicodedata.category(c) == "Cc" else c for c in text)
+    return " ".join(unicodedata.normalize("NFC", spaced).split())
+
+
+def captions_of(raw: Any, max_chars: int) -> tuple[Caption, ...]:
+    """The captions of a parsed JSON list of {"text", "language"}, cleaned.
+
+    Raises:
+        BadCaption: no list, no caption, an empty or a too long one, or text that is not Unicode.
+    """
+    if not isinstance(raw, list):
+        raise BadCaption("bad_json")
+    captions = tuple(_caption(item, max_chars) for item in raw)
+    if not captions:
+        raise BadCaption("empty_caption")
+    return captions
+
+
+def _caption(item: Any, max_chars: int) -> Caption:
+    if not isinstance(item, dict):
+        raise BadCaption("bad_json")
+    text, language = item.get("text"), item.get("language")
+    if not isinstance(text, str) or not isinstance(language, str) or not language:
+        raise BadCaption("bad_json")
+    if any("\ud800" <= c <= "\udfff" for c in text + language):  # JSON's \ud83d without its half
+        raise BadCaption("bad_utf8")
+    text = clean(text)
+    if not text:
+        raise BadCaption("empty_caption")
+    if len(text) > max_chars:
+        raise BadCaption("long_caption")
+    return Caption(text=text, language=language)
+
+
+def with_tags(label: str, tags: Sequence[str], language: str) -> tuple[Caption, ...]:
+    """The label, and the label with its tags in brackets, punctuated as the language does.
+
+    >>> [c.text for c in with_tags("red apple", ["apple", "fruit"], "en")]
+    ['red apple', 'red apple (apple, fruit)']
+    """
+    label = clean(label)
+    others = [tag for tag in map(clean, tags) if tag and tag != label]
+    if not others:
+        return (Caption(label, language),)
+    chinese = language.partition("-")[0] in {"zh", "ja"}
+    listed = f"（{'、'.join(others)}）" if chinese else f" ({', '.join(others)})"
+    return Caption(label, language), Caption(label + listed, language)

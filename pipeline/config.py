@@ -1,0 +1,394 @@
+"""What a recipe may say: every setting with its default, its unit and its limits, and nothing else.
+
+A recipe is a YAML file (pipeline/recipes/NAME.yaml or a path). Any key can be overridden on the
+command line (`generator.train.learning_rate=3e-4`) or by environment
+(`TESSERA__GENERATOR__TRAIN__LEARNING_RATE=3e-4`; the command line wins). Unknown keys are refused.
+
+    recipe = load_recipe("emoji-demo", overrides=["generator.train.max_steps=100"])
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import RecipeError
+
+RECIPES = Path(__file__).parent / "recipes"
+ENVIRONMENT_PREFIX = "TESSERA__"
+
+
+class Config(BaseModel):
+    """Base of every section: unknown keys are errors, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PictureFilter(Config):
+    """Which pictures of the preprocessed data a step sees."""
+
+    styles: tuple[str, ...] = Field((), description="styles to keep; empty keeps all")
+    exclude_styles: tuple[str, ...] = Field((), description="styles to leave out")
+
+
+class DataConfig(Config):
+    """Which captioned pictures, and how they are split."""
+
+    shards: tuple[str, ...] = Field(
+        ("asset:emoji",),
+        description="shard sets: directories or URIs that hold a manifest.json; "
+        "asset:NAME is one that ships with Tessera, home:NAME one that lies under --home",
+    )
+    validation_fraction: float = Field(0.05, ge=0, lt=0.5, description="of the groups")
+    test_fraction: float = Field(0.10, ge=0, lt=0.5, description="of the groups")
+    split_seed: int = Field(0, ge=0, description="a group's split depends on (group, seed) alone")
+    limit: int | None = Field(None, ge=8, description="use the first so many groups; None is all")
+    allow_missing_shards: bool = Field(
+        False, description="go on without shards that are missing or truncated, counting the loss"
+    )
+
+
+class PreprocessConfig(Config):
+    """How an encoded picture becomes image_size x image_size uint8 RGB."""
+
+    image_size: int = Field(64, ge=16, le=1024, description="pixels a side")
+    square: Literal["pad", "center_crop"] = Field(
+        "pad", description="how a picture that is not square is made so"
+    )
+    min_side: int = Field(16, ge=1, description="pixels; smaller pictures are quarantined")
+    max_aspect: float = Field(4.0, ge=1, description="long side / short side")
+    max_pixels: int = Field(64_000_000, ge=1, description="width * height; more is a bomb")
+    max_caption_chars: int = Field(1_000, ge=1, description="longer captions are quarantined")
+    max_bad_fraction: float = Field(
+        0.05, ge=0, le=1, description="quarantined / promised; above it the job fails"
+    )
+
+
+class CaptionEncoderConfig(Config):
+    """The frozen pretrained language model that reads captions."""
+
+    model: str = Field("intfloat/multilingual-e5-small", description="hub id or directory")
+    max_tokens: int = Field(24, ge=4, le=512, description="longer captions are cut")
+    prefix: str = Field("query: ", description="put before every caption, as the model wants it")
+
+
+class AugmentConfig(Config):
+    """Random changes to whole batches of pictures, applied on the training device."""
+
+    flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
+    zoom: float = Field(0.0, ge=0, le=0.5, description="scale by 1 +- this, uniformly")
+    shift: int = Field(0, ge=0, le=64, description="translate by up to so many whole pixels")
+    color: float = Field(0.0, ge=0, le=1, description="strength of the colour jitter")
+    swap_channels: float = Field(0.0, ge=0, le=1, description="probability of permuting R, G, B")
+    blur: float = Field(0.0, ge=0, le=1, description="probability of a Gaussian blur")
+    noise: float = Field(0.0, ge=0, le=1, description="largest sigma of Gaussian noise")
+
+
+class TrainConfig(Config):
+    """One training: optimiser, schedule, stopping. The same words for every family."""
+
+    policy: Literal["full", "head", "lora", "frozen"] = Field(
+        "full", description="what trains: everything, the head, adapters, or all but the text side"
+    )
+    optimizer: Literal["adamw", "sgd", "rmsprop", "muon"] = Field(
+        "adamw",
+        description="muon orthogonalises the updates of hidden matrices (torch.optim.Muon); "
+        "embeddings, heads, norms and biases take adamw beside it",
+    )
+    learning_rate: float = Field(1e-3, gt=0, description="peak; of adamw's part when muon is chosen")
+    muon_learning_rate: float = Field(0.02, gt=0, description="peak; of muon's part")
+    weight_decay: float = Field(0.05, ge=0, description="decoupled; norms, biases, embeddings: 0")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="adamw")
+    momentum: float = Field(0.95, ge=0, lt=1, description="sgd, rmsprop and muon")
+    warmup_steps: int = Field(100, ge=0, description="linear, optimiser steps")
+    final_learning_rate: float = Field(0.01, ge=0, le=1, description="of the peak; end of the cosine")
+    schedule: Literal["cosine", "constant"] = "cosine"
+    batch_size: int = Field(128, ge=1, description="pictures a step over all workers together")
+    max_steps: int = Field(1_000, ge=1, description="optimiser steps")
+    time_limit_s: float | None = Field(
+        None, gt=0,
+        description="seconds of training; the schedule ends at whichever limit comes first, so the "
+        "learning rate has always come down when training stops",
+    )
+    clip_norm: float = Field(1.0, gt=0, description="largest L2 norm of the gradient")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="0 switches the average off")
+    validate_every: int = Field(
+        200, ge=1, description="steps between validations, each of which leaves a checkpoint"
+    )
+    sample_every: int = Field(0, ge=0, description="steps between sample grids; 0: at the end only")
+    validation_batches: int = Field(8, ge=1, description="batches a validation reads")
+    patience: int = Field(0, ge=0, description="validations without a better one; 0 never stops")
+    seed: int = Field(0, ge=0)
+    num_workers: int = Field(2, ge=1, description="DDP processes")
+    max_failures: int = Field(2, ge=-1, description="worker group restarts; -1 is no limit")
+    augment: AugmentConfig = AugmentConfig()
+
+
+class TokenizerConfig(Config):
+    """The self-supervised autoencoder: image <-> grid of discrete tokens."""
+
+    name: str = Field("fsq", description="a file of pipeline/tokenizers")
+    levels: tuple[int, ...] = Field(
+        (8, 8, 5, 5, 5), description="FSQ levels a channel; the codebook size is their product"
+    )
+    downsample: int = Field(8, ge=2, description="pixels a token, a side")
+    patch: int = Field(4, ge=1, description="pixels a patch, a side: the encoder's first step")
+    widths: tuple[int, int] = Field((128, 256), description="channels at the patch and token grids")
+    encoder_depths: tuple[int, int] = Field((1, 2), description="residual blocks at either grid")
+    decoder_depths: tuple[int, int] = Field((2, 3), description="residual blocks at either grid")
+    l1_weight: float = Field(1.0, ge=0)
+    l2_weight: float = Field(5.0, ge=0)
+    gradient_weight: float = Field(1.0, ge=0, description="L1 of horizontal and vertical differences")
+    perceptual_weight: float = Field(0.0, ge=0, description="VGG features; 0 switches the term off")
+    perceptual_fraction: float = Field(
+        0.25, gt=0, le=1, description="of each batch that the perceptual term sees"
+    )
+    perceptual_features: str = Field("hed-vgg16", description="pretrained.VGG_SOURCES or a path")
+    data: PictureFilter = PictureFilter()
+    train: TrainConfig = TrainConfig(optimizer="adamw", weight_decay=0.01)
+
+
+class EncodeConfig(Config):
+    """Pixels and captions to image tokens and caption states, once, before training."""
+
+    num_views: int = Field(1, ge=1, description="token grids a picture; the first is unaugmented")
+    augment: AugmentConfig = AugmentConfig(shift=2, flip=0.0)
+    batch_size: int = Field(64, ge=1, description="pictures an actor call")
+
+
+class GeneratorConfig(Config):
+    """The text-to-image model."""
+
+    family: str = Field("masked", description="a file of pipeline/models")
+    width: int = Field(256, ge=32)
+    depth: int = Field(8, ge=1, description="transformer blocks")
+    heads: int = Field(4, ge=1)
+    caption_depth: int = Field(1, ge=0, description="trainable blocks over the caption states")
+    dropout: float = Field(0.1, ge=0, lt=1)
+    caption_dropout: float = Field(0.1, ge=0, lt=1, description="for classifier-free guidance")
+    style_dropout: float = Field(0.1, ge=0, lt=1, description="so that a style may be left open")
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    rectangle_fraction: float = Field(0.15, ge=0, le=1, description="of the training masks")
+    num_styles: int = Field(16, ge=1, description="places for styles; new ones take a free place")
+    guidance_scale: float = Field(3.0, ge=1, description="default at generation")
+    temperature: float = Field(1.0, ge=0, description="default at generation")
+    num_steps: int = Field(12, ge=1, description="default at generation")
+    data: PictureFilter = PictureFilter()
+    train: TrainConfig = TrainConfig()
+
+
+class AlignerConfig(Config):
+    """The contrastive caption-picture model that evaluation retrieves with."""
+
+    embedding: int = Field(256, ge=8, description="dimensions of the shared space")
+    widths: tuple[int, int, int] = Field((96, 192, 384), description="channels at 16, 8, 4 a side")
+    depths: tuple[int, int, int] = Field((2, 2, 2), description="residual blocks a stage")
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    train: TrainConfig = TrainConfig(
+        batch_size=256,
+        augment=AugmentConfig(zoom=0.1, shift=6, color=0.3, blur=0.5, noise=0.1, flip=0.5),
+    )
+
+
+class EvaluateConfig(Config):
+    """What is measured, on how many pictures."""
+
+    num_pictures: int = Field(200, ge=8, description="pictures a set, and captions to choose from")
+    styles: tuple[str, ...] = Field((), description="styles judged, first is the one gated on")
+    guidance_scales: tuple[float, ...] = Field(
+        (), description="further scales to report, to show what guidance does"
+    )
+    bootstrap: int = Field(1_000, ge=100, description="resamples an interval")
+    seed: int = Field(0, ge=0)
+    batch_size: int = Field(50, ge=1)
+
+
+class PromoteConfig(Config):
+    """When the candidate is better than the champion."""
+
+    model_name: str = Field("tessera", description="name in the model registry")
+    min_kid_gain: float = Field(0.0, description="KID must fall by more than this")
+    min_retrieval_gain: float = Field(0.0, description="retrieval must not fall by more than minus this")
+    max_forgetting: float = Field(
+        0.15, ge=0, description="retrieval on the other styles may fall by so much at most"
+    )
+
+
+class ServeConfig(Config):
+    """The service: replicas and batches."""
+
+    min_replicas: int = Field(1, ge=0)
+    max_replicas: int = Field(2, ge=1)
+    target_ongoing_requests: float = Field(4.0, gt=0)
+    max_batch_size: int = Field(8, ge=1, description="pictures drawn together")
+    batch_wait_s: float = Field(0.02, ge=0)
+    max_queued_requests: int = Field(
+        64, ge=10, description="pictures; more are answered 429, and one request asks for up to 10"
+    )
+    num_cpus: float = Field(1.0, ge=0, description="of Ray's logical CPUs, a replica")
+    num_gpus: float = Field(0.0, ge=0)
+
+
+class Recipe(Config):
+    """One use of Tessera from captioned pictures to a served champion."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    description: str = ""
+    base: str | None = Field(
+        None,
+        description="bundle to start from: a directory, asset:base, or models:/NAME@ALIAS; "
+        "None trains tokenizer and generator from scratch",
+    )
+    data: DataConfig = DataConfig()
+    preprocess: PreprocessConfig = PreprocessConfig()
+    caption_encoder: CaptionEncoderConfig = CaptionEncoderConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    encode: EncodeConfig = EncodeConfig()
+    generator: GeneratorConfig = GeneratorConfig()
+    aligner: AlignerConfig = AlignerConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    promote: PromoteConfig = PromoteConfig()
+    serve: ServeConfig = ServeConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        size, down, patch = (
+            self.preprocess.image_size, self.tokenizer.downsample, self.tokenizer.patch,
+        )
+        if size % down or down % patch:
+            raise ValueError(
+                f"preprocess.image_size={size} must be a multiple of tokenizer.downsample={down}, "
+                f"and that of tokenizer.patch={patch}"
+            )
+        for section in (self.tokenizer, self.generator, self.aligner):
+            train = section.train
+            if train.batch_size % train.num_workers:
+                raise ValueError(
+                    f"train.batch_size={train.batch_size} must be a multiple of "
+                    f"train.num_workers={train.num_workers}"
+                )
+        if self.generator.width % self.generator.heads:
+            raise ValueError(
+                f"generator.width={self.generator.width} must be a multiple of "
+                f"generator.heads={self.generator.heads}"
+            )
+        return self
+
+
+def recipe_names() -> list[str]:
+    """The recipes that ship with Tessera."""
+    return sorted(p.stem for p in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Recipe:
+    """Read a recipe by name or path, apply overrides, check everything.
+
+    Args:
+        recipe: a shipped recipe's name, or the path of a YAML file.
+        overrides: "dotted.key=value" each; the value is read as YAML.
+        environment: TESSERA__SECTION__KEY=value; os.environ unless given.
+
+    Raises:
+        RecipeError: no such recipe, not YAML, an unknown key or a value of the wrong type.
+    """
+    path = _find(recipe)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} must hold a mapping of settings, not {type(values).__name__}")
+    environment = os.environ if environment is None else environment
+    for name in sorted(environment):
+        if name.startswith(ENVIRONMENT_PREFIX):
+            key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
+            _override(values, key, environment[name], origin=name)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise RecipeError(f"override {override!r} is not of the form section.key=value")
+        _override(values, key.strip(), value, origin=override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(f"recipe {path.stem}: {_explain(error)}") from error
+
+
+def _find(recipe: str | Path) -> Path:
+    path = Path(recipe)
+    if path.suffix in {".yaml", ".yml"}:
+        if not path.is_file():
+            raise RecipeError(f"no recipe file at {path}")
+        return path
+    shipped = RECIPES / f"{recipe}.yaml"
+    if not shipped.is_file():
+        near = difflib.get_close_matches(str(recipe), recipe_names(), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise RecipeError(
+            f"no recipe is called {str(recipe)!r}; there are: {', '.join(recipe_names())}, "
+            f"or give the path of a .yaml file.{hint}"
+        )
+    return shipped
+
+
+def _override(values: dict[str, Any], key: str, text: str, *, origin: str) -> None:
+    """Set a dotted key in the nested mapping."""
+    *sections, last = key.split(".")
+    node = values
+    for section in sections:
+        child = node.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise RecipeError(f"override {origin!r}: {section!r} is a value, not a section")
+        node = child
+    try:
+        node[last] = _yaml_value(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {origin!r}: {text!r} is not a YAML value: {error}") from error
+
+
+def _yaml_value(text: str) -> Any:
+    """YAML's value, except that 3e-4 is the number people mean (YAML 1.1 reads a string)."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(error: ValidationError) -> str:
+    """One line a mistake: the key, what is wrong, and what would be right."""
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            known = _known_keys(item["loc"][:-1])
+            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+            lines.append(f"unknown key {key!r}; {hint}")
+        else:
+            prefix = f"{key}={item['input']!r}: " if key else ""
+            lines.append(prefix + item["msg"].removeprefix("Value error, "))
+    return "; ".join(lines)
+
+
+def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
+    """The keys of the section at `loc`."""
+    section: type[BaseModel] = Recipe
+    for part in loc:
+        annotation = section.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        section = annotation
+    return sorted(section.model_fields)

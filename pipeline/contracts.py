@@ -1,0 +1,185 @@
+"""The seams: what the parts of Tessera know of each other, and nothing more.
+
+Shapes use B pictures in a batch, H and W pixels (H = W = image_size), N image tokens
+(N = grid_size ** 2), S styles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Caption:
+    """One description of a picture.
+
+    Attributes:
+        text: what the picture shows, NFC-normalised, not empty.
+        language: BCP 47 tag, for example "en" or "zh".
+    """
+
+    text: str
+    language: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One captioned picture, still encoded, with its provenance.
+
+    Attributes:
+        key: unique name within a shard set; letters, digits, "-" and "_" only.
+        image: the encoded picture (PNG, WebP or JPEG).
+        extension: the picture's file name extension without the dot: "png", "webp", "jpg".
+        captions: what it shows; the first caption of a language is the shortest, canonical one.
+        group: what the picture is of; a split never parts a group (for emoji: the code point).
+        style: who drew it, or in which manner; a condition the generator can be given.
+        source: where it came from, name and version.
+        license: SPDX identifier.
+        attribution: the credit the licence asks for.
+    """
+
+    key: str
+    image: bytes
+    extension: str
+    captions: tuple[Caption, ...]
+    group: str
+    style: str
+    source: str
+    license: str
+    attribution: str
+
+
+class Source(Protocol):
+    """Captioned pictures from anywhere."""
+
+    def samples(self) -> Iterator[Sample]:
+        """Yield every sample once, in a deterministic order."""
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One picture to draw. A picture depends on its own request alone, not on its batch.
+
+    Attributes:
+        prompt: what to draw, in any language the caption encoder reads.
+        seed: 0 <= seed <= MAX_SEED; the same request and seed give the same picture.
+        style: one of the generator's styles, or None for whatever the model prefers.
+        guidance_scale: classifier-free guidance, >= 1; 1 switches it off. None: the model's default.
+        temperature: > 0 scales the sampling noise; 0 is greedy. None: the model's default.
+        num_steps: decoding steps, >= 1. None: the model's default.
+    """
+
+    prompt: str
+    seed: int = 0
+    style: str | None = None
+    guidance_scale: float | None = None
+    temperature: float | None = None
+    num_steps: int | None = None
+
+
+OnStep = Callable[[int, int], None]
+"""Called after every decoding step with (steps done, steps in all); may raise to stop."""
+
+
+@runtime_checkable
+class ImageGenerator(Protocol):
+    """Every family, compressed or not. Evaluation and serving know nothing else."""
+
+    image_size: int
+    tasks: frozenset[str]
+    styles: tuple[str, ...]
+
+    def generate(
+        self, requests: Sequence[GenerationRequest], *, on_step: OnStep | None = None
+    ) -> Tensor:
+        """Draw one picture per request.
+
+        Returns:
+            uint8 (B, 3, H, W), RGB.
+
+        Raises:
+            RequestError: a request is outside the model's limits; nothing was drawn.
+        """
+
+
+@runtime_checkable
+class ImageTokenizer(Protocol):
+    """An image <-> a grid of discrete tokens."""
+
+    codebook_size: int
+    grid_size: int
+    image_size: int
+
+    def encode(self, images: Tensor) -> Tensor:
+        """float (B, 3, H, W) in [-1, 1] -> int64 (B, N) in [0, codebook_size)."""
+
+    def decode(self, image_tokens: Tensor) -> Tensor:
+        """int64 (B, N) -> float (B, 3, H, W) in [-1, 1]."""
+
+
+class CaptionEncoder(Protocol):
+    """A frozen pretrained language model that reads captions."""
+
+    width: int
+    max_tokens: int
+
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """B captions -> states float (B, L, width) and mask bool (B, L), L <= max_tokens."""
+
+
+class Objective(Protocol):
+    """Model and losses in one small `torch.nn.Module`; the loop never asks which family it trains.
+
+    `phases` lists what one training step does in order (one optimiser each): a language model has
+    one, a GAN has ("discriminator", "generator").
+    """
+
+    phases: tuple[str, ...]
+
+    def losses(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
+        """Scalars of one phase by name; "loss" is the one that is minimised."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """What evaluation says of one generator on one set of held-out pictures.
+
+    Attributes:
+        subject: what was judged: "candidate", "champion", "untuned", "tokenizer", "real".
+        metrics: by name, for example "kid", "retrieval_seen", "validation_loss".
+        details: anything worth keeping that nothing decides by (counts, settings, floors).
+        grids: picture grid PNGs by title, as paths.
+    """
+
+    subject: str
+    metrics: Mapping[str, Interval]
+    details: Mapping[str, Any] = field(default_factory=dict)
+    grids: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether the candidate becomes champion, and why.
+
+    Attributes:
+        promoted: True if the candidate becomes champion.
+        reasons: one sentence a rule, numbers included.
+    """
+
+    promoted: bool
+    reasons: tuple[str, ...]

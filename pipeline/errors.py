@@ -1,0 +1,45 @@
+"""The one exception tree for mistakes a user can mend.
+
+A message names the offending value, the limit it broke and what to do next; the command line
+prints it on its own, without a traceback. Broken invariants of our own code are `assert`s.
+"""
+
+
+class TesseraError(Exception):
+    """Something the user can mend. The message says what, which limit, and the remedy."""
+
+
+class RecipeError(TesseraError, ValueError):
+    """A recipe or an override that is unknown, of the wrong type or contradicts itself."""
+
+
+class DataError(TesseraError, ValueError):
+    """Shards, pictures or captions that are missing, altered or unusable."""
+
+
+class BundleError(TesseraError, ValueError):
+    """A model directory that is missing, damaged or of a kind this version does not load."""
+
+
+class PretrainedNotFoundError(TesseraError, FileNotFoundError):
+    """A pretrained model that is neither on disk, in an installed package nor on a hub."""
+
+
+class ResourceError(TesseraError, RuntimeError):
+    """The machine or the cluster cannot do this: memory, disk, CPUs, a port."""
+
+
+class TrainingError(TesseraError, RuntimeError):
+    """Training cannot go on, for example because a loss is not a number."""
+
+
+class RequestError(TesseraError, ValueError):
+    """A generation request outside what the model can do.
+
+    Attributes:
+        param: the name of the offending field, as the caller wrote it.
+    """
+
+    def __init__(self, message: str, *, param: str) -> None:
+        super().__init__(message)
+        self.param = param

@@ -1,0 +1,187 @@
+"""Feeding training: a deterministic global order, equal steps on all ranks, a position to resume at.
+
+The order of one epoch is a permutation by (seed, epoch) alone, so it does not depend on the number
+of workers; a step takes the next `batch_size` rows of that endless order and every rank reads its
+own stride of them. The step number is therefore the exact position: a training that resumes at
+step k repeats nothing and skips nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from pipeline.config import PictureFilter
+from pipeline.errors import DataError
+
+
+class Dataset(Protocol):
+    """Rows that can be read in any order."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, rows: np.ndarray, rng: np.random.Generator | None) -> dict[str, Tensor]:
+        """The rows as tensors. `rng` picks among captions and views; None takes the first."""
+
+
+def global_rows(step: int, *, length: int, batch_size: int, seed: int) -> np.ndarray:
+    """The rows of one step, int64 (batch_size,), the same on every rank."""
+    first = step * batch_size
+    positions = np.arange(first, first + batch_size)
+    epochs = positions // length
+    rows = np.empty(batch_size, dtype=np.int64)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        order = np.random.default_rng((seed, int(epoch))).permutation(length)
+        rows[here] = order[positions[here] % length]
+    return rows
+
+
+def training_batch(
+    dataset: Dataset, step: int, *, batch_size: int, seed: int, rank: int, world_size: int
+) -> dict[str, Tensor]:
+    """What `rank` trains on at `step`: batch_size / world_size rows."""
+    rows = global_rows(step, length=len(dataset), batch_size=batch_size, seed=seed)
+    rng = np.random.default_rng((seed, step, rank))
+    return dataset.batch(rows[rank::world_size], rng)
+
+
+def validation_rows(
+    length: int, *, batch_size: int, num_batches: int, rank: int, world_size: int
+) -> list[np.ndarray]:
+    """This rank's share of the validation rows, evenly spread over the set, always the same."""
+    count = min(length, batch_size * num_batches)
+    rows = np.linspace(0, length - 1, count).round().astype(np.int64)
+    batches = [rows[i : i + batch_size] for i in range(0, count, batch_size)]
+    return [shard for batch in batches if len(shard := batch[rank::world_size])]
+
+
+def read_table(
+    directory: Path, *, split: str | None = None, only: PictureFilter | None = None,
+    columns: Sequence[str] | None = None,
+) -> pa.Table:
+    """Rows of a Parquet directory, filtered by split and style, sorted by key.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    wanted = None if columns is None else sorted({*columns, "key", "split", "style"})
+    table = pq.read_table(directory, columns=wanted)
+    found = table.num_rows
+    if split is not None:
+        table = table.filter(pc.equal(table["split"], split))
+    if only is not None and only.styles:
+        table = table.filter(pc.is_in(table["style"], pa.array(only.styles)))
+    if only is not None and only.exclude_styles:
+        table = table.filter(pc.invert(pc.is_in(table["style"], pa.array(only.exclude_styles))))
+    if not table.num_rows:
+        raise DataError(
+            f"none of the {found} pictures in {directory} has split={split!r} and styles {only}: "
+            "check the recipe's data and filter sections"
+        )
+    return table.sort_by("key")
+
+
+def fixed_width(column: pa.ChunkedArray, dtype: np.dtype | type, shape: tuple[int, ...]) -> np.ndarray:
+    """A binary column of equal lengths as one array (rows, *shape)."""
+    flat = np.frombuffer(b"".join(column.to_pylist()), dtype=dtype)
+    return flat.reshape(len(column), *shape)
+
+
+class PictureDataset:
+    """Pixels alone, for training without captions.
+
+    Batches: {"images": uint8 (B, 3, H, W)}.
+    """
+
+    def __init__(self, images: np.ndarray) -> None:
+        self.images = images
+
+    @classmethod
+    def from_parquet(
+        cls, directory: Path, *, image_size: int, split: str, only: PictureFilter | None = None
+    ) -> PictureDataset:
+        """Read the accepted pixels of one split."""
+        table = read_table(directory, split=split, only=only, columns=["image"])
+        return cls(fixed_width(table["image"], np.uint8, (3, image_size, image_size)))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, rows: np.ndarray, rng: np.random.Generator | None) -> dict[str, Tensor]:
+        return {"images": torch.from_numpy(self.images[rows])}
+
+
+class CaptionStates:
+    """The frozen encoder's states of every distinct caption, memory-mapped.
+
+    On disk: states.npy float16 (all tokens, width), offsets.npy int64 (captions + 1,).
+    Row 0 is the empty caption, which stands for "no caption" in classifier-free guidance.
+    """
+
+    def __init__(self, directory: Path, *, max_tokens: int) -> None:
+        self.states = np.load(directory / "states.npy", mmap_mode="r")
+        self.offsets = np.load(directory / "offsets.npy")
+        self.max_tokens = max_tokens
+
+    @property
+    def width(self) -> int:
+        return int(self.states.shape[1])
+
+    def batch(self, ids: np.ndarray) -> dict[str, Tensor]:
+        """{"caption_states": float16 (B, L, width), "caption_mask": bool (B, L)}, L = max_tokens."""
+        states = np.zeros((len(ids), self.max_tokens, self.width), np.float16)
+        mask = np.zeros((len(ids), self.max_tokens), bool)
+        for row, caption in enumerate(ids):
+            tokens = self.states[self.offsets[caption] : self.offsets[caption + 1]]
+            states[row, : len(tokens)] = tokens
+            mask[row, : len(tokens)] = True
+        return {"caption_states": torch.from_numpy(states), "caption_mask": torch.from_numpy(mask)}
+
+
+class CaptionedDataset:
+    """Pictures (pixels or image tokens) with the states of one of their captions.
+
+    Batches: `arrays`, each (rows, ...) or with views (rows, views, ...); "caption_states",
+    "caption_mask"; "style" and "group" int64 (B,).
+    """
+
+    def __init__(
+        self, *, arrays: Mapping[str, np.ndarray], viewed: frozenset[str],
+        caption_ids: Sequence[np.ndarray], captions: CaptionStates,
+        style: np.ndarray, group: np.ndarray,
+    ) -> None:
+        self.arrays, self.viewed = dict(arrays), viewed
+        self.caption_ids, self.captions = caption_ids, captions
+        self.style, self.group = style, group
+
+    def __len__(self) -> int:
+        return len(self.caption_ids)
+
+    def batch(self, rows: np.ndarray, rng: np.random.Generator | None) -> dict[str, Tensor]:
+        chosen = np.array([self._pick(self.caption_ids[row], rng) for row in rows])
+        batch = self.captions.batch(chosen)
+        for name, array in self.arrays.items():
+            if name in self.viewed:
+                views = rng.integers(array.shape[1], size=len(rows)) if rng else np.zeros(len(rows), int)
+                picked = array[rows, views]
+            else:
+                picked = array[rows]
+            if picked.dtype == np.uint16:
+                picked = picked.astype(np.int64)
+            batch[name] = torch.from_numpy(np.ascontiguousarray(picked))
+        batch["style"] = torch.from_numpy(self.style[rows])
+        batch["group"] = torch.from_numpy(self.group[rows])
+        return batch
+
+    @staticmethod
+    def _pick(ids: np.ndarray, rng: np.random.Generator | None) -> int:
+        return int(ids[rng.integers(len(ids))] if rng else ids[0])

@@ -1,0 +1,162 @@
+"""What trains, and with which optimiser: the same words for every family.
+
+Policies (TrainConfig.policy):
+    full    everything
+    head    the objective's `head_modules()`: new embeddings, output head, last blocks
+    frozen  everything but the objective's `text_modules()`
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from pipeline.config import TrainConfig
+from pipeline.errors import RecipeError
+
+
+def apply_policy(model: nn.Module, policy: str) -> tuple[int, int]:
+    """Set requires_grad as the policy says.
+
+    Returns:
+        (trainable, total) parameter counts.
+
+    Raises:
+        RecipeError: the model offers no such policy.
+    """
+    if policy == "full":
+        chosen = set(model.parameters())
+    elif policy == "head" and hasattr(model, "head_modules"):
+        chosen = {p for m in model.head_modules() for p in m.parameters()}
+    elif policy == "frozen" and hasattr(model, "text_modules"):
+        text = {p for m in model.text_modules() for p in m.parameters()}
+        chosen = set(model.parameters()) - text
+    else:
+        raise RecipeError(
+            f"train.policy={policy!r} is not offered by {type(model).__name__}; 'full' always is"
+        )
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in chosen)
+    return (
+        sum(p.numel() for p in model.parameters() if p.requires_grad),
+        sum(p.numel() for p in model.parameters()),
+    )
+
+
+def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """One optimiser, or with muon two: muon for hidden matrices, adamw for all else.
+
+    Weight decay is for matrices and kernels alone, never for norms, biases and embeddings.
+    Every group keeps its peak in "peak_lr", which `set_learning_rate` scales.
+    """
+    hidden, decayed, plain = _sort_parameters(model)
+    if config.optimizer == "muon":
+        muon = torch.optim.Muon(
+            hidden,
+            lr=config.muon_learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+        kernels = [p for p in decayed if id(p) not in {id(h) for h in hidden}]
+        optimizers: list[torch.optim.Optimizer] = [muon, _adamw(kernels, plain, config)]
+    elif config.optimizer == "adamw":
+        optimizers = [_adamw(decayed, plain, config)]
+    else:
+        groups = _groups(decayed, plain, config)
+        kind = {"sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop}[config.optimizer]
+        optimizers = [kind(groups, lr=config.learning_rate, momentum=config.momentum)]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def _adamw(
+    decayed: list[nn.Parameter], plain: list[nn.Parameter], config: TrainConfig
+) -> torch.optim.Optimizer:
+    groups = _groups(decayed, plain, config)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
+
+
+def _groups(
+    decayed: list[nn.Parameter], plain: list[nn.Parameter], config: TrainConfig
+) -> list[dict[str, object]]:
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _sort_parameters(
+    model: nn.Module,
+) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """(hidden matrices, all that decays, all that does not), trainable parameters only.
+
+    A hidden matrix is the weight of a Linear that is not the model's output head; a module's
+    attribute `is_head = True` marks the head.
+    """
+    hidden, decayed, plain = [], [], []
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
+            if parameter.ndim < 2 or isinstance(module, nn.Embedding):
+                plain.append(parameter)
+                continue
+            decayed.append(parameter)
+            if isinstance(module, nn.Linear) and not getattr(module, "is_head", False):
+                hidden.append(parameter)
+    return hidden, decayed, plain
+
+
+def learning_rate_factor(config: TrainConfig, *, step: int, progress: float) -> float:
+    """Share of the peak: linear warm-up, then a cosine (or nothing) over `progress` in [0, 1]."""
+    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    if config.schedule == "constant":
+        return warmup
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return warmup * (config.final_learning_rate + (1 - config.final_learning_rate) * cosine)
+
+
+def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
+    """Scale every group's learning rate from its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+
+class EMA:
+    """Exponential moving average of a model's trainable weights, with a warm-up of the decay.
+
+    The decay at update t is min(decay, (1 + t) / (10 + t)), so short runs are not dragged by
+    their first steps.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.average = {
+            name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad
+        }
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        now = dict(model.named_parameters())
+        torch._foreach_lerp_(
+            list(self.average.values()), [now[name] for name in self.average], 1 - decay
+        )
+
+    @torch.no_grad()
+    def swap(self, model: nn.Module) -> None:
+        """Exchange the model's weights and the average; calling it again undoes it."""
+        for name, parameter in model.named_parameters():
+            if name in self.average:
+                current = parameter.detach().clone()
+                parameter.copy_(self.average[name])
+                self.average[name].copy_(current)

@@ -1,0 +1,213 @@
+"""Pixel range and resize, said once: encoded pictures, uint8 arrays and floats in [-1, 1].
+
+A picture is decoded with a closed list of formats, checked for size before its pixels are loaded,
+turned upright by its EXIF tag, composited on white, squared and resized with antialiasing.
+
+    pixels = decode(Path("apple.webp").read_bytes(), PreprocessConfig())     # uint8 (3, 64, 64)
+    grid(pixels[None], columns=1).save("apple.png")
+
+Shapes: B pictures, S = image_size pixels a side.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from pipeline.config import PreprocessConfig
+from pipeline.labels import draw_label, load_font
+
+FORMATS = ("PNG", "WEBP", "JPEG")
+WHITE = (255, 255, 255)
+
+
+class BadPicture(ValueError):  # noqa: N818 - a verdict on one row, not a failure of the program
+    """A picture that cannot be used.
+
+    Attributes:
+        reason: undecodable, truncated, bomb, too_small or extreme_aspect.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def decode(encoded: bytes, config: PreprocessConfig) -> NDArray[np.uint8]:
+    """An encoded PNG, WebP or JPEG -> uint8 (3, S, S) RGB on white.
+
+    Raises:
+        BadPicture: it cannot be decoded, or breaks one of the config's limits.
+    """
+    image = open_checked(encoded, config)
+    square = resize(make_square(on_white(image), config.square), config.image_size)
+    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+def open_checked(encoded: bytes, config: PreprocessConfig) -> Image.Image:
+    """Open, check the size, only then load the pixels and turn the picture upright.
+
+    Raises:
+        BadPicture: as for `decode`.
+    """
+    try:
+        with warnings.catch_warnings():
+            # config.max_pixels is the limit; Pillow's warning below its own would only repeat it
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        _check_size(*image.size, config)
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except Image.DecompressionBombError as error:
+        raise BadPicture("bomb") from error
+    except UnidentifiedImageError as error:
+        raise BadPicture("undecodable") from error
+    except (OSError, SyntaxError, ValueError, EOFError, OverflowError) as error:
+        # Pillow's decoders raise all of these for damaged files; ours passes through
+        if isinstance(error, BadPicture):
+            raise
+        reason = "truncated" if "truncated" in str(error).lower() else "undecodable"
+        raise BadPicture(reason) from error
+
+
+def _check_size(width: int, height: int, config: PreprocessConfig) -> None:
+    if width * height > config.max_pixels:
+        raise BadPicture("bomb")
+    if min(width, height) < config.min_side:
+        raise BadPicture("too_small")
+    if max(width, height) > config.max_aspect * min(width, height):
+        raise BadPicture("extreme_aspect")
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """RGB, transparent pixels composited on white, 16-bit grey reduced to 8."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    picture = image.convert("RGBA")
+    ground = Image.new("RGBA", picture.size, (*WHITE, 255))
+    return Image.alpha_composite(ground, picture).convert("RGB")
+
+
+def make_square(image: Image.Image, how: str) -> Image.Image:
+    """Pad with white to the long side ("pad") or cut to the short one ("center_crop")."""
+    if image.width == image.height:
+        return image
+    if how == "pad":
+        side = max(image.size)
+        return ImageOps.pad(image, (side, side), color=WHITE)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def resize(image: Image.Image, side: int) -> Image.Image:
+    """Square RGB to side x side; Pillow's Lanczos widens its kernel when it shrinks."""
+    if image.size == (side, side):
+        return image
+    return image.resize((side, side), Image.Resampling.LANCZOS)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) -> float32 in [-1, 1]."""
+    return images.to(torch.float32).div_(127.5).sub_(1.0)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """float (B, 3, H, W) in [-1, 1], anything beyond clamped -> uint8, rounded to nearest."""
+    return images.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_pil(image: NDArray[np.uint8] | Tensor) -> Image.Image:
+    """uint8 (3, H, W) -> RGB picture."""
+    array = image.cpu().numpy() if isinstance(image, Tensor) else image
+    return Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0)))
+
+
+def encode_png(image: NDArray[np.uint8] | Tensor, metadata: Mapping[str, str]) -> bytes:
+    """uint8 (3, H, W) -> PNG bytes; metadata becomes iTXt chunks, so any language is kept."""
+    info = PngInfo()
+    for name, value in metadata.items():
+        info.add_itxt(name, value)
+    stream = io.BytesIO()
+    to_pil(image).save(stream, format="PNG", pnginfo=info)
+    return stream.getvalue()
+
+
+def grid(
+    images: NDArray[np.uint8] | Tensor,
+    columns: int,
+    *,
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    captions: Sequence[str] = (),
+    scale: int = 1,
+    gap: int = 4,
+) -> Image.Image:
+    """Pictures side by side, row by row, on white.
+
+    Args:
+        images: uint8 (B, 3, H, W).
+        columns: pictures a row.
+        row_labels: one a row, drawn left of it.
+        column_labels: one a column, drawn above it.
+        captions: one a picture, drawn below it and cut to its width.
+        scale: every pixel becomes scale x scale.
+        gap: pixels between pictures.
+
+    Raises:
+        ValueError: fewer than one column, or labels that do not match the pictures in number.
+    """
+    num_rows = _num_rows(len(images), columns, row_labels, column_labels, captions)
+    pictures = [to_pil(image) for image in images]
+    cell_w, cell_h = (side * scale for side in pictures[0].size)
+    font = load_font()
+    line = sum(font.getmetrics()) + 2
+    left = max((round(font.getlength(label)) + gap for label in row_labels), default=0)
+    top = line if column_labels else 0
+    step_x, step_y = cell_w + gap, cell_h + gap + (line if captions else 0)
+    size = (left + columns * step_x + gap, top + num_rows * step_y + gap)
+    canvas = Image.new("RGB", size, WHITE)
+    for index, picture in enumerate(pictures):
+        x = left + gap + index % columns * step_x
+        y = top + gap + index // columns * step_y
+        canvas.paste(picture.resize((cell_w, cell_h), Image.Resampling.NEAREST), (x, y))
+        if captions:
+            draw_label(canvas, (x, y + cell_h), captions[index], font, max_width=cell_w)
+    for row, label in enumerate(row_labels):
+        y = top + gap + row * step_y + (cell_h - line) // 2
+        draw_label(canvas, (gap, y), label, font, max_width=left)
+    for column, label in enumerate(column_labels):
+        x = left + gap + column * step_x
+        draw_label(canvas, (x, 0), label, font, max_width=cell_w)
+    return canvas
+
+
+def _num_rows(
+    num_images: int,
+    columns: int,
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    captions: Sequence[str],
+) -> int:
+    if num_images < 1 or columns < 1:
+        raise ValueError(f"a grid needs pictures and columns, got {num_images} and {columns}")
+    num_rows = -(-num_images // columns)
+    counts = {
+        "row_labels": (len(row_labels), num_rows),
+        "column_labels": (len(column_labels), columns),
+        "captions": (len(captions), num_images),
+    }
+    for name, (given, wanted) in counts.items():
+        if given not in (0, wanted):
+            raise ValueError(f"{name} has {given} entries, the grid needs {wanted}")
+    return num_rows

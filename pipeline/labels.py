@@ -1,0 +1,78 @@
+"""Text on picture grids, in a font that has Chinese glyphs where the system owns one.
+
+Use:
+
+    draw_label(canvas, (4, 4), "红苹果", load_font(), max_width=64)
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+LOG = logging.getLogger(__name__)
+SIZE = 13  # pixels
+NO_CHINESE = (
+    "no font with Chinese glyphs found: Chinese labels on picture grids show as boxes "
+    "(install fonts-noto-cjk or fonts-wqy-microhei)"
+)
+# Files with Chinese glyphs, then any with accents, as Linux, macOS and Windows name them.
+_CJK = (
+    "NotoSansCJK-Regular.ttc",
+    "NotoSansSC-Regular.otf",
+    "NotoSansCJKsc-Regular.otf",
+    "wqy-microhei.ttc",
+    "wqy-zenhei.ttc",
+    "DroidSansFallbackFull.ttf",
+    "unifont.otf",
+    "PingFang.ttc",
+    "Hiragino Sans GB.ttc",
+    "STHeiti Light.ttc",
+    "msyh.ttc",
+    "simsun.ttc",
+)
+_LATIN = ("DejaVuSans.ttf", "LiberationSans-Regular.ttf", "Helvetica.ttc", "arial.ttf")
+_FOLDERS = (
+    "/usr/share/fonts",
+    "/usr/local/share/fonts",
+    "~/.local/share/fonts",
+    "~/.fonts",
+    "/System/Library/Fonts",
+    "/Library/Fonts",
+    "C:/Windows/Fonts",
+)
+
+
+@functools.cache
+def load_font() -> ImageFont.FreeTypeFont:
+    """A system font with Chinese glyphs, else one without, which is logged once."""
+    folders = (Path(folder).expanduser() for folder in _FOLDERS)
+    files = {path.name: path for folder in folders for path in sorted(folder.rglob("*.[ot]t[cf]"))}
+    for name in (*_CJK, *_LATIN):
+        if name in files:
+            if name in _LATIN:
+                LOG.warning(NO_CHINESE)
+            return ImageFont.truetype(str(files[name]), SIZE)
+    LOG.warning(NO_CHINESE)
+    font = ImageFont.load_default(SIZE)
+    assert isinstance(font, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
+    return font
+
+
+def draw_label(
+    canvas: Image.Image,
+    corner: tuple[int, int],
+    text: str,
+    font: ImageFont.FreeTypeFont,
+    *,
+    max_width: int,
+) -> None:
+    """Draw one line from its upper left corner, cut with an ellipsis at max_width pixels."""
+    if font.getlength(text) > max_width:
+        while text and font.getlength(text + "…") > max_width:
+            text = text[:-1]
+        text += "…"
+    ImageDraw.Draw(canvas).text(corner, text, fill=(0, 0, 0), font=font)

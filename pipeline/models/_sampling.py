@@ -1,0 +1,77 @@
+"""Guidance, noise and mask schedules as pure functions, named after their papers.
+
+Shapes: B pictures, N image tokens, V codebook size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def cosine_mask_ratio(progress: Tensor) -> Tensor:
+    """Share of tokens still masked at `progress` in [0, 1] (Chang et al. 2022, MaskGIT, sec. 3.3)."""
+    return torch.cos(progress * math.pi / 2)
+
+
+def random_masks(
+    batch_size: int, grid_size: int, *, rectangle_fraction: float, device: torch.device
+) -> Tensor:
+    """Training masks, bool (B, N), True is hidden: a cosine-distributed share of the tokens.
+
+    `rectangle_fraction` of the masks are one rectangle of about that area, so that the model also
+    learns to complete pictures.
+    """
+    N = grid_size * grid_size
+    ratio = cosine_mask_ratio(torch.rand(batch_size, device=device))
+    count = (ratio * N).ceil().clamp(1, N)
+    order = torch.rand(batch_size, N, device=device).argsort(1).argsort(1)
+    scattered = order < count[:, None]
+    is_rectangle = torch.rand(batch_size, device=device) < rectangle_fraction
+    return torch.where(is_rectangle[:, None], _rectangles(count, grid_size), scattered)
+
+
+def _rectangles(area: Tensor, grid_size: int) -> Tensor:
+    """One rectangle a picture of about `area` cells, bool (B, N)."""
+    device = area.device
+    aspect = torch.exp((torch.rand(len(area), device=device) - 0.5) * 1.4)
+    height = (area * aspect).sqrt().round().clamp(1, grid_size)
+    width = (area / height).round().clamp(1, grid_size)
+    top = (torch.rand(len(area), device=device) * (grid_size - height + 1)).floor()
+    left = (torch.rand(len(area), device=device) * (grid_size - width + 1)).floor()
+    cell = torch.arange(grid_size, device=device)
+    rows = (cell >= top[:, None]) & (cell < (top + height)[:, None])
+    columns = (cell >= left[:, None]) & (cell < (left + width)[:, None])
+    return (rows[:, :, None] & columns[:, None, :]).flatten(1)
+
+
+def classifier_free_guidance(conditional: Tensor, unconditional: Tensor, scale: Tensor) -> Tensor:
+    """logits (B, N, V) moved away from the unconditional ones; scale (B,) (Ho & Salimans 2022, eq. 6)."""
+    return unconditional + scale[:, None, None] * (conditional - unconditional)
+
+
+def gumbel_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+    """Standard Gumbel noise (B, *shape), row b from generators[b] alone, on the CPU."""
+    rows = [torch.rand(*shape, generator=generator) for generator in generators]
+    uniform = torch.stack(rows).clamp_(1e-20, 1 - 1e-7)
+    return uniform.log_().neg_().log_().neg_()
+
+
+def keep_most_confident(confidence: Tensor, known: Tensor, num_hidden: Tensor) -> Tensor:
+    """Which tokens are known after a decoding step (MaskGIT, sec. 3.2).
+
+    Args:
+        confidence: (B, N); only unknown tokens compete.
+        known: bool (B, N), tokens settled in earlier steps, which stay so.
+        num_hidden: int (B,), how many tokens stay hidden.
+
+    Returns:
+        bool (B, N).
+    """
+    N = known.shape[1]
+    ranked = confidence.masked_fill(known, math.inf)
+    rank = ranked.argsort(1, descending=True).argsort(1)
+    return known | (rank < (N - num_hidden)[:, None])

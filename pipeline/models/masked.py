@@ -1,0 +1,284 @@
+"""Masked generator (BERT type): a bidirectional transformer fills in hidden image tokens.
+
+Sources: Chang et al. 2022, MaskGIT (arXiv 2202.04200): training masks and parallel decoding;
+Chang et al. 2023, Muse (arXiv 2301.00704): text conditioning and guidance; Saharia et al. 2022,
+Imagen (arXiv 2205.11487): caption states joined to the keys and values of self-attention; Chen et
+al. 2023, PixArt-alpha (arXiv 2310.00426): one modulation shared by all blocks.
+
+Shapes: B pictures, N image tokens, L caption tokens, C caption width, D model width, V codebook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.config import GeneratorConfig
+from pipeline.contracts import GenerationRequest, OnStep
+from pipeline.images import to_uint8
+from pipeline.models import _sampling as sampling
+from pipeline.models._requests import Settings, check_requests
+from pipeline.models._spec import ModelParts, ModelSpec, level_digits
+from pipeline.runtime import autocast
+
+
+class TokenTable(nn.Module):
+    """One vector a token: its own, plus one for the level of each of its FSQ dimensions.
+
+    Neighbouring codes share their levels, so they start close together and learn from each other.
+    """
+
+    digits: Tensor | None
+
+    def __init__(self, spec: ModelSpec, width: int) -> None:
+        super().__init__()
+        self.own = nn.Embedding(spec.codebook_size, width)
+        nn.init.normal_(self.own.weight, std=0.02)
+        digits = level_digits(spec)
+        self.register_buffer("digits", digits, persistent=False)
+        self.levels = nn.ModuleList(nn.Embedding(n, width) for n in spec.levels)
+        for level in self.levels:
+            nn.init.normal_(level.weight, std=0.02)
+
+    def forward(self) -> Tensor:
+        """(V, D)."""
+        table = self.own.weight
+        for dimension, level in enumerate(self.levels):
+            assert self.digits is not None
+            table = table + level(self.digits[:, dimension])
+        return table
+
+
+class Block(nn.Module):
+    """Attention to image and caption tokens, then an MLP; both modulated by the condition."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.caption_kv = nn.Linear(width, 2 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.expand = nn.Linear(width, 4 * width, bias=False)
+        self.contract = nn.Linear(4 * width, width, bias=False)
+        self.modulation = nn.Parameter(torch.zeros(6, width))
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.contract.weight)
+
+    def forward(self, x: Tensor, caption: Tensor, mask: Tensor, condition: Tensor) -> Tensor:
+        """x (B, N, D), caption (B, L, D), mask bool (B, 1, 1, N + L), condition (B, 6, D)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            (condition + self.modulation).unsqueeze(2).unbind(1)
+        )
+        x = x + (1 + gate1) * self._drop(self._attend(_norm(x) * (1 + scale1) + shift1, caption, mask))
+        h = F.gelu(self.expand(_norm(x) * (1 + scale2) + shift2), approximate="tanh")
+        return x + (1 + gate2) * self._drop(self.contract(h))
+
+    def _attend(self, x: Tensor, caption: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = self._split(self.qkv(x), 3)
+        caption_k, caption_v = self._split(self.caption_kv(caption), 2)
+        k, v = torch.cat([k, caption_k], 2), torch.cat([v, caption_v], 2)
+        mixed = F.scaled_dot_product_attention(_norm(q), _norm(k), v, attn_mask=mask)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """(B, T, parts * D) -> parts of (B, heads, T, D / heads)."""
+        B, T, _ = x.shape
+        return x.view(B, T, parts, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:])
+
+
+class MaskedTransformer(nn.Module):
+    """Image tokens with holes, a caption and a style -> logits of the hidden tokens."""
+
+    def __init__(self, config: GeneratorConfig, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec, width = spec, config.width
+        self.no_style = config.num_styles
+        self.table = TokenTable(spec, width)
+        self.hidden = nn.Parameter(torch.randn(width) * 0.02)
+        self.position = nn.Parameter(torch.randn(spec.num_tokens, width) * 0.02)
+        self.style = nn.Embedding(config.num_styles + 1, width)
+        nn.init.normal_(self.style.weight, std=0.02)
+        self.no_caption = nn.Parameter(torch.zeros(width))
+        self.read_caption = nn.Linear(spec.caption_width, width)
+        self.pool_caption = nn.Linear(spec.caption_width, width)
+        layer = [
+            nn.TransformerEncoderLayer(
+                width, config.heads, 2 * width, config.dropout, "gelu",
+                batch_first=True, norm_first=True, bias=False,
+            )
+            for _ in range(config.caption_depth)
+        ]
+        self.caption_blocks = nn.ModuleList(layer)
+        self.condition = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 6 * width))
+        nn.init.zeros_(self.condition[-1].weight)
+        self.blocks = nn.ModuleList(
+            Block(width, config.heads, config.dropout) for _ in range(config.depth)
+        )
+        self.to_table = nn.Linear(width, width)
+        self.bias = nn.Parameter(torch.zeros(spec.codebook_size))
+
+    def text_modules(self) -> list[nn.Module]:
+        """What reads the caption; the policy `frozen` leaves it alone."""
+        return [self.read_caption, self.pool_caption, self.caption_blocks]
+
+    def head_modules(self) -> list[nn.Module]:
+        """What the policy `head` trains: token table, styles, condition, output, last block."""
+        return [self.table, self.style, self.condition, self.to_table, self.blocks[-1]]
+
+    def read(self, states: Tensor, mask: Tensor, style: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Caption and style once a picture, whatever the number of decoding steps.
+
+        Args:
+            states: (B, L, C); mask: bool (B, L), all False stands for no caption.
+            style: int64 (B,), `no_style` leaves it open.
+
+        Returns:
+            caption (B, L, D), mask bool (B, 1, 1, N + L), condition (B, 6, D).
+        """
+        states = F.layer_norm(states.float(), states.shape[-1:])
+        caption = self.read_caption(states)
+        given = mask.any(1, keepdim=True)
+        if len(self.caption_blocks):
+            padding = ~(mask | ~given)  # a row without a caption must not be all padding
+            for block in self.caption_blocks:
+                caption = block(caption, src_key_padding_mask=padding)
+        weights = mask / mask.sum(1, keepdim=True).clamp_min(1)
+        pooled = self.pool_caption((states * weights[:, :, None]).sum(1))
+        pooled = torch.where(given, pooled, self.no_caption.to(pooled.dtype))
+        condition = self.condition(pooled + self.style(style))
+        image_keys = mask.new_ones(len(mask), self.spec.num_tokens)
+        keys = torch.cat([image_keys, mask], 1)[:, None, None, :]
+        return caption, keys, condition.view(len(mask), 6, -1)
+
+    def forward(
+        self, image_tokens: Tensor, hidden: Tensor, reading: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """tokens int64 (B, N), hidden bool (B, N), `read`'s result -> features (B, N, D), table (V, D)."""
+        table = self.table()
+        x = F.embedding(image_tokens, table)
+        x = torch.where(hidden[:, :, None], self.hidden.to(x.dtype), x) + self.position
+        for block in self.blocks:
+            x = block(x, *reading)
+        return self.to_table(_norm(x)), table
+
+    def logits(self, features: Tensor, table: Tensor) -> Tensor:
+        """features (..., D), table (V, D) -> float (..., V)."""
+        return F.linear(features, table, self.bias).float()
+
+
+class Objective(nn.Module):
+    """Cross-entropy over hidden image tokens; captions and styles are dropped for guidance."""
+
+    phases = ("predict",)
+
+    def __init__(self, model: MaskedTransformer, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        self.grid_size = round(model.spec.num_tokens**0.5)
+
+    def forward(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
+        return self.losses(batch, phase)
+
+    def losses(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
+        """ "loss" in nats a token (label-smoothed while training) and "accuracy"."""
+        config, model = self.config, self.model
+        tokens, mask, style = batch["image_tokens"], batch["caption_mask"], batch["style"]
+        if self.training:
+            mask = mask & (_coin(tokens, 1 - config.caption_dropout)[:, None])
+            keep_style = _coin(tokens, 1 - config.style_dropout)
+            style = torch.where(keep_style, style, model.no_style)
+        hidden = sampling.random_masks(
+            len(tokens), self.grid_size,
+            rectangle_fraction=config.rectangle_fraction, device=tokens.device,
+        )
+        reading = model.read(batch["caption_states"], mask, style)
+        features, table = model(tokens, hidden, reading)
+        logits, target = model.logits(features[hidden], table), tokens[hidden]
+        smoothing = config.label_smoothing if self.training else 0.0
+        loss = F.cross_entropy(logits, target, label_smoothing=smoothing)
+        with torch.no_grad():
+            accuracy = (logits.argmax(-1) == target).float().mean()
+        return {"loss": loss, "accuracy": accuracy}
+
+
+def _coin(like: Tensor, probability: float) -> Tensor:
+    """bool (B,), True with `probability`."""
+    return torch.rand(len(like), device=like.device) < probability
+
+
+class Generator:
+    """contracts.ImageGenerator: parallel decoding with classifier-free guidance."""
+
+    tasks = frozenset({"text_to_image"})
+
+    def __init__(
+        self, model: MaskedTransformer, config: GeneratorConfig, spec: ModelSpec, parts: ModelParts
+    ) -> None:
+        self.model = model.to(parts.device).eval()
+        self.config, self.spec, self.parts = config, spec, parts
+        self.styles = spec.styles
+        self.image_size = parts.tokenizer.image_size
+
+    @torch.inference_mode()
+    def generate(
+        self, requests: Sequence[GenerationRequest], *, on_step: OnStep | None = None
+    ) -> Tensor:
+        """See contracts.ImageGenerator.generate."""
+        settings = check_requests(requests, self.config, self.styles)
+        with autocast(self.parts.device):
+            image_tokens = self._decode(settings, self._read(settings), on_step)
+            return to_uint8(self.parts.tokenizer.decode(image_tokens)).cpu()
+
+    def _read(self, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+        """Conditional rows first, then the same rows without their captions."""
+        states, mask = self.parts.encoder.encode(settings.prompts)
+        states, mask = states.to(self.parts.device), mask.to(self.parts.device)
+        style = torch.tensor(
+            [self.model.no_style if s is None else s for s in settings.styles],
+            device=self.parts.device,
+        )
+        states, style = states.repeat(2, 1, 1), style.repeat(2)
+        return self.model.read(states, torch.cat([mask, torch.zeros_like(mask)]), style)
+
+    def _decode(
+        self, settings: Settings, reading: tuple[Tensor, Tensor, Tensor], on_step: OnStep | None
+    ) -> Tensor:
+        """int64 (B, N); every row follows its own schedule and its own noise."""
+        B, N = len(settings.prompts), self.spec.num_tokens
+        device = self.parts.device
+        generators = [torch.Generator().manual_seed(seed) for seed in settings.seeds]
+        scale = torch.tensor(settings.guidance_scales, device=device)
+        temperature = torch.tensor(settings.temperatures, device=device)
+        steps = torch.tensor(settings.num_steps, device=device)
+        tokens = torch.zeros(B, N, dtype=torch.long, device=device)
+        known = torch.zeros(B, N, dtype=torch.bool, device=device)
+        for step in range(int(steps.max())):
+            progress = ((step + 1) / steps).clamp(max=1)
+            features, table = self.model(tokens.repeat(2, 1), ~known.repeat(2, 1), reading)
+            conditional, unconditional = self.model.logits(features, table).chunk(2)
+            logits = sampling.classifier_free_guidance(conditional, unconditional, scale)
+            noise = sampling.gumbel_noise((N, self.spec.codebook_size + 1), generators).to(device)
+            drawn = (logits + temperature[:, None, None] * noise[:, :, 1:]).argmax(-1)
+            tokens = torch.where(known, tokens, drawn)
+            log_p = logits.log_softmax(-1).gather(-1, drawn[:, :, None])[:, :, 0]
+            doubt = (temperature * 4.5 * (1 - progress))[:, None] * noise[:, :, 0]
+            num_hidden = (sampling.cosine_mask_ratio(progress) * N).floor().long()
+            known = sampling.keep_most_confident(log_p + doubt, known, num_hidden)
+            if on_step is not None:
+                on_step(step + 1, int(steps.max()))
+        return tokens
+
+
+def build(config: GeneratorConfig, spec: ModelSpec) -> MaskedTransformer:
+    """A freshly initialised network."""
+    return MaskedTransformer(config, spec)

@@ -1,0 +1,121 @@
+"""The machine or cluster underneath: starting Ray, choosing a device, its dtype and its threads.
+
+    with ray_runtime(home):
+        ...                # one local Ray, or the cluster that RAY_ADDRESS names
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import ray
+import torch
+
+from pipeline.errors import ResourceError
+
+LOCAL_LOGICAL_CPUS = 8
+"""Logical CPUs of a local Ray, whatever the machine has: data tasks, two training workers and a
+replica must fit beside each other on two cores without waiting for each other forever."""
+
+_QUIET = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def start_ray(*, object_store_mb: int = 600, debug: bool = False) -> bool:
+    """Join the cluster of RAY_ADDRESS, or start a local Ray; do nothing if one is up.
+
+    Returns:
+        True if this call started a local Ray, so that the caller knows to shut it down.
+
+    Raises:
+        ResourceError: Ray did not start or could not be reached.
+    """
+    if ray.is_initialized():
+        return False
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    address = os.environ.get("RAY_ADDRESS")
+    level = logging.INFO if debug else logging.ERROR
+    options: dict[str, object] = {"log_to_driver": debug, "logging_level": level}
+    if not address:
+        options |= {
+            "address": "local",
+            "num_cpus": LOCAL_LOGICAL_CPUS,
+            "include_dashboard": False,
+            "object_store_memory": object_store_mb * 1024 * 1024,
+        }
+    try:
+        ray.init(**options)  # type: ignore[arg-type]
+    except (ConnectionError, RuntimeError, OSError, ValueError) as error:
+        where = f"the cluster at RAY_ADDRESS={address}" if address else "a local Ray"
+        raise ResourceError(
+            f"could not reach {where}: {error}. Unset RAY_ADDRESS to run on this machine alone, or "
+            "see `tessera doctor`"
+        ) from error
+    return not address
+
+
+@contextlib.contextmanager
+def ray_runtime(*, debug: bool = False) -> Iterator[None]:
+    """Ray for the duration of a job; a local one that this call started is shut down after."""
+    started = start_ray(debug=debug)
+    try:
+        yield
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def choose_device(device: str = "auto") -> torch.device:
+    """ "auto" is the GPU where there is one, else the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where the device computes in it natively, else None (stay in float32)."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+    capabilities = torch.cpu.get_capabilities()
+    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return torch.bfloat16 if native else None
+
+
+@contextlib.contextmanager
+def autocast(device: torch.device) -> Iterator[None]:
+    """Mixed precision where the device profits from it."""
+    dtype = autocast_dtype(device)
+    with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        yield
+
+
+def available_cpus() -> int:
+    """CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_disk(path: Path, needed_mb: int) -> None:
+    """Refuse to start what would fill the disk.
+
+    Raises:
+        ResourceError: fewer than `needed_mb` MB are free where `path` lies.
+    """
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    free_mb = shutil.disk_usage(existing).free // 2**20
+    if free_mb < needed_mb:
+        raise ResourceError(
+            f"{path} has {free_mb} MB free and this needs {needed_mb} MB: "
+            "free some space or choose another directory with --home"
+        )

@@ -1,0 +1,1 @@
+"""Captioned pictures from anywhere: a file here is a `Source` (pipeline/contracts.py)."""

@@ -1,0 +1,335 @@
+"""The one training loop: Ray Train DDP over any objective, whatever family or phases it has.
+
+    result = fit(build, config, storage=home / "steps" / key, name="generator")
+
+`build()` runs on every worker and returns a `Training`: the objective (an nn.Module with `phases`,
+`losses` and a `model` that trains) and its data. A step's randomness is seeded by (seed, step,
+rank), its rows by (seed, step), so a training that is killed and started again with the same
+storage and name goes on exactly where its last checkpoint was.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from torch import Tensor, nn
+
+from pipeline import feed
+from pipeline.augment import Augment
+from pipeline.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from pipeline.config import TrainConfig
+from pipeline.errors import TesseraError, TrainingError
+from pipeline.finetune import (
+    EMA, apply_policy, build_optimizers, learning_rate_factor, set_learning_rate,
+)
+from pipeline.progress import OnProgress, Progress, watch
+from pipeline.runtime import autocast, available_cpus
+from pipeline.tracking import RunHandle, RunLogger
+
+LOG_EVERY = 10
+VALIDATION_SEED = 20_260
+
+
+@dataclass
+class Training:
+    """What a worker trains.
+
+    Attributes:
+        objective: nn.Module with `phases`, `losses(batch, phase)` and the trained `model`.
+        train: rows to learn from.
+        validation: rows to stop by.
+        sample: draws a fixed PIL image from the objective, to be looked at; rank 0 calls it.
+    """
+
+    objective: Any
+    train: feed.Dataset
+    validation: feed.Dataset
+    sample: Callable[[Any], Any] | None = None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The best checkpoint of a training and the metrics reported with it."""
+
+    checkpoint: Path
+    metrics: dict[str, float]
+
+
+def fit(
+    build: Callable[[], Training], config: TrainConfig, *, storage: Path, name: str,
+    run: RunHandle | None = None, on_progress: OnProgress | None = None,
+) -> TrainResult:
+    """Train to the end and give the checkpoint with the lowest validation loss.
+
+    Ray must be up. Workers take half a logical CPU each, so that they fit beside other work.
+
+    Raises:
+        TrainingError: a loss is not finite, or workers died more often than config.max_failures.
+    """
+    gpu = torch.cuda.is_available() or ray.cluster_resources().get("GPU", 0) >= config.num_workers
+    with watch(on_progress) as board:
+        trainer = ray.train.torch.TorchTrainer(
+            _worker,
+            train_loop_config={"build": build, "config": config, "run": run, "board": board},
+            scaling_config=ScalingConfig(
+                num_workers=config.num_workers,
+                use_gpu=gpu,
+                resources_per_worker={"CPU": 0.5} | ({"GPU": 1} if gpu else {}),
+            ),
+            run_config=RunConfig(
+                name=name,
+                storage_path=str(storage.absolute()),
+                failure_config=FailureConfig(max_failures=config.max_failures),
+                checkpoint_config=CheckpointConfig(
+                    num_to_keep=2,
+                    checkpoint_score_attribute="validation_loss",
+                    checkpoint_score_order="min",
+                ),
+            ),
+        )
+        try:
+            result = trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise _first_cause(error) from error
+    best = result.get_best_checkpoint("validation_loss", "min")
+    metrics = next(m for c, m in result.best_checkpoints if c.path == best.path)
+    return TrainResult(Path(best.path), {k: v for k, v in metrics.items() if _is_number(v)})
+
+
+def _first_cause(error: Exception) -> TesseraError:
+    """What went wrong on the worker, if it is one of ours, else a summary."""
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    for failure in failures.values():
+        for cause in (failure, getattr(failure, "cause", None)):
+            if isinstance(cause, TesseraError):
+                return cause
+    text = "; ".join(str(f).strip().splitlines()[-1] for f in failures.values()) or str(error)
+    return TrainingError(
+        f"training failed for good: {text}. The last checkpoint is kept; run the same command "
+        "again to go on from it"
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    """Runs on every rank."""
+    _Worker(**settings).train()
+
+
+class _Worker:
+    """One rank's share of the training."""
+
+    def __init__(
+        self, build: Callable[[], Training], config: TrainConfig, run: RunHandle | None, board: Any
+    ) -> None:
+        context = ray.train.get_context()
+        self.config, self.board = config, board
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        if self.device.type == "cpu":
+            torch.set_num_threads(max(1, available_cpus() // context.get_local_world_size()))
+        torch.manual_seed(config.seed)  # every rank starts from the same weights
+        self.training = build()
+        self.objective: nn.Module = self.training.objective.to(self.device)
+        self.trainable, self.total = apply_policy(self.objective.model, config.policy)
+        self.wrapped = ray.train.torch.prepare_model(self.objective)
+        self.optimizers = build_optimizers(self.objective.model, config)
+        self.ema = EMA(self.objective.model, config.ema_decay) if config.ema_decay else None
+        self.augment = Augment(config.augment).to(self.device)
+        self.state = TrainState()
+        self.logger = RunLogger(run if self.rank == 0 else None)
+        self._restore()
+        self.started = time.monotonic() - self.state.elapsed_s
+
+    def _restore(self) -> None:
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return
+        with checkpoint.as_directory() as directory:
+            self.state = load_checkpoint(
+                Path(directory), model=self.objective.model, ema=self.ema,
+                optimizers=self.optimizers,
+            )
+
+    def train(self) -> None:
+        config, state = self.config, self.state
+        self.logger.params({"trainable_parameters": self.trainable, "parameters": self.total})
+        window = _Window()
+        while not state.finished:
+            progress = self._progress()
+            set_learning_rate(
+                self.optimizers, learning_rate_factor(config, step=state.step, progress=progress)
+            )
+            metrics = self._step(state.step)
+            state.step += 1
+            window.add(metrics)
+            if state.step % LOG_EVERY == 0:
+                self._log(window, progress)
+            last = state.step >= config.max_steps or self._progress() >= 1
+            if last or state.step % config.validate_every == 0:
+                self._validate_and_report(last)
+
+    def _progress(self) -> float:
+        """Share of the budget used, in steps or in time, the same on every rank."""
+        share = self.state.step / self.config.max_steps
+        if self.config.time_limit_s is None:
+            return share
+        elapsed = torch.tensor(time.monotonic() - self.started, device=self.device)
+        if self.world_size > 1:
+            dist.broadcast(elapsed, src=0)
+        return max(share, float(elapsed) / self.config.time_limit_s)
+
+    def _step(self, step: int) -> dict[str, Tensor]:
+        config = self.config
+        torch.manual_seed(hash((config.seed, step, self.rank)) % 2**63)
+        batch = self._to_device(
+            feed.training_batch(
+                self.training.train, step, batch_size=config.batch_size, seed=config.seed,
+                rank=self.rank, world_size=self.world_size,
+            )
+        )
+        if "images" in batch:
+            batch["images"] = self.augment(batch["images"])
+        self.wrapped.train()
+        metrics: dict[str, Tensor] = {}
+        for phase in self.objective.phases:
+            with autocast(self.device):
+                losses = self.wrapped(batch, phase)
+            losses["loss"].backward()
+            norm = nn.utils.clip_grad_norm_(self.objective.model.parameters(), config.clip_norm)
+            if not torch.isfinite(norm):
+                raise TrainingError(
+                    f"the gradient of phase {phase!r} is {norm.item()} at step {step} (loss "
+                    f"{losses['loss'].item()}); lower train.learning_rate or train.clip_norm. The "
+                    "last good checkpoint is kept"
+                )
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            metrics |= {k: v.detach() for k, v in losses.items()} | {"grad_norm": norm}
+        if self.ema is not None:
+            self.ema.update(self.objective.model)
+        return metrics
+
+    def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.device.type == "cuda":
+            batch = {k: v.pin_memory() for k, v in batch.items()}
+        return {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+
+    def _log(self, window: _Window, progress: float) -> None:
+        rates, metrics = window.close(self.config.batch_size)
+        learning_rate = self.optimizers[-1].param_groups[0]["lr"]
+        metrics = {f"train_{k}": v for k, v in metrics.items()} | rates
+        metrics["learning_rate"] = learning_rate
+        self.logger.metrics(metrics, step=self.state.step)
+        self._post(progress, metrics)
+
+    def _post(self, share: float, metrics: dict[str, float]) -> None:
+        if self.rank == 0:
+            self.board.post.remote(
+                Progress(share=share, step=self.state.step, metrics=metrics, pid=os.getpid())
+            )
+
+    def _validate_and_report(self, last: bool) -> None:
+        """Validate the averaged weights, decide about stopping, leave a checkpoint."""
+        config, state = self.config, self.state
+        if self.ema is not None:
+            self.ema.swap(self.objective.model)
+        metrics = self._validate()
+        if self.rank == 0 and self.training.sample is not None and (
+            last or (config.sample_every and state.step % config.sample_every == 0)
+        ):
+            self.logger.image("samples", self.training.sample(self.objective), step=state.step)
+        if self.ema is not None:
+            self.ema.swap(self.objective.model)
+        self.logger.metrics(metrics, step=state.step)
+        self._post(state.step / config.max_steps if not last else 1.0, metrics)
+        better = metrics["validation_loss"] < state.best
+        state.best = min(state.best, metrics["validation_loss"])
+        state.bad_validations = 0 if better else state.bad_validations + 1
+        exhausted = bool(config.patience) and state.bad_validations >= config.patience
+        state.finished = last or exhausted
+        state.elapsed_s = time.monotonic() - self.started
+        self._report(metrics | {"step": state.step, "elapsed_s": state.elapsed_s})
+
+    def _report(self, metrics: dict[str, float]) -> None:
+        if self.rank != 0:
+            ray.train.report(metrics)
+            return
+        with tempfile.TemporaryDirectory() as directory:
+            save_checkpoint(
+                Path(directory), model=self.objective.model, ema=self.ema,
+                optimizers=self.optimizers, state=self.state,
+            )
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(directory))
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        """Mean losses over the validation rows and all ranks, with fixed randomness."""
+        config, dataset = self.config, self.training.validation
+        self.objective.eval()
+        sums: dict[str, float] = {}
+        count = 0
+        batches = feed.validation_rows(
+            len(dataset), batch_size=config.batch_size, num_batches=config.validation_batches,
+            rank=self.rank, world_size=self.world_size,
+        )
+        for i, rows in enumerate(batches):
+            torch.manual_seed(VALIDATION_SEED + i)
+            batch = self._to_device(dataset.batch(rows, None))
+            with autocast(self.device):
+                losses = self.objective.losses(batch, self.objective.phases[-1])
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + float(value) * len(rows)
+            count += len(rows)
+        names = sorted(sums)
+        total = torch.tensor([*(sums[n] for n in names), float(count)], device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        means = (total[:-1] / total[-1]).tolist()
+        metrics = {f"validation_{n}": v for n, v in zip(names, means, strict=True)}
+        if not math.isfinite(metrics["validation_loss"]):
+            raise TrainingError(
+                f"the validation loss is {metrics['validation_loss']} at step {self.state.step}; "
+                "lower train.learning_rate. The last good checkpoint is kept"
+            )
+        return metrics
+
+
+class _Window:
+    """Averages metrics and measures speed between two log lines."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Tensor]] = []
+        self.since = time.monotonic()
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        self.rows.append(metrics)
+
+    def close(self, batch_size: int) -> tuple[dict[str, float], dict[str, float]]:
+        seconds = time.monotonic() - self.since
+        means = {k: _mean(row[k] for row in self.rows) for k in self.rows[0]}
+        rates = {"images_per_s": len(self.rows) * batch_size / seconds}
+        self.rows, self.since = [], time.monotonic()
+        return rates, means
+
+
+def _mean(values: Iterable[Tensor]) -> float:
+    return float(np.mean([float(v) for v in values]))

@@ -1,0 +1,176 @@
+"""`tessera serve`: the image API on this machine, from nothing to ready and down again.
+
+    server = serve_forever("models:/tessera@champion", config, home=".tessera", blocking=False)
+    ...                      # OpenAI(base_url=server.url + "/v1", api_key="none")
+    server.close()
+
+On a cluster use `serve deploy infra/serve.yaml` instead.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+
+import ray
+from ray import serve
+from ray.serve import Application
+from ray.serve.schema import DeploymentStatus
+
+from pipeline.config import ServeConfig
+from pipeline.errors import ResourceError
+from pipeline.runtime import start_ray
+from serve.app import build_app
+
+logger = logging.getLogger(__name__)
+
+APP_NAME = "tessera"
+_ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answers at `url`, without a trailing slash."""
+
+    url: str
+    started_ray: bool
+
+    def wait(self) -> None:
+        """Block until Ctrl-C or SIGTERM."""
+        stop = threading.Event()
+        terminated = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+        try:
+            while not stop.wait(0.5):
+                pass
+        except KeyboardInterrupt:
+            logger.info("interrupted; shutting down")
+        finally:
+            signal.signal(signal.SIGTERM, terminated)
+
+    def close(self) -> None:
+        """Stop answering; take Ray down too if it was started for this server."""
+        serve.shutdown()  # type: ignore[no-untyped-call]
+        if self.started_ray:
+            ray.shutdown()
+
+
+def serve_forever(
+    model: str,
+    config: ServeConfig,
+    *,
+    home: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    blocking: bool = True,
+    ready_timeout_s: float = 300.0,
+) -> Server:
+    """Serve `model` at http://host:port; return when it draws, or, if blocking, when stopped.
+
+    Args:
+        model: a bundle directory, "asset:base", or "models:/NAME@ALIAS".
+        config: replicas and batches.
+        home: the directory of the registry and of the cache of pretrained models.
+        host, port: where to listen; only this machine can reach the default host.
+        blocking: stay until Ctrl-C or SIGTERM, then shut down.
+        ready_timeout_s: how long the first picture may take.
+
+    Raises:
+        ResourceError: the port is taken, Serve runs already, or no replica became ready.
+        BundleError: there is no such model.
+    """
+    check_port(host, port)
+    return launch(
+        build_app(model, config, home=home),
+        host=host,
+        port=port,
+        blocking=blocking,
+        ready_timeout_s=ready_timeout_s,
+    )
+
+
+def launch(
+    app: Application, *, host: str, port: int, blocking: bool, ready_timeout_s: float
+) -> Server:
+    """`serve_forever` for an application that is already built."""
+    server = Server(url=f"http://{_ANY_ADDRESS.get(host, host)}:{port}", started_ray=start_ray())
+    try:
+        if serve.status().proxies:
+            raise ResourceError(
+                "Ray Serve already runs on this cluster, with a port of its own; use "
+                "`serve deploy infra/serve.yaml`, or stop it first with `serve shutdown`"
+            )
+        serve.start(http_options={"host": host, "port": port})
+        _deploy(app)
+        _wait_until_ready(server.url, ready_timeout_s)
+        logger.info("%s draws pictures", server.url)
+        if blocking:
+            server.wait()
+    except BaseException:
+        server.close()
+        raise
+    if blocking:
+        server.close()
+    return server
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise ResourceError unless host:port can be listened on."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise ResourceError(
+                f"cannot listen on {host}, port {port}: {error}. Stop what uses it, or choose "
+                "another with --port"
+            ) from error
+
+
+def _deploy(app: Application) -> None:
+    """serve.run, its failure in one line instead of a replica's traceback."""
+    try:
+        serve.run(app, name=APP_NAME, route_prefix="/")
+    except RuntimeError as error:
+        deployments = serve.status().applications[APP_NAME].deployments.values()
+        failed = [d.message for d in deployments if d.status == DeploymentStatus.DEPLOY_FAILED]
+        logger.debug("deployment failed: %s", failed)
+        raise ResourceError(f"the model did not load: {_cause(failed)}") from error
+
+
+def _cause(messages: list[str]) -> str:
+    """The last line of the traceback that Serve reports."""
+    lines = [line for message in messages for line in message.splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "Serve gives no reason; see its logs"
+
+
+def _wait_until_ready(url: str, timeout_s: float) -> None:
+    """Poll /readyz until it answers 200."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        reason = _not_ready(url)
+        if reason is None:
+            return
+        if time.monotonic() > deadline:
+            raise ResourceError(f"{url} drew nothing within {timeout_s:g} s: {reason}")
+        time.sleep(0.2)
+
+
+def _not_ready(url: str) -> str | None:
+    """None if /readyz says 200, else why not."""
+    try:
+        with urllib.request.urlopen(f"{url}/readyz", timeout=30):
+            return None
+    except urllib.error.HTTPError as error:
+        body = error.read()
+        with_reason = error.headers.get_content_type() == "application/json"
+        return str(json.loads(body)["error"]["message"]) if with_reason else str(error)
+    except OSError as error:
+        return str(error)
