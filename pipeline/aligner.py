@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -127,7 +128,7 @@ class Aligner(nn.Module):
             weights = load_file(directory / "model.safetensors")
             aligner.load_state_dict({name: weight.float() for name, weight in weights.items()})
             aligner.encoder = EncoderIdentity.from_dict(values["encoder"])
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise BundleError(
                 f"{directory} holds no aligner that this version loads ({error}); train one with "
                 "`tessera train-aligner`"

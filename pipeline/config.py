@@ -173,7 +173,7 @@ class GeneratorConfig(Config):
     dropout: float = Field(0.1, ge=0, lt=1)
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="for classifier-free guidance")
     style_dropout: float = Field(0.1, ge=0, lt=1, description="so that a style may be left open")
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="while training")
     rectangle_fraction: float = Field(0.15, ge=0, le=1, description="of the training masks")
     num_styles: int = Field(16, ge=1, description="places for styles; new ones take a free place")
     guidance_scale: float = Field(3.0, ge=1, description="default at generation")
@@ -186,10 +186,13 @@ class GeneratorConfig(Config):
 class AlignerConfig(Config):
     """The contrastive caption-picture model that evaluation retrieves with."""
 
+    source: str | None = Field(
+        None, description="a trained aligner: a directory or asset:aligner; None trains one"
+    )
     embedding: int = Field(256, ge=8, description="dimensions of the shared space")
     widths: tuple[int, int, int] = Field((96, 192, 384), description="channels at 16, 8, 4 a side")
     depths: tuple[int, int, int] = Field((2, 2, 2), description="residual blocks a stage")
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="while training")
     train: TrainConfig = TrainConfig(
         batch_size=256,
         augment=AugmentConfig(zoom=0.1, shift=6, color=0.3, blur=0.5, noise=0.1, flip=0.5),
@@ -201,6 +204,12 @@ class EvaluateConfig(Config):
 
     num_pictures: int = Field(200, ge=8, description="pictures a set, and captions to choose from")
     styles: tuple[str, ...] = Field((), description="styles judged, first is the one gated on")
+    languages: tuple[str, ...] = Field(
+        ("en", "zh"),
+        min_length=1,
+        description="of the captions; the first is the one gated on, the others are asked of the "
+        "first style alone",
+    )
     guidance_scales: tuple[float, ...] = Field(
         (), description="further scales to report, to show what guidance does"
     )

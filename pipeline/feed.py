@@ -65,7 +65,7 @@ def validation_rows(
 
 
 def read_table(
-    directory: Path, *, split: str | None = None, only: PictureFilter | None = None,
+    directory: Path, *, split: str | Sequence[str] | None = None, only: PictureFilter | None = None,
     columns: Sequence[str] | None = None,
 ) -> pa.Table:
     """Rows of a Parquet directory, filtered by split and style, sorted by key.
@@ -77,7 +77,8 @@ def read_table(
     table = pq.read_table(directory, columns=wanted)
     found = table.num_rows
     if split is not None:
-        table = table.filter(pc.equal(table["split"], split))
+        splits = pa.array([split] if isinstance(split, str) else split)
+        table = table.filter(pc.is_in(table["split"], splits))
     if only is not None and only.styles:
         table = table.filter(pc.is_in(table["style"], pa.array(only.styles)))
     if only is not None and only.exclude_styles:
@@ -124,7 +125,6 @@ class CaptionStates:
     """The frozen encoder's states of every distinct caption, memory-mapped.
 
     On disk: states.npy float16 (all tokens, width), offsets.npy int64 (captions + 1,).
-    Row 0 is the empty caption, which stands for "no caption" in classifier-free guidance.
     """
 
     def __init__(self, directory: Path, *, max_tokens: int) -> None:

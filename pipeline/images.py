@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -68,14 +68,18 @@ def open_checked(encoded: bytes, config: PreprocessConfig) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except Image.DecompressionBombError as error:
         raise BadPicture("bomb") from error
-    except UnidentifiedImageError as error:
-        raise BadPicture("undecodable") from error
     except (OSError, SyntaxError, ValueError, EOFError, OverflowError) as error:
         # Pillow's decoders raise all of these for damaged files; ours passes through
         if isinstance(error, BadPicture):
             raise
-        reason = "truncated" if "truncated" in str(error).lower() else "undecodable"
-        raise BadPicture(reason) from error
+        cut = "truncated" in str(error).lower() or _is_cut_webp(encoded)
+        raise BadPicture("truncated" if cut else "undecodable") from error
+
+
+def _is_cut_webp(encoded: bytes) -> bool:
+    """Pillow does not say that a WebP is truncated; its RIFF header names its length."""
+    is_webp = encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP"
+    return is_webp and len(encoded) < 8 + int.from_bytes(encoded[4:8], "little")
 
 
 def _check_size(width: int, height: int, config: PreprocessConfig) -> None:

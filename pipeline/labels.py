@@ -8,6 +8,7 @@ Use:
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 from pathlib import Path
 
@@ -17,11 +18,12 @@ LOG = logging.getLogger(__name__)
 SIZE = 13  # pixels
 NO_CHINESE = (
     "no font with Chinese glyphs found: Chinese labels on picture grids show as boxes "
-    "(install fonts-noto-cjk or fonts-wqy-microhei)"
+    "(pip install 'tessera[fonts]', or a system package such as fonts-noto-cjk)"
 )
 # Files with Chinese glyphs, then any with accents, as Linux, macOS and Windows name them.
 _CJK = (
     "NotoSansCJK-Regular.ttc",
+    "NotoSansCJKjp-Regular.otf",
     "NotoSansSC-Regular.otf",
     "NotoSansCJKsc-Regular.otf",
     "wqy-microhei.ttc",
@@ -35,6 +37,7 @@ _CJK = (
     "simsun.ttc",
 )
 _LATIN = ("DejaVuSans.ttf", "LiberationSans-Regular.ttf", "Helvetica.ttc", "arial.ttf")
+_PACKAGE = "noto_cjk_sans_jp_regular"  # the extra "fonts"; simplified Chinese is in it too
 _FOLDERS = (
     "/usr/share/fonts",
     "/usr/local/share/fonts",
@@ -49,7 +52,10 @@ _FOLDERS = (
 @functools.cache
 def load_font() -> ImageFont.FreeTypeFont:
     """A system font with Chinese glyphs, else one without, which is logged once."""
-    folders = (Path(folder).expanduser() for folder in _FOLDERS)
+    folders = [Path(folder).expanduser() for folder in _FOLDERS]
+    packaged = importlib.util.find_spec(_PACKAGE)
+    if packaged is not None and packaged.origin is not None:
+        folders.append(Path(packaged.origin).parent)
     files = {path.name: path for folder in folders for path in sorted(folder.rglob("*.[ot]t[cf]"))}
     for name in (*_CJK, *_LATIN):
         if name in files:

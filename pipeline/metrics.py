@@ -34,13 +34,14 @@ Array = NDArray[np.float64]
 class ImageNetFeatures(nn.Module):
     """What EfficientNet-Lite0 sees in a picture: the 1,280 pooled features below its classifier.
 
-    Nothing here trains on these features, so they may grade. Small pictures are enlarged to
-    `resolution` first.
+    Nothing here trains on these features, so they may grade. Pictures are enlarged to
+    `resolution` first: at 192 differences show as clearly as at the 224 it was trained with, in
+    half the time; at 128 they begin to drown.
     """
 
     width = 1280
 
-    def __init__(self, resolution: int = 128, device: str | torch.device = "cpu") -> None:
+    def __init__(self, resolution: int = 192, device: str | torch.device = "cpu") -> None:
         super().__init__()
         self.resolution = resolution
         self.network = EfficientNet.from_name("efficientnet-lite0")
@@ -160,24 +161,31 @@ def _within(kernel: Array, counts: Array) -> Array:
     return ((counts @ kernel) * counts).sum(1) / pairs
 
 
-def nearest_cosine(features: Tensor, reference: Tensor) -> Array:
-    """Cosine of every picture (N, D) to its nearest in `reference` (M, D): (N,).
+def nearest_distance(images: Tensor, reference: Tensor) -> Array:
+    """Root mean square difference (0 to 1) of every picture to its nearest in `reference`: (N,).
 
-    Generated pictures that are clearly nearer to the training pictures than held-out real ones are
-    copies.
+    Compared at a quarter of the resolution, where a blurred copy lies within 0.02 of its original
+    and the nearest neighbour of a new icon beyond 0.04. (ImageNet features do not tell the two
+    apart: held-out icons and copies overlap in cosine.)
+
+    Args:
+        images, reference: uint8 (N, 3, H, W) and (M, 3, H, W).
     """
-    similarity = F.normalize(features, dim=-1) @ F.normalize(reference, dim=-1).T
-    return similarity.max(1).values.double().numpy()
+    x, y = (F.avg_pool2d(z.float() / 255, 4).flatten(1) for z in (images, reference))
+    distances = torch.cdist(x, y) / x.shape[1] ** 0.5
+    return distances.min(1).values.double().numpy()
 
 
 # ---- Pictures against captions and against pictures ----------------------------------------------
 
 
 def retrieval_at_1(images: Tensor, captions: Tensor) -> Array:
-    """Whether a picture's own caption is the nearest of all N: 1.0 or 0.0 each, (N,).
+    """Whether a picture's own caption is the nearest of all M: 1.0 or 0.0 each, (N,).
 
     Args:
-        images, captions: l2-normalised (N, E); row i of both belong together. Chance is 1 / N.
+        images: l2-normalised (N, E).
+        captions: l2-normalised (M, E), M >= N; row i belongs to picture i, the rows past N to
+            none. Chance is 1 / M.
     """
     best = (images @ captions.T).argmax(1)
     return (best == torch.arange(len(images))).double().numpy()

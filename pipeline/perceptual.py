@@ -15,13 +15,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pipeline.errors import PretrainedNotFoundError
 from pipeline.pretrained import find_vgg
 
 CAFFE_MEAN_BGR = (104.00699, 116.66877, 122.67892)  # what Caffe's VGG16 was trained with
 STAGES = (("conv1_1", "conv1_2"), ("conv2_1", "conv2_2"), ("conv3_1",))
+PARTS = ("weight", "bias")
 _EPSILON = 1e-2  # features are of the order of 100
 
 
@@ -38,7 +41,7 @@ class PerceptualLoss(nn.Module):
 
     def __init__(self, features: str, cache: Path) -> None:
         super().__init__()
-        weights = load_file(find_vgg(features, cache=cache))
+        weights = _load(find_vgg(features, cache=cache))
         # Buffers, not parameters, and not persistent: no optimiser and no checkpoint sees them.
         for name in (name for stage in STAGES for name in stage):
             kernel = weights[f"{name}.weight"].float().contiguous(memory_format=torch.channels_last)
@@ -74,6 +77,23 @@ class PerceptualLoss(nn.Module):
                 x = F.relu(F.conv2d(x, kernel, bias, padding=1))
             found.append(x)
         return found
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    """The convolutions of STAGES.
+
+    Raises:
+        PretrainedNotFoundError: the file does not hold them.
+    """
+    try:
+        weights = load_file(path)
+        names = [f"{name}.{part}" for stage in STAGES for name in stage for part in PARTS]
+        return {name: weights[name] for name in names}
+    except (SafetensorError, KeyError) as error:
+        raise PretrainedNotFoundError(
+            f"{path} does not hold VGG16's convolutions ({error}); remove it if it is damaged, or "
+            'name a safetensors file with "conv1_1.weight" and so on'
+        ) from error
 
 
 def _unit_distance(a: Tensor, b: Tensor) -> Tensor:

@@ -240,7 +240,7 @@ def _first_groups(plan: _Plan, limit: int, seed: int) -> frozenset[str]:
     """The first `limit` groups by hash: a random choice that more data hardly changes."""
 
     def groups(batch: Any) -> pa.Table:
-        found = set(map(group_of, batch["json"])) - {None}
+        found = {group for group in map(group_of, batch.get("json", ())) if group is not None}
         return pa.table({"group": pa.array(sorted(found), pa.string())})
 
     rows = _read(plan, ["json"]).map_batches(groups, batch_format="pandas").take_all()

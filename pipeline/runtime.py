@@ -29,6 +29,12 @@ _QUIET = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_raylet_start_wait_time_s": "240",  # a loaded machine is slow, not broken
+    # Ray runs its workers at nice 15, behind everything else on the machine; they are the work here
+    "RAY_worker_niceness": "0",
+    # big tensors come and go every step: keep their memory instead of returning it to the system
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "4294967296",
 }
 
 

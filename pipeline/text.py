@@ -73,10 +73,12 @@ class HFCaptionEncoder:
             states float32 (B, L, width), zero where there is no token, and mask bool (B, L), on
             the CPU; L is the longest caption's number of tokens, at most `max_tokens`.
         """
+        if not captions:
+            return torch.zeros(0, 0, self.width), torch.zeros(0, 0, dtype=torch.bool)
         texts = [self.prefix + caption for caption in captions]
         tokens = self._tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"]
         lengths = torch.tensor([len(ids) for ids in tokens], dtype=torch.int64)
-        longest = int(lengths.max()) if tokens else 0
+        longest = int(lengths.max())
         states = torch.zeros(len(texts), longest, self.width)
         for rows in lengths.argsort(stable=True).split(self.batch_size):
             states[rows, : int(lengths[rows].max())] = self._forward([tokens[i] for i in rows])
@@ -123,8 +125,8 @@ def load_caption_encoder(
             f"no caption encoder could be loaded from {source!r}: {str(error).splitlines()[0]} "
             f"To get one: {how_to_get(config.model)}"
         ) from error
-    if model.config.is_encoder_decoder:
-        model = model.get_encoder()
+    if hasattr(model, "encoder") and hasattr(model, "decoder"):
+        model = model.encoder  # T5 and its kin
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return HFCaptionEncoder(model.to(device), tokenizer, config)

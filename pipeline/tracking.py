@@ -2,26 +2,35 @@
 
 The tracking URI is MLFLOW_TRACKING_URI, or a sqlite database under the home directory. One parent
 run per retrain, one nested run per step; runs are created on the driver and workers write to them
-by id, so a restarted worker goes on in the same run.
+by id, so a restarted worker goes on in the same run. The winner is the registered model's version
+with the alias `champion`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.data.http_dataset_source import HTTPDatasetSource
+from mlflow.entities import DatasetInput, Metric, Param
+from mlflow.exceptions import MlflowException
 
-logger = logging.getLogger(__name__)
+from pipeline.bundle import bundle_digest, resolve_path
+from pipeline.errors import BundleError, ResourceError
 
 EXPERIMENT = "tessera"
 CHAMPION = "champion"
+PARENT = "mlflow.parentRunId"
 
 
 @dataclass(frozen=True)
@@ -32,36 +41,207 @@ class RunHandle:
     run_id: str
 
 
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A bundle on this machine's disk, with the name and version to show for it."""
+
+    path: Path
+    name: str
+    version: str
+
+
 class RunLogger:
-    """Writes parameters, metrics and images of one run; does nothing without a handle."""
+    """Writes parameters, metrics, images and files of one run; does nothing without a handle."""
 
     def __init__(self, handle: RunHandle | None) -> None:
-        self.run_id = handle.run_id if handle else None
+        self.run_id = handle.run_id if handle else ""
         self.client = MlflowClient(handle.tracking_uri) if handle else None
 
     def params(self, values: Mapping[str, Any]) -> None:
+        """Log parameters; those already logged by an earlier, interrupted attempt stay."""
         if self.client is not None:
-            params = [Param(name, str(value)[:6000]) for name, value in values.items()]
-            self.client.log_batch(self.run_id, params=params)
+            known = self.client.get_run(self.run_id).data.params
+            fresh = [Param(k, str(v)[:6000]) for k, v in values.items() if k not in known]
+            self.client.log_batch(self.run_id, params=fresh)
 
     def metrics(self, values: Mapping[str, float], *, step: int = 0) -> None:
         if self.client is not None:
-            now = _now_ms()
+            now = int(time.time() * 1000)
             batch = [Metric(name, float(value), now, step) for name, value in values.items()]
             self.client.log_batch(self.run_id, metrics=batch)
 
     def image(self, name: str, image: Any, *, step: int) -> None:
-        """A PIL image as an artifact samples/NAME-STEP.png."""
+        """A PIL image as the artifact NAME/STEP.png."""
         if self.client is not None:
             self.client.log_image(self.run_id, image, artifact_file=f"{name}/{step:07d}.png")
 
+    def files(self, path: Path, *, folder: str) -> None:
+        """A file, or a directory's content, as artifacts under `folder`."""
+        if self.client is not None:
+            log = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
+            log(self.run_id, str(path), folder)
 
-def _now_ms() -> int:
-    import time
+    def tags(self, values: Mapping[str, str]) -> None:
+        if self.client is not None:
+            for name, value in values.items():
+                self.client.set_tag(self.run_id, name, value)
 
-    return int(time.time() * 1000)
+
+class Tracker:
+    """The driver's side: runs, and the model registry."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.uri = tracking_uri(home)
+        self.client = connect(home)
+        experiment = self.client.get_experiment_by_name(EXPERIMENT)
+        if experiment is not None:
+            self.experiment_id = experiment.experiment_id
+        else:
+            location = None if _is_remote(self.uri) else (home / "mlartifacts").absolute().as_uri()
+            self.experiment_id = self.client.create_experiment(EXPERIMENT, location)
+
+    @contextlib.contextmanager
+    def run(
+        self, name: str, *, parent: RunHandle | None = None, resume: str | None = None
+    ) -> Iterator[RunHandle]:
+        """A run that ends FINISHED, FAILED on an error or KILLED on Ctrl-C.
+
+        Args:
+            name: shown in MLflow.
+            parent: the run this one is nested in.
+            resume: id of an interrupted run to go on with, if it still exists.
+        """
+        run_id = self._reopen(resume) or self._create(name, parent)
+        status = "FAILED"
+        try:
+            yield RunHandle(self.uri, run_id)
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            self.client.set_terminated(run_id, status)
+
+    def _create(self, name: str, parent: RunHandle | None) -> str:
+        tags = {PARENT: parent.run_id} if parent else {}
+        run_id: str = self.client.create_run(
+            self.experiment_id, run_name=name, tags=tags
+        ).info.run_id
+        return run_id
+
+    def _reopen(self, run_id: str | None) -> str | None:
+        if run_id is None:
+            return None
+        try:
+            self.client.update_run(run_id, status="RUNNING")
+        except MlflowException:  # another tracking server, or a deleted run: start a fresh one
+            return None
+        return run_id
+
+    def log_dataset(self, handle: RunHandle, *, name: str, digest: str, uri: str) -> None:
+        """Which data a run saw, in MLflow's own data set view."""
+        dataset = MetaDataset(HTTPDatasetSource(uri), name=name, digest=digest[:36])
+        entity = DatasetInput(dataset._to_mlflow_entity(), [])
+        self.client.log_inputs(handle.run_id, datasets=[entity])
+
+    def register(self, bundle: Path, *, model_name: str, handle: RunHandle) -> str:
+        """Log a bundle with its run and make it a version of the registered model.
+
+        Returns:
+            The version.
+        """
+        with contextlib.suppress(MlflowException):  # it exists already
+            self.client.create_registered_model(model_name)
+        RunLogger(handle).files(bundle, folder="bundle")
+        source = f"{self.client.get_run(handle.run_id).info.artifact_uri}/bundle"
+        created = self.client.create_model_version(
+            model_name, source, handle.run_id, tags={"digest": bundle_digest(bundle)}
+        )
+        return str(created.version)
+
+    def champion(self, model_name: str) -> ResolvedModel | None:
+        """The current champion's bundle, or None while there is none."""
+        try:
+            version = self.client.get_model_version_by_alias(model_name, CHAMPION)
+        except MlflowException:
+            return None
+        return _download(self.client, version, self.home)
+
+    def crown(self, model_name: str, version: str) -> None:
+        """Move the alias `champion` to a version."""
+        self.client.set_registered_model_alias(model_name, CHAMPION, version)
+
+    def log_decision(self, handle: RunHandle, record: Mapping[str, Any]) -> None:
+        """The gate's decision and its numbers as decision.json."""
+        text = json.dumps(record, indent=2, ensure_ascii=False)
+        self.client.log_text(handle.run_id, text, "decision.json")
 
 
 def tracking_uri(home: Path) -> str:
     """MLFLOW_TRACKING_URI, or the database under `home`."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(home / 'mlflow.db').absolute()}"
+
+
+def connect(home: Path) -> MlflowClient:
+    """A client whose server answered; for sqlite, the tables exist afterwards.
+
+    Raises:
+        ResourceError: nothing answers at the tracking URI.
+    """
+    uri = tracking_uri(home)
+    home.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    mlflow.set_tracking_uri(uri)
+    client = MlflowClient(uri)
+    try:
+        client.search_experiments(max_results=1)
+    except (MlflowException, OSError) as error:
+        raise ResourceError(
+            f"no MLflow at {uri}: {error}. Start the server, or unset MLFLOW_TRACKING_URI to use "
+            "a database under --home"
+        ) from error
+    return client
+
+
+def resolve_model(model: str, *, home: Path) -> ResolvedModel:
+    """A bundle directory, asset:NAME, or models:/NAME@ALIAS or models:/NAME/VERSION.
+
+    Raises:
+        BundleError: there is no such bundle or no such registered version.
+    """
+    if not model.startswith("models:/"):
+        path = resolve_path(model)
+        return ResolvedModel(path, name=path.name, version=bundle_digest(path)[:12])
+    client = connect(home)
+    reference = model.removeprefix("models:/")
+    try:
+        if "@" in reference:
+            name, alias = reference.split("@", 1)
+            version = client.get_model_version_by_alias(name, alias)
+        else:
+            name, _, number = reference.partition("/")
+            version = client.get_model_version(name, number)
+    except MlflowException as error:
+        raise BundleError(
+            f"{model} is not in the registry at {tracking_uri(home)} ({error.message}); "
+            "`tessera retrain RECIPE` or `tessera demo` makes a champion"
+        ) from error
+    return _download(client, version, home)
+
+
+def _download(client: MlflowClient, version: Any, home: Path) -> ResolvedModel:
+    """Fetch a version's bundle into the home directory, once."""
+    target = home / "models" / f"{version.name}-{version.version}-{version.run_id[:8]}"
+    if not (target / "config.json").is_file():
+        staging = target.with_name(target.name + f".partial-{os.getpid()}")
+        staging.mkdir(parents=True, exist_ok=True)
+        client.download_artifacts(version.run_id, "bundle", str(staging))
+        with contextlib.suppress(OSError):  # another process was first
+            (staging / "bundle").rename(target)
+    return ResolvedModel(resolve_path(target), name=version.name, version=str(version.version))
+
+
+def _is_remote(uri: str) -> bool:
+    return uri.startswith(("http://", "https://", "databricks"))

@@ -24,7 +24,7 @@ from ray.serve import Application
 from pipeline import __version__
 from pipeline.config import Config, ServeConfig
 from pipeline.contracts import MAX_SEED
-from serve.errors import ApiError, install, json_body, shown
+from serve.errors import ApiError, install, json_body, json_schema, shown
 from serve.pool import Pool
 from serve.replica import Card, Generator, Load
 from serve.schemas import (
@@ -51,7 +51,7 @@ def _pool(request: Request) -> Pool:
 Generators = Annotated[Pool, Depends(_pool)]
 
 
-@router.post("/v1/images/generations")
+@router.post("/v1/images/generations", openapi_extra=json_schema(ImageRequest))
 async def generate_images(
     body: Annotated[ImageRequest, Depends(json_body(ImageRequest))], generators: Generators
 ) -> ImagesResponse:
@@ -188,22 +188,21 @@ def build_app(model: str, config: ServeConfig, *, home: str) -> Application:
     Args:
         model: a bundle directory, "asset:base", or "models:/NAME@ALIAS".
         config: replicas and batches.
-        home: the directory of the registry and of the cache of pretrained models.
+        home: the directory of the registry and of converted pretrained models.
 
     Raises:
         BundleError: there is no such model.
     """
     # imported here because api and generator replicas import this file and need no MLflow
     from pipeline.bundle import load_generator
-
     from pipeline.tracking import resolve_model
 
     directory = Path(home).absolute()
     found = resolve_model(model, home=directory)
     load = partial(
         load_generator,
-        found.path,
-        pretrained_cache=directory / "cache",
+        found.path.absolute(),
+        pretrained_cache=directory / "pretrained",
         device="cuda" if config.num_gpus else "cpu",
     )
     return assemble(load, found.name, found.version, config)
@@ -213,7 +212,7 @@ class AppArgs(Config):
     """`args` of an application in a Serve config file."""
 
     model: str = Field(description="a bundle directory, asset:base, or models:/NAME@ALIAS")
-    home: str = Field(".tessera", description="directory of the registry and the cache")
+    home: str = Field(".tessera", description="of the registry and of converted pretrained models")
     serve: ServeConfig = ServeConfig()
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import logging
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -85,8 +85,7 @@ def json_body(shape: type[Body]) -> Callable[[Request], Awaitable[Body]]:
     """A FastAPI dependency that reads a JSON body of `shape`, within MAX_BODY_BYTES.
 
     Raises:
-        ApiError: 415 not JSON by its content type, 413 too long.
-        RequestValidationError: not JSON, or not of this shape.
+        ApiError: 415 not JSON by its content type, 413 too long, 400 not JSON or not of this shape.
     """
 
     async def read(request: Request) -> Body:
@@ -101,9 +100,15 @@ def json_body(shape: type[Body]) -> Callable[[Request], Awaitable[Body]]:
         try:
             return shape.model_validate_json(raw)
         except ValidationError as error:
-            raise RequestValidationError(error.errors(include_url=False), body=shape) from error
+            raise _invalid(error.errors()[0], tuple(shape.model_fields)) from error
 
     return read
+
+
+def json_schema(shape: type[BaseModel]) -> dict[str, Any]:
+    """A route's `openapi_extra` for a body that `json_body` reads."""
+    content = {"application/json": {"schema": shape.model_json_schema()}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 async def _limited(request: Request) -> bytes:
@@ -131,8 +136,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        known = tuple(error.body.model_fields) if error.body is not None else ()
-        return _invalid(error.errors()[0], known).response()
+        return _invalid(error.errors()[0]).response()
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
@@ -158,19 +162,16 @@ def internal_error(request: Request) -> ApiError:
     )
 
 
-def _invalid(error: dict[str, Any], known: Sequence[str]) -> ApiError:
+def _invalid(error: Mapping[str, Any], known: Sequence[str] = ()) -> ApiError:
     """The first thing wrong with a request, by field."""
     kind = error["type"]
     loc = [part for part in error["loc"] if part != "body"]
-    param = _name(loc[0]) if loc and isinstance(loc[0], str) else None
-    if kind.endswith("_type") or kind == "int_from_float":
-        code = "invalid_type"
-    else:
-        code = _CODES.get(kind, "invalid_value")
+    param = loc[0][:_SHOWN_CHARS] if loc and isinstance(loc[0], str) else None
+    code = "invalid_type" if kind.endswith("_type") else _CODES.get(kind, "invalid_value")
     return ApiError(400, _explain(error, param, known), code=code, param=param)
 
 
-def _explain(error: dict[str, Any], param: str | None, known: Sequence[str]) -> str:
+def _explain(error: Mapping[str, Any], param: str | None, known: Sequence[str]) -> str:
     """One sentence: the field, what is wrong with it, what would be right."""
     message = error["msg"].removeprefix("Value error, ")
     if param is None:
@@ -182,8 +183,3 @@ def _explain(error: dict[str, Any], param: str | None, known: Sequence[str]) -> 
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
         return f"unknown parameter {shown(param)}; {hint}"
     return f"{param}={shown(error['input'])}: {message}"
-
-
-def _name(field: str) -> str:
-    """A field's name as the client wrote it, cut to a length fit to send back."""
-    return field if len(field) <= _SHOWN_CHARS else field[:_SHOWN_CHARS]

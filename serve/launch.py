@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve import Application
-from ray.serve.schema import DeploymentStatus
 
 from pipeline.config import ServeConfig
 from pipeline.errors import ResourceError
@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 APP_NAME = "tessera"
 _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
+_PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
+"""Serve kills a proxy that takes 3 x 5 s to start, as it may on two cores that also train."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def serve_forever(
     Args:
         model: a bundle directory, "asset:base", or "models:/NAME@ALIAS".
         config: replicas and batches.
-        home: the directory of the registry and of the cache of pretrained models.
+        home: the directory of the registry and of converted pretrained models.
         host, port: where to listen; only this machine can reach the default host.
         blocking: stay until Ctrl-C or SIGTERM, then shut down.
         ready_timeout_s: how long the first picture may take.
@@ -99,15 +101,16 @@ def launch(
     app: Application, *, host: str, port: int, blocking: bool, ready_timeout_s: float
 ) -> Server:
     """`serve_forever` for an application that is already built."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its progress lines only puzzle
     server = Server(url=f"http://{_ANY_ADDRESS.get(host, host)}:{port}", started_ray=start_ray())
+    if serve.status().proxies:
+        raise ResourceError(
+            "Ray Serve already runs on this cluster, with a port of its own; use "
+            "`serve deploy infra/serve.yaml`, or stop it first with `serve shutdown`"
+        )
     try:
-        if serve.status().proxies:
-            raise ResourceError(
-                "Ray Serve already runs on this cluster, with a port of its own; use "
-                "`serve deploy infra/serve.yaml`, or stop it first with `serve shutdown`"
-            )
-        serve.start(http_options={"host": host, "port": port})
-        _deploy(app)
+        _start(host, port)
+        deploy(app)
         _wait_until_ready(server.url, ready_timeout_s)
         logger.info("%s draws pictures", server.url)
         if blocking:
@@ -134,13 +137,31 @@ def check_port(host: str, port: int) -> None:
             ) from error
 
 
-def _deploy(app: Application) -> None:
-    """serve.run, its failure in one line instead of a replica's traceback."""
+def _start(host: str, port: int) -> None:
+    """Serve's controller and proxy."""
     try:
-        serve.run(app, name=APP_NAME, route_prefix="/")
+        serve.start(
+            http_options={"host": host, "port": port},
+            controller_options={"runtime_env": {"env_vars": _PATIENCE}},
+        )
+    except (RayError, TimeoutError) as error:
+        raise ResourceError(
+            f"Ray Serve did not start on {host}, port {port}: {error}. If the machine is very busy "
+            "try again later, else see the logs that `tessera doctor` names"
+        ) from error
+
+
+def deploy(app: Application, *, name: str = APP_NAME, route_prefix: str = "/") -> None:
+    """serve.run, and if that fails one line instead of a replica's traceback.
+
+    Raises:
+        ResourceError: no replica could load its model.
+    """
+    try:
+        serve.run(app, name=name, route_prefix=route_prefix)
     except RuntimeError as error:
-        deployments = serve.status().applications[APP_NAME].deployments.values()
-        failed = [d.message for d in deployments if d.status == DeploymentStatus.DEPLOY_FAILED]
+        deployments = serve.status().applications[name].deployments.values()
+        failed = [d.message for d in deployments if d.status.value == "DEPLOY_FAILED"]
         logger.debug("deployment failed: %s", failed)
         raise ResourceError(f"the model did not load: {_cause(failed)}") from error
 

@@ -6,6 +6,7 @@ Everything that can go wrong between the two deployments becomes an `ApiError` h
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -75,15 +76,20 @@ class Pool:
             return
         try:
             await self.draw([PROBE], PROBE_TIMEOUT_S)
+            return
         except ApiError as error:
-            reason = await asyncio.to_thread(self._deployment_status)
-            raise ApiError(
-                503,
-                f"not ready: {error.message}; {reason}",
-                code="not_ready",
-                type="server_error",
-                retry_after_s=1,
-            ) from error
+            reason = error.message
+        except Exception:
+            logger.exception("a replica failed to draw the readiness picture")
+            reason = "a replica fails to draw; its log says why"
+        status = await asyncio.to_thread(self._deployment_status)
+        raise ApiError(
+            503,
+            f"not ready: {reason}; {status}",
+            code="not_ready",
+            type="server_error",
+            retry_after_s=1,
+        )
 
     async def _gather(self, calls: Sequence[Any], timeout_s: float) -> list[Any]:
         """Await all DeploymentResponses; if one fails or the client has gone, withdraw the rest."""
@@ -92,7 +98,8 @@ class Pool:
                 return await asyncio.gather(*calls)
         except BaseException as error:
             for call in calls:
-                call.cancel()
+                with contextlib.suppress(Exception):  # cancel() raises what the call has raised
+                    call.cancel()
             if isinstance(error, Exception):
                 raise _explained(error, timeout_s) from error
             raise

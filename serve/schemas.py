@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from pipeline.contracts import MAX_SEED, GenerationRequest
+from pipeline.models._requests import MAX_GUIDANCE, MAX_STEPS, MAX_TEMPERATURE
 
 CHAMPION = "champion"
 """The model name that stands for whatever is being served."""
@@ -65,10 +66,12 @@ class ImageRequest(BaseModel):
     )
     style: str | None = Field(None, description="one of the styles that GET /v1/models lists")
     guidance_scale: float | None = Field(
-        None, ge=1, le=20, description="classifier-free guidance; 1 switches it off"
+        None, ge=1, le=MAX_GUIDANCE, description="classifier-free guidance; 1 switches it off"
     )
-    temperature: float | None = Field(None, ge=0, le=10, description="sampling noise; 0 is greedy")
-    num_steps: int | None = Field(None, ge=1, le=64, description="decoding steps")
+    temperature: float | None = Field(
+        None, ge=0, le=MAX_TEMPERATURE, description="sampling noise; 0 is greedy"
+    )
+    num_steps: int | None = Field(None, ge=1, le=MAX_STEPS, description="decoding steps")
 
     @model_validator(mode="before")
     @classmethod

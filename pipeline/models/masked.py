@@ -20,6 +20,7 @@ from pipeline.config import GeneratorConfig
 from pipeline.contracts import GenerationRequest, OnStep
 from pipeline.images import to_uint8
 from pipeline.models import _sampling as sampling
+from pipeline.models._captions import CaptionReader
 from pipeline.models._requests import Settings, check_requests
 from pipeline.models._spec import ModelParts, ModelSpec, level_digits
 from pipeline.runtime import autocast
@@ -226,6 +227,7 @@ class Generator:
     ) -> None:
         self.model = model.to(parts.device).eval()
         self.config, self.spec, self.parts = config, spec, parts
+        self.read_captions = CaptionReader(parts.encoder)
         self.styles = spec.styles
         self.image_size = parts.tokenizer.image_size
 
@@ -241,7 +243,7 @@ class Generator:
 
     def _read(self, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
         """Conditional rows first, then the same rows without their captions."""
-        states, mask = self.parts.encoder.encode(settings.prompts)
+        states, mask = self.read_captions(settings.prompts)
         states, mask = states.to(self.parts.device), mask.to(self.parts.device)
         style = torch.tensor(
             [self.model.no_style if s is None else s for s in settings.styles],

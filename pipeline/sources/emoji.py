@@ -2,11 +2,7 @@
 
 Pictures and captions come from npm packages at pinned versions, fetched with `npm pack` once into
 a cache folder, checked against their SHA-256 and read without unpacking. The vendor is the style,
-the emoji without skin tone is the group. What the shipped set in pipeline/assets/emoji was made by:
-
-    tessera ingest emoji --vendor noto --vendor twemoji
-
-From Python:
+the emoji without skin tone is the group.
 
     for sample in EmojiSource(cache=Path("cache"), vendors=("noto",)).samples():
         print(sample.key, sample.captions[0].text)         # noto-1f34e red apple

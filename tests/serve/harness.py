@@ -1,7 +1,8 @@
-"""A generator that needs no training: its pixels are a hash of the request.
+"""What the tests of serve share: a generator that needs no training, and a handle on the server.
 
-What the service promises (batches, isolation, errors, overload) shows with it exactly and fast.
-Words in the prompt steer it: "slow" takes its time, "explode" fails, "refuse" is refused.
+The generator's pixels are a hash of the request, so what the service promises (batches, isolation,
+errors, overload) shows exactly and fast. Words in the prompt steer it: "slow" takes its time,
+"explode" fails, "refuse" is refused.
 """
 
 from __future__ import annotations
@@ -9,15 +10,23 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import torch
+from openai import OpenAI
 from torch import Tensor
 
+from pipeline.config import ServeConfig
 from pipeline.contracts import GenerationRequest, OnStep
 from pipeline.errors import RequestError
 
 SLOW_S = 0.4
+
+CONFIG = ServeConfig(
+    min_replicas=1, max_replicas=1, max_batch_size=4, max_queued_requests=10, num_cpus=0.5
+)
 
 
 class HashGenerator:
@@ -49,3 +58,20 @@ def _pixels(request: GenerationRequest) -> Tensor:
     digest = hashlib.sha256(repr(request).encode()).digest()
     noise = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=noise)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server under test: its URL, and where its generator logs the size of every batch."""
+
+    url: str
+    log: Path
+
+    def http(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60)
+
+    def openai(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def batch_sizes(self) -> list[int]:
+        return [int(line) for line in self.log.read_text().split()]

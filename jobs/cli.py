@@ -1,0 +1,283 @@
+"""The `tessera` command: one function a command, each over one job.
+
+Results go to standard output (as JSON with --json), everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from jobs.console import ConsoleReporter, time_table
+from pipeline.errors import TesseraError
+
+app = typer.Typer(
+    name="tessera",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Captioned pictures in, an autoscaled text-to-image API out. Start with `tessera demo`.",
+)
+ingest_app = typer.Typer(no_args_is_help=True, help="Captioned pictures from a source into shards.")
+app.add_typer(ingest_app, name="ingest")
+console = Console(stderr=True)
+
+Home = Annotated[
+    Path, typer.Option("--home", envvar="TESSERA_HOME", help="Everything a run writes lies here.")
+]
+RecipeName = Annotated[str, typer.Argument(help="A shipped recipe (`tessera recipes`) or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Settings to change, e.g. generator.train.learning_rate=3e-4"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show logs, and tracebacks of errors.")]
+DEFAULT_HOME = Path(".tessera")
+
+
+@app.command()
+def demo(
+    home: Home = DEFAULT_HOME,
+    recipe: Annotated[str, typer.Option(help="The recipe to show.")] = "emoji-demo",
+    serve: Annotated[bool, typer.Option(help="Stay up and answer requests afterwards.")] = True,
+    port: Annotated[int, typer.Option(help="The server's port.")] = 8000,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune the shipped base, test before against after, promote, draw a grid, serve.
+
+    Takes at most 15 minutes on 2 CPU cores. Interrupted, it goes on where it stopped.
+    """
+    from jobs.demo import first_grid
+    from jobs.retrain import retrain as run
+    from pipeline.config import load_recipe
+    from serve.launch import check_port
+
+    loaded = load_recipe(recipe)
+    if serve:
+        check_port("127.0.0.1", port)
+    outcome = run(loaded, home, ConsoleReporter(console), debug=debug)
+    console.print(time_table(outcome.seconds))
+    _print_decision(outcome)
+    typer.echo(first_grid(loaded, outcome, home))
+    if serve:
+        _serve(f"models:/{loaded.promote.model_name}@champion", loaded.serve, home, "127.0.0.1", port)
+
+
+@app.command()
+def retrain(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    home: Home = DEFAULT_HOME,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Run a recipe's whole chain: preprocess, train, evaluate, decide, promote.
+
+    Steps that were done before with the same data and settings are skipped.
+    """
+    from jobs.retrain import retrain as run
+    from jobs.retrain import summary
+    from pipeline.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    outcome = run(loaded, home, ConsoleReporter(console), debug=debug)
+    console.print(time_table(outcome.seconds))
+    if as_json:
+        typer.echo(json.dumps(summary(outcome)))
+        return
+    from pipeline.reports import markdown_table
+
+    typer.echo(markdown_table(list(outcome.reports.values())))
+    _print_decision(outcome)
+    typer.echo(outcome.bundle)
+
+
+def _print_decision(outcome: Any) -> None:
+    verdict = "promoted to champion" if outcome.decision.promoted else "not promoted"
+    console.print(f"version {outcome.version}: [bold]{verdict}[/bold]")
+    for reason in outcome.decision.reasons:
+        console.print(f"  {reason}", highlight=False)
+
+
+def _step_command(name: str, help_text: str) -> None:
+    def command(
+        recipe: RecipeName,
+        overrides: Overrides = None,
+        home: Home = DEFAULT_HOME,
+        as_json: AsJson = False,
+        debug: Debug = False,
+    ) -> None:
+        from jobs.steps import run_step
+        from pipeline.config import load_recipe
+
+        loaded = load_recipe(recipe, overrides or ())
+        result = run_step(name, loaded, home, ConsoleReporter(console), debug=debug)
+        typer.echo(json.dumps(result) if as_json else result["path"])
+
+    app.command(name=name, help=help_text)(command)
+
+
+_step_command("preprocess", "Shards to pixels: check, decode, square, resize, quarantine.")
+_step_command("pretrain", "Train a recipe's image tokenizer on pictures alone.")
+_step_command("align", "Train a recipe's aligner, which evaluation retrieves captions with.")
+_step_command("train", "Train a recipe's generator and print the candidate bundle's path.")
+_step_command("evaluate", "Judge the candidate against champion, untuned base and floors.")
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="models:/NAME@ALIAS, a bundle directory or asset:base. Default: the "
+                       "champion, or the shipped base while there is none."),
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="Take the serve section of this recipe.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    home: Home = DEFAULT_HOME,
+    debug: Debug = False,
+) -> None:
+    """Serve a model behind the OpenAI images API until Ctrl-C."""
+    from jobs.generate import default_model
+    from pipeline.config import ServeConfig, load_recipe
+
+    config = load_recipe(recipe).serve if recipe else ServeConfig()
+    _serve(model or default_model(home), config, home, host, port)
+
+
+def _serve(model: str, config: Any, home: Path, host: str, port: int) -> None:
+    from serve.launch import serve_forever
+
+    server = serve_forever(
+        model, config, home=str(home.absolute()), host=host, port=port, blocking=False
+    )
+    console.print(
+        f"[bold]{model}[/bold] draws at {server.url} (Ctrl-C stops):\n"
+        f"  curl {server.url}/v1/images/generations -H 'content-type: application/json' "
+        """-d '{"model": "champion", "prompt": "红苹果"}'""",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    try:
+        server.wait()
+    finally:
+        server.close()
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw, in English, Chinese, ...")],
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("picture.png"),
+    n: Annotated[int, typer.Option(min=1, max=64, help="How many pictures.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first picture.")] = 0,
+    style: Annotated[str | None, typer.Option(help="One of the model's styles.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="1 to 20; higher: more literal.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 to 4; lower: less varied.")] = None,
+    num_steps: Annotated[int | None, typer.Option(help="1 to 64 decoding steps.")] = None,
+    model: Annotated[str | None, typer.Option(help="As in `tessera serve`.")] = None,
+    home: Home = DEFAULT_HOME,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Draw pictures without a server."""
+    from jobs.generate import default_model
+    from jobs.generate import generate as run
+
+    paths = run(
+        prompt, out, home=home, model=model or default_model(home), num_pictures=n, seed=seed,
+        style=style, guidance_scale=guidance_scale, temperature=temperature, num_steps=num_steps,
+    )  # fmt: skip
+    names = [str(path) for path in paths]
+    typer.echo(json.dumps(names) if as_json else "\n".join(names))
+
+
+@ingest_app.command("emoji")
+def ingest_emoji(
+    out: Annotated[str, typer.Option(help="Directory, URI or home:NAME.")] = "home:emoji",
+    vendor: Annotated[list[str] | None, typer.Option(help="noto, twemoji, fluent, openmoji.")] = None,
+    language: Annotated[list[str] | None, typer.Option(help="Caption languages.")] = None,
+    skin_tones: Annotated[bool, typer.Option(help="Skin-tone variants too.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="All vendors, with skin tones.")] = False,
+    home: Home = DEFAULT_HOME,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Openly licensed emoji with English and Chinese captions, fetched with npm."""
+    from jobs.ingest import ingest_emoji as run
+    from pipeline.shards import locate
+    from pipeline.sources.emoji import SHIPPED_VENDORS, VENDORS
+
+    vendors = tuple(VENDORS) if everything else tuple(vendor or SHIPPED_VENDORS)
+    target = locate(out, home)
+    manifest = run(
+        target, cache=home / "downloads", vendors=vendors, languages=tuple(language or ("en", "zh")),
+        skin_tones=skin_tones or everything,
+    )  # fmt: skip
+    typer.echo(manifest.model_dump_json() if as_json else target)
+
+
+@app.command()
+def recipes(as_json: AsJson = False) -> None:
+    """The recipes that ship with Tessera."""
+    from pipeline.config import load_recipe, recipe_names
+
+    known = {name: load_recipe(name, environment={}).description for name in recipe_names()}
+    if as_json:
+        typer.echo(json.dumps(known))
+        return
+    for name, description in known.items():
+        typer.echo(f"{name:<12} {description}")
+
+
+@app.command()
+def doctor(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
+    """What this machine has and lacks. Exits with 1 if something is missing."""
+    from jobs.doctor import as_json as to_json
+    from jobs.doctor import examine
+
+    findings = examine(home)
+    if as_json:
+        typer.echo(json.dumps(to_json(findings)))
+    else:
+        for item in findings:
+            mark = "ok  " if item.fine else "LACK"
+            typer.echo(f"{mark} {item.what}: {item.found}" + ("" if item.fine else f" ({item.remedy})"))
+    if not all(item.fine for item in findings):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point: one clear message for what a user can mend, a traceback with --debug alone."""
+    debug = "--debug" in sys.argv
+    logging.basicConfig(
+        level=logging.INFO if debug else logging.WARNING, format="%(name)s: %(message)s"
+    )
+    if not debug:
+        warnings.simplefilter("ignore")
+    try:
+        app()
+    except TesseraError as error:
+        if debug:
+            raise
+        console.print(f"[bold red]error:[/bold red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.print("interrupted; run the same command again to go on from here")
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        console.print(
+            f"[bold red]unexpected error:[/bold red] {type(error).__name__}: {error}\n"
+            "Run the same command with --debug for the traceback.", highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

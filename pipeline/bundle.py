@@ -1,0 +1,236 @@
+"""Bundles: a trained generator as one self-contained directory.
+
+    config.json             what was built, for which captions, styles and picture size; file digests
+    model.safetensors       the generator's weights (float16)
+    tokenizer/config.json   the image tokenizer, a directory that also stands alone
+    tokenizer/model.safetensors
+    README.md               the model card
+
+A frozen caption encoder is named by id and content digest, checked at load, instead of carried.
+Weights are safetensors alone: nothing in a bundle can execute.
+
+    generator = load_generator("path/or/asset:base", pretrained_cache=home / "pretrained")
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline import registry
+from pipeline.config import CaptionEncoderConfig, Config, GeneratorConfig, TokenizerConfig
+from pipeline.contracts import ImageGenerator
+from pipeline.errors import BundleError
+from pipeline.models._spec import ModelParts, ModelSpec
+from pipeline.runtime import choose_device
+from pipeline.text import EncoderIdentity, check_encoder, load_caption_encoder
+
+FORMAT = 1
+ASSETS = Path(__file__).parent / "assets"
+WEIGHTS = "model.safetensors"
+
+
+class TokenizerManifest(Config):
+    """tokenizer/config.json."""
+
+    format: int = FORMAT
+    image_size: int
+    tokenizer: TokenizerConfig
+    files: dict[str, str] = Field(description="sha256 by file name")
+
+
+class BundleManifest(Config):
+    """config.json of a bundle."""
+
+    format: int = FORMAT
+    image_size: int
+    generator: GeneratorConfig
+    spec: dict[str, Any] = Field(description="ModelSpec")
+    caption_encoder: CaptionEncoderConfig
+    encoder_identity: dict[str, Any] = Field(description="EncoderIdentity")
+    files: dict[str, str] = Field(description="sha256 by file name")
+
+    @property
+    def model_spec(self) -> ModelSpec:
+        spec = dict(self.spec)
+        return ModelSpec(**spec | {k: tuple(spec[k]) for k in ("levels", "styles")})
+
+
+@dataclass
+class Bundle:
+    """A bundle in memory: networks without the caption encoder."""
+
+    manifest: BundleManifest
+    model: nn.Module
+    tokenizer: Any
+    digest: str
+
+
+def resolve_path(bundle: str | Path) -> Path:
+    """A directory, or asset:NAME for one that ships with Tessera.
+
+    Raises:
+        BundleError: there is no bundle at that place.
+    """
+    text = str(bundle)
+    path = ASSETS / text.removeprefix("asset:") if text.startswith("asset:") else Path(text)
+    if not (path / "config.json").is_file():
+        raise BundleError(f"no bundle at {bundle}: {path / 'config.json'} does not exist")
+    return path
+
+
+def save_tokenizer(
+    directory: Path, weights: Mapping[str, Tensor], config: TokenizerConfig, image_size: int
+) -> None:
+    """Write a tokenizer directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    files = {WEIGHTS: _save_weights(directory / WEIGHTS, weights)}
+    manifest = TokenizerManifest(image_size=image_size, tokenizer=config, files=files)
+    (directory / "config.json").write_text(manifest.model_dump_json(indent=2))
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The ImageTokenizer of a tokenizer directory, in evaluation mode.
+
+    Raises:
+        BundleError: it is missing, damaged, or of another format.
+    """
+    manifest = _read_manifest(directory, TokenizerManifest)
+    module = registry.load("tokenizers", manifest.tokenizer.name)
+    tokenizer = module.build(manifest.tokenizer, manifest.image_size)
+    _load_weights(tokenizer, directory, manifest.files)
+    return tokenizer.eval()
+
+
+def save_bundle(
+    directory: Path, *, weights: Mapping[str, Tensor], tokenizer: Path, image_size: int,
+    config: GeneratorConfig, spec: ModelSpec, caption_encoder: CaptionEncoderConfig,
+    identity: EncoderIdentity,
+) -> None:
+    """Write a bundle around a copy of the tokenizer directory `tokenizer`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    copy_tokenizer(tokenizer, directory / "tokenizer")
+    manifest = BundleManifest(
+        image_size=image_size,
+        generator=config,
+        spec=asdict(spec),
+        caption_encoder=caption_encoder,
+        encoder_identity=asdict(identity),
+        files={WEIGHTS: _save_weights(directory / WEIGHTS, weights)},
+    )
+    (directory / "config.json").write_text(manifest.model_dump_json(indent=2))
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a tokenizer directory's files, and those alone."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", WEIGHTS):
+        (target / name).write_bytes((source / name).read_bytes())
+
+
+def load_bundle(bundle: str | Path) -> Bundle:
+    """The networks of a bundle, on the CPU, in float32.
+
+    Raises:
+        BundleError: it is missing, damaged, or of another format.
+    """
+    path = resolve_path(bundle)
+    manifest = _read_manifest(path, BundleManifest)
+    family = registry.load("models", manifest.generator.family)
+    model = family.build(manifest.generator, manifest.model_spec)
+    _load_weights(model, path, manifest.files)
+    return Bundle(manifest, model, load_tokenizer(path / "tokenizer"), bundle_digest(path))
+
+
+def load_generator(
+    bundle: str | Path, *, pretrained_cache: Path, device: str = "auto"
+) -> ImageGenerator:
+    """A bundle ready to draw, with the caption encoder it was trained on.
+
+    Raises:
+        BundleError: the bundle is unusable, or the caption encoder found is another one.
+        PretrainedNotFoundError: the caption encoder cannot be found.
+    """
+    loaded = load_bundle(bundle)
+    manifest = loaded.manifest
+    target = choose_device(device)
+    encoder = load_caption_encoder(
+        manifest.caption_encoder, cache=pretrained_cache, device=str(target)
+    )
+    check_encoder(EncoderIdentity.from_dict(manifest.encoder_identity), encoder)
+    parts = ModelParts(tokenizer=loaded.tokenizer.to(target), encoder=encoder, device=target)
+    family = registry.load("models", manifest.generator.family)
+    generator: ImageGenerator = family.Generator(
+        loaded.model, manifest.generator, manifest.model_spec, parts
+    )
+    return generator
+
+
+def bundle_digest(bundle: str | Path) -> str:
+    """sha256 over a bundle's manifests and weights (also a tokenizer's or an aligner's)."""
+    path = resolve_path(bundle)
+    digest = hashlib.sha256()
+    for name in ("config.json", WEIGHTS, "tokenizer/config.json", f"tokenizer/{WEIGHTS}"):
+        if (path / name).is_file():
+            digest.update(_sha256(path / name).encode())
+    return digest.hexdigest()
+
+
+M = TypeVar("M", bound=Config)
+
+
+def _read_manifest(directory: Path, kind: type[M]) -> M:
+    path = directory / "config.json"
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BundleError(f"cannot read {path}: {error}") from error
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        found = values.get("format") if isinstance(values, dict) else None
+        raise BundleError(f"{path} has format {found!r}; this version of Tessera reads {FORMAT}")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise BundleError(f"{path} is not a bundle of this version: {error}") from error
+
+
+def _save_weights(path: Path, weights: Mapping[str, Tensor]) -> str:
+    """float16 on disk; returns the file's sha256."""
+    save_file(
+        {
+            name: (t.half() if t.is_floating_point() else t).cpu().contiguous()
+            for name, t in weights.items()
+        },
+        path,
+    )
+    return _sha256(path)
+
+
+def _load_weights(model: nn.Module, directory: Path, files: Mapping[str, str]) -> None:
+    path = directory / WEIGHTS
+    if not path.is_file():
+        raise BundleError(f"{path} is missing: copy the bundle again")
+    if _sha256(path) != files.get(WEIGHTS):
+        raise BundleError(f"{path} is not the file its config.json names: copy the bundle again")
+    try:
+        weights = load_file(path)
+        model.load_state_dict(
+            {n: t.float() if t.dtype == torch.float16 else t for n, t in weights.items()}
+        )
+    except (SafetensorError, RuntimeError) as error:
+        raise BundleError(f"{path} does not fit its config.json: {error}") from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

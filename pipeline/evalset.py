@@ -1,0 +1,205 @@
+"""The pictures and captions a generator is judged on, the same ones for every generator.
+
+    eval_set = EvalSet.from_parquet(pixels, recipe.evaluate, image_size=64)
+
+One set per style and split: "seen" is drawn from the training split, "unseen" from the test split.
+Within a set no two pictures are of the same thing or share a caption, so that retrieval has one
+right answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from pipeline import feed
+from pipeline.config import EvaluateConfig, PictureFilter
+from pipeline.errors import DataError
+
+SPLITS = {"seen": "train", "unseen": "test"}
+MIN_PICTURES = 8
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """N real pictures of one style, and M >= N captions to choose from.
+
+    Attributes:
+        name: "seen" or "unseen".
+        style: who drew the pictures.
+        keys: N names, in the order of the pictures.
+        images: uint8 (N, 3, S, S).
+        captions: M by language; the first N are the pictures' own, the others distract.
+    """
+
+    name: str
+    style: str
+    keys: tuple[str, ...]
+    images: Tensor
+    captions: Mapping[str, tuple[str, ...]]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """All sets, those of the style that is gated on first.
+
+    Attributes:
+        sets: two a style.
+        training: the training split's pictures by style, uint8 (T, 3, S, S), to find copies of.
+        languages: the first is the one gated on.
+    """
+
+    sets: tuple[PictureSet, ...]
+    training: Mapping[str, Tensor]
+    languages: tuple[str, ...]
+
+    @property
+    def style(self) -> str:
+        """The style that is gated on."""
+        return self.sets[0].style
+
+    @property
+    def digest(self) -> str:
+        """Names the choice of pictures: reports with the same digest can be compared."""
+        names = "\n".join(f"{s.style}/{s.name}/{key}" for s in self.sets for key in s.keys)
+        return hashlib.sha256(names.encode()).hexdigest()
+
+    @classmethod
+    def from_parquet(cls, directory: Path, config: EvaluateConfig, *, image_size: int) -> EvalSet:
+        """Choose from preprocessed pictures; the choice depends on the data and config.seed alone.
+
+        Raises:
+            DataError: a style, a split or a language has too few pictures.
+        """
+        styles = config.styles or _styles(directory)
+        tables = {
+            (style, split): _read(directory, style, split)
+            for style in styles
+            for split in SPLITS.values()
+        }
+        languages = _languages(list(tables.values()), config.languages)
+        sets = []
+        for style in styles:
+            for name, split in SPLITS.items():
+                others = [t for (s, p), t in tables.items() if s == style and p != split]
+                sets.append(
+                    _choose(tables[style, split], others, name, languages, config, image_size)
+                )
+        training = {style: _pixels(tables[style, SPLITS["seen"]], image_size) for style in styles}
+        return cls(tuple(sets), training, languages)
+
+
+def _styles(directory: Path) -> tuple[str, ...]:
+    return tuple(sorted(set(feed.read_table(directory, columns=["style"])["style"].to_pylist())))
+
+
+def _read(directory: Path, style: str, split: str) -> pa.Table:
+    columns = ["group", "image", "captions"]
+    only = PictureFilter(styles=(style,))
+    return feed.read_table(directory, split=split, only=only, columns=columns)
+
+
+def _languages(tables: Sequence[pa.Table], wanted: Sequence[str]) -> tuple[str, ...]:
+    """The wanted languages that most pictures have a caption in.
+
+    Raises:
+        DataError: none of them; the message lists what there is.
+    """
+    found: Counter[str] = Counter()
+    for table in tables:
+        for captions in table["captions"].to_pylist():
+            found.update({caption["language"] for caption in captions})
+    most = sum(table.num_rows for table in tables) / 2
+    kept = tuple(language for language in wanted if found[language] > most)
+    if not kept:
+        raise DataError(
+            f"most pictures have no caption in {', '.join(wanted)}; their captions are in "
+            f"{', '.join(sorted(found))}: set evaluate.languages"
+        )
+    return kept
+
+
+def _choose(
+    table: pa.Table,
+    others: Sequence[pa.Table],
+    name: str,
+    languages: tuple[str, ...],
+    config: EvaluateConfig,
+    image_size: int,
+) -> PictureSet:
+    """Up to config.num_pictures rows in a seeded order, and distractors if they are fewer.
+
+    Raises:
+        DataError: fewer than MIN_PICTURES differ in subject and captions.
+    """
+    style = table["style"][0].as_py()
+    rng = np.random.default_rng((config.seed, zlib.crc32(f"{style}/{name}".encode())))
+    picker = _Picker(languages, config.num_pictures)
+    rows = picker.take(table, rng)
+    if len(rows) < MIN_PICTURES:
+        raise DataError(
+            f"only {len(rows)} {name} pictures of style {style!r} differ in subject and captions, "
+            f"at least {MIN_PICTURES} are needed: give more data or another evaluate.styles"
+        )
+    for other in others:
+        picker.take(other, rng)
+    chosen = table.take(rows)
+    return PictureSet(
+        name=name,
+        style=style,
+        keys=tuple(chosen["key"].to_pylist()),
+        images=_pixels(chosen, image_size),
+        captions={language: tuple(texts) for language, texts in picker.captions.items()},
+    )
+
+
+class _Picker:
+    """Takes rows until there are enough, never two of a group or with a caption in common."""
+
+    def __init__(self, languages: tuple[str, ...], enough: int) -> None:
+        self.enough = enough
+        self.groups: set[str] = set()
+        self.captions: dict[str, list[str]] = {language: [] for language in languages}
+
+    def take(self, table: pa.Table, rng: np.random.Generator) -> list[int]:
+        """The rows taken of this table, in the order of their captions."""
+        groups, captions = table["group"].to_pylist(), table["captions"].to_pylist()
+        taken = []
+        for row in rng.permutation(table.num_rows).tolist():
+            if len(self.groups) == self.enough:
+                break
+            if self._accept(groups[row], captions[row]):
+                taken.append(row)
+        return taken
+
+    def _accept(self, group: str, captions: list[dict[str, Any]]) -> bool:
+        canonical: dict[str, str] = {}
+        for caption in captions:
+            canonical.setdefault(caption["language"], caption["text"])
+        if group in self.groups or any(
+            language not in canonical or canonical[language] in texts
+            for language, texts in self.captions.items()
+        ):
+            return False
+        self.groups.add(group)
+        for language, texts in self.captions.items():
+            texts.append(canonical[language])
+        return True
+
+
+def _pixels(table: pa.Table, image_size: int) -> Tensor:
+    shape = (3, image_size, image_size)
+    return torch.from_numpy(feed.fixed_width(table["image"], np.uint8, shape).copy())

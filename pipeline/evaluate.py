@@ -1,0 +1,272 @@
+"""How good is a generator? Any `ImageGenerator` in, numbers with intervals and grids out.
+
+    judge = Judge(eval_set, aligner=aligner, features=ImageNetFeatures(), encoder=encoder,
+                  config=recipe.evaluate)
+    floors = judge.real(), judge.tokenizer(tokenizer)        # what no generator can beat
+    report = judge.generator(generator, "candidate", grids=directory)
+    print(markdown_table([*floors, report]))
+
+Metrics, by name ("/" parts the style from the metric for all styles but the first, gated one):
+
+    kid_seen, kid_unseen            distance to the real pictures of the same captions; 0 is best
+    retrieval_seen, retrieval_unseen, retrieval (both together)
+                                    how often the aligner finds a picture's own caption among M
+    retrieval_seen_zh ...           the same, asked in the other languages
+    retrieval_seen_shuffled         against wrong captions: chance, or the aligner is fooled
+    nearest_seen, nearest_unseen    distance to the nearest training picture
+    copies_unseen                   share nearer to one than 95 % of new real pictures are
+    seconds_per_picture, latency_s  in batches, and alone
+    guidance_1/retrieval_seen ...   at the further guidance scales of the configuration
+    validation_loss                 as training measured it
+    psnr_*, ssim_*                  of reconstructions
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline import metrics
+from pipeline.aligner import Aligner
+from pipeline.config import EvaluateConfig
+from pipeline.contracts import (
+    CaptionEncoder,
+    EvalReport,
+    ImageGenerator,
+    ImageTokenizer,
+    Interval,
+)
+from pipeline.drawing import draw, picture_grid, reconstruct, requests_for
+from pipeline.evalset import EvalSet, PictureSet
+from pipeline.reports import pack_hits
+
+LATENCY_REQUESTS = 3
+COPY_PERCENTILE = 5
+
+
+def evaluate(
+    generator: ImageGenerator,
+    eval_set: EvalSet,
+    *,
+    aligner: Aligner,
+    features: Callable[[Tensor], Tensor],
+    encoder: CaptionEncoder,
+    config: EvaluateConfig,
+    subject: str,
+    grids: Path | None = None,
+) -> EvalReport:
+    """Judge one generator. To judge several on the same pictures, keep one `Judge`."""
+    judge = Judge(eval_set, aligner=aligner, features=features, encoder=encoder, config=config)
+    return judge.generator(generator, subject, grids=grids)
+
+
+@dataclass
+class _Findings:
+    """What a report is built from, collected set by set."""
+
+    metrics: dict[str, Interval] = field(default_factory=dict)
+    hits: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+
+
+class Judge:
+    """One evaluation set with everything about its real pictures and captions computed once.
+
+    Args:
+        eval_set: pictures, captions and training pictures.
+        aligner: tells which caption a picture shows.
+        features: uint8 (N, 3, H, W) -> (N, D) for KID, not those anything here trained on.
+        encoder: the caption encoder the aligner was trained with.
+        config: sizes, seeds, guidance scales.
+    """
+
+    def __init__(
+        self,
+        eval_set: EvalSet,
+        *,
+        aligner: Aligner,
+        features: Callable[[Tensor], Tensor],
+        encoder: CaptionEncoder,
+        config: EvaluateConfig,
+    ) -> None:
+        self.eval_set, self.config = eval_set, config
+        self.aligner, self.features = aligner, features
+        self.real_features = [features(pictures.images) for pictures in eval_set.sets]
+        self.captions = [
+            {
+                language: aligner.embed_captions(*encoder.encode(texts))
+                for language, texts in pictures.captions.items()
+            }
+            for pictures in eval_set.sets
+        ]
+
+    # ---- Subjects --------------------------------------------------------------------------------
+
+    def generator(
+        self,
+        generator: ImageGenerator,
+        subject: str,
+        *,
+        validation_loss: float | None = None,
+        tokenizer: ImageTokenizer | None = None,
+        grids: Path | None = None,
+    ) -> EvalReport:
+        """Draw every caption once and judge the drawings.
+
+        Args:
+            subject: the report's name for it.
+            validation_loss: added to the metrics.
+            tokenizer: adds its reconstructions to the grids.
+            grids: an existing directory for the PNGs; None draws none.
+        """
+        found, speed, paths = _Findings(), [], {}
+        for index, pictures in enumerate(self.eval_set.sets):
+            drawn = {}
+            for language in self._languages(pictures):
+                requests = requests_for(pictures, language, generator.styles, seed=self.config.seed)
+                drawn[language], seconds = draw(generator, requests, self.config.batch_size)
+                speed.extend(seconds)
+                self._judge(found, index, drawn[language], language)
+            if grids is not None:
+                title = f"{pictures.style}-{pictures.name}"
+                paths[title] = str(grids / f"{subject}-{title}.png")
+                picture_grid(pictures, drawn, tokenizer).save(paths[title])
+        self._guidance(found, generator)
+        found.metrics["seconds_per_picture"] = self._mean(speed)
+        found.metrics["latency_s"] = self._mean(self._alone(generator))
+        if validation_loss is not None:
+            found.metrics["validation_loss"] = Interval(*[validation_loss] * 3)
+        return self._report(subject, found, paths)
+
+    def real(self) -> EvalReport:
+        """The real pictures themselves: the best that retrieval can be, and KID between real ones.
+
+        KID compares each set with other training pictures of the same style.
+        """
+        found = _Findings()
+        rng = np.random.default_rng(self.config.seed)
+        for index, pictures in enumerate(self.eval_set.sets):
+            for language in self._languages(pictures):
+                self._retrieve(found, index, pictures.images, language)
+            pool = self.eval_set.training[pictures.style]
+            rows = rng.permutation(len(pool))[: len(pictures)]
+            self._kid(found, index, self.features(pool[rows]))
+            if pictures.name == "unseen":
+                self._nearest(found, pictures, pictures.images)
+        return self._report("real", found)
+
+    def tokenizer(self, tokenizer: ImageTokenizer) -> EvalReport:
+        """What image tokens leave of the real pictures: no generator on them can be better."""
+        found = _Findings()
+        for index, pictures in enumerate(self.eval_set.sets):
+            images = reconstruct(tokenizer, pictures.images, self.config.batch_size)
+            self._judge(found, index, images, self.eval_set.languages[0])
+            for name, measure in (("psnr", metrics.psnr), ("ssim", metrics.ssim)):
+                found.metrics[self._name(pictures, name)] = self._mean(
+                    measure(images, pictures.images)
+                )
+        return self._report("tokenizer", found)
+
+    # ---- Judging ---------------------------------------------------------------------------------
+
+    def _languages(self, pictures: PictureSet) -> tuple[str, ...]:
+        """All languages for the gated style, the first alone for the others."""
+        languages = self.eval_set.languages
+        return languages if pictures.style == self.eval_set.style else languages[:1]
+
+    def _alone(self, generator: ImageGenerator) -> list[float]:
+        """Seconds of a few requests, one at a time."""
+        pictures, language = self.eval_set.sets[0], self.eval_set.languages[0]
+        requests = requests_for(pictures, language, generator.styles, seed=self.config.seed)
+        return draw(generator, requests[:LATENCY_REQUESTS], 1)[1]
+
+    def _guidance(self, found: _Findings, generator: ImageGenerator) -> None:
+        """The gated style's seen set again at every further guidance scale."""
+        config, language = self.config, self.eval_set.languages[0]
+        for scale in config.guidance_scales:
+            requests = requests_for(
+                self.eval_set.sets[0], language, generator.styles, seed=config.seed, scale=scale
+            )
+            drawn, _ = draw(generator, requests, config.batch_size)
+            at_scale = _Findings()
+            self._retrieve(at_scale, 0, drawn, language)
+            self._kid(at_scale, 0, self.features(drawn))
+            found.metrics |= {
+                f"guidance_{scale:g}/{name}": at_scale.metrics[name]
+                for name in ("kid_seen", "retrieval_seen")
+            }
+
+    def _judge(self, found: _Findings, index: int, images: Tensor, language: str) -> None:
+        pictures = self.eval_set.sets[index]
+        self._retrieve(found, index, images, language)
+        if language == self.eval_set.languages[0]:
+            self._kid(found, index, self.features(images))
+            self._nearest(found, pictures, images)
+
+    def _retrieve(self, found: _Findings, index: int, images: Tensor, language: str) -> None:
+        """Retrieval, and as a control against captions moved on by one picture."""
+        pictures = self.eval_set.sets[index]
+        embedded, captions = self.aligner.embed_images(images), self.captions[index][language]
+        first = language == self.eval_set.languages[0]
+        suffix = "" if first else f"_{language}"
+        name = self._name(pictures, "retrieval", suffix)
+        found.hits[name] = metrics.retrieval_at_1(embedded, captions)
+        found.metrics[name] = self._mean(found.hits[name])
+        if first:
+            wrong = torch.cat([captions[: len(images)].roll(1, 0), captions[len(images) :]])
+            shuffled = self._mean(metrics.retrieval_at_1(embedded, wrong))
+            found.metrics[self._name(pictures, "retrieval", "_shuffled")] = shuffled
+
+    def _kid(self, found: _Findings, index: int, features: Tensor) -> None:
+        found.metrics[self._name(self.eval_set.sets[index], "kid")] = metrics.kid_interval(
+            self.real_features[index],
+            features,
+            bootstrap=self.config.bootstrap,
+            seed=self.config.seed,
+        )
+
+    def _nearest(self, found: _Findings, pictures: PictureSet, images: Tensor) -> None:
+        training = self.eval_set.training[pictures.style]
+        distances = metrics.nearest_distance(images, training)
+        found.metrics[self._name(pictures, "nearest")] = self._mean(distances)
+        if pictures.name == "unseen":
+            new = metrics.nearest_distance(pictures.images, training)
+            copies = distances < np.percentile(new, COPY_PERCENTILE)
+            found.metrics[self._name(pictures, "copies")] = self._mean(copies)
+
+    def _mean(self, values: Sequence[float] | NDArray[Any]) -> Interval:
+        return metrics.mean_interval(
+            np.asarray(values, dtype=float), bootstrap=self.config.bootstrap, seed=self.config.seed
+        )
+
+    def _name(self, pictures: PictureSet, metric: str, suffix: str = "") -> str:
+        prefix = "" if pictures.style == self.eval_set.style else f"{pictures.style}/"
+        return f"{prefix}{metric}_{pictures.name}{suffix}"
+
+    # ---- Reporting -------------------------------------------------------------------------------
+
+    def _report(
+        self, subject: str, found: _Findings, grids: Mapping[str, str] | None = None
+    ) -> EvalReport:
+        for style in dict.fromkeys(pictures.style for pictures in self.eval_set.sets):
+            prefix = "" if style == self.eval_set.style else f"{style}/"
+            both = [found.hits[f"{prefix}retrieval_{name}"] for name in ("seen", "unseen")]
+            found.hits[f"{prefix}retrieval"] = np.concatenate(both)
+            found.metrics[f"{prefix}retrieval"] = self._mean(found.hits[f"{prefix}retrieval"])
+        details = {
+            "eval_set": self.eval_set.digest,
+            "style": self.eval_set.style,
+            "pictures": {f"{s.style}/{s.name}": len(s) for s in self.eval_set.sets},
+            "captions": {
+                f"{s.style}/{s.name}": len(s.captions[self.eval_set.languages[0]])
+                for s in self.eval_set.sets
+            },
+            "hits": {name: pack_hits(hits) for name, hits in found.hits.items()},
+        }
+        return EvalReport(subject, found.metrics, details, dict(grids or {}))

@@ -1,0 +1,129 @@
+"""Training a generator on image tokens and captions: what a worker builds, and the bundle after.
+
+A base bundle gives its weights and its styles; new styles take free places in the style table and
+start from the mean of those that are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from pipeline import registry
+from pipeline.bundle import load_bundle, load_tokenizer
+from pipeline.config import CaptionEncoderConfig, GeneratorConfig
+from pipeline.contracts import GenerationRequest
+from pipeline.encode import captioned_dataset
+from pipeline.errors import RecipeError
+from pipeline.images import grid
+from pipeline.models._spec import ModelParts, ModelSpec
+from pipeline.text import load_caption_encoder
+from pipeline.train import Training
+
+SAMPLE_PROMPTS = (
+    "red apple", "dog face", "house", "fire engine", "rainbow", "pizza", "sailboat", "robot",
+    "红苹果", "狗脸", "房子", "消防车", "彩虹", "披萨", "帆船", "机器人",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GeneratorTask:
+    """Everything a worker needs to build its training; small enough to travel."""
+
+    config: GeneratorConfig
+    spec: ModelSpec
+    caption_encoder: CaptionEncoderConfig
+    tokenizer: Path
+    tokens: Path
+    captions: Path
+    cache: Path
+    base: Path | None
+
+    def build(self) -> Training:
+        """See pipeline.train.Training."""
+        family = registry.load("models", self.config.family)
+        model = family.build(self.config, self.spec)
+        if self.base is not None:
+            start_from(model, self.base, self.spec)
+        train, validation = (
+            captioned_dataset(
+                self.tokens, self.captions, split=split, styles=self.spec.styles,
+                max_tokens=self.caption_encoder.max_tokens, only=self.config.data,
+                num_tokens=self.spec.num_tokens,
+            )
+            for split in ("train", "validation")
+        )
+        objective = family.Objective(model, self.config)
+        return Training(objective, train, validation, sample=partial(draw_samples, task=self))
+
+
+def make_spec(
+    tokenizer_dir: Path, caption_width: int, styles: Sequence[str], base: Path | None,
+    config: GeneratorConfig,
+) -> ModelSpec:
+    """The sizes a generator is built by; a base's styles keep their places.
+
+    Raises:
+        RecipeError: more styles than generator.num_styles.
+    """
+    tokenizer = load_tokenizer(tokenizer_dir)
+    known = load_bundle(base).manifest.model_spec.styles if base else ()
+    names = (*known, *sorted(set(styles) - set(known)))
+    if len(names) > config.num_styles:
+        raise RecipeError(
+            f"{len(names)} styles ({', '.join(names)}) do not fit generator.num_styles="
+            f"{config.num_styles}; raise it or filter generator.data.styles"
+        )
+    return ModelSpec(
+        codebook_size=tokenizer.codebook_size,
+        num_tokens=tokenizer.grid_size**2,
+        levels=tuple(getattr(getattr(tokenizer, "config", None), "levels", ())),
+        caption_width=caption_width,
+        styles=names,
+    )
+
+
+@torch.no_grad()
+def start_from(model: nn.Module, base: Path, spec: ModelSpec) -> None:
+    """Copy a base bundle's weights.
+
+    Raises:
+        RecipeError: the base is of another size or family.
+    """
+    bundle = load_bundle(base)
+    try:
+        model.load_state_dict(bundle.model.state_dict())
+    except RuntimeError as error:
+        raise RecipeError(
+            f"the base bundle {base} does not fit the recipe's generator section ({error}); use "
+            "the same width, depth and family as the base, or base=null"
+        ) from error
+    known = bundle.manifest.model_spec.styles
+    style = getattr(model, "style", None)
+    if known and isinstance(style, nn.Embedding):
+        fresh = [i for i, name in enumerate(spec.styles) if name not in known]
+        style.weight[fresh] = style.weight[: len(known)].mean(0)
+
+
+def draw_samples(objective: Any, *, task: GeneratorTask) -> Image.Image:
+    """Fixed prompts and seeds, eight a row: English above, Chinese below."""
+    device = next(objective.model.parameters()).device
+    was_training = objective.model.training
+    encoder = load_caption_encoder(task.caption_encoder, cache=task.cache, device=device)
+    tokenizer = load_tokenizer(task.tokenizer).to(device)
+    generator = registry.load("models", task.config.family).Generator(
+        objective.model, task.config, task.spec,
+        ModelParts(tokenizer=tokenizer, encoder=encoder, device=device),
+    )
+    style = task.spec.styles[-1] if task.spec.styles else None
+    requests = [GenerationRequest(p, seed=i, style=style) for i, p in enumerate(SAMPLE_PROMPTS)]
+    images: Tensor = generator.generate(requests)
+    objective.model.train(was_training)
+    return grid(images, columns=8, captions=list(SAMPLE_PROMPTS), scale=2)

@@ -1,0 +1,97 @@
+"""What "better" means: the candidate against the champion, by the recipe's rule.
+
+    decision = decide(candidate_report, champion_report, recipe.promote)
+
+Both reports must judge the same pictures. The rule, on the gated style: KID on unseen captions
+falls by more than `min_kid_gain`; retrieval gains at least `min_retrieval_gain`. On every other
+style retrieval falls by at most `max_forgetting`. Differences are of the values; every reason also
+says whether its difference is clear of chance.
+"""
+
+from __future__ import annotations
+
+from pipeline.config import PromoteConfig
+from pipeline.contracts import Decision, EvalReport, Interval
+from pipeline.errors import DataError
+from pipeline.metrics import paired_gain
+from pipeline.reports import unpack_hits
+
+BOOTSTRAP = 1_000
+KID = "kid_unseen"
+RETRIEVAL = "retrieval"
+
+
+def decide(candidate: EvalReport, champion: EvalReport | None, config: PromoteConfig) -> Decision:
+    """Whether the candidate becomes champion, with one reason a rule, numbers included.
+
+    Raises:
+        DataError: the two reports judge different pictures.
+    """
+    if champion is None:
+        kid, retrieval = candidate.metrics[KID], candidate.metrics[RETRIEVAL]
+        reason = f"there is no champion yet; KID {_show(kid)}, retrieval {_show(retrieval)}"
+        return Decision(promoted=True, reasons=(reason,))
+    if candidate.details["eval_set"] != champion.details["eval_set"]:
+        raise DataError(
+            f"{candidate.subject} and {champion.subject} were judged on different pictures: "
+            "evaluate both on the same evaluation set"
+        )
+    verdicts = [_kid(candidate, champion, config), _retrieval(candidate, champion, config)]
+    verdicts += [
+        _forgetting(candidate, champion, config, metric)
+        for metric in champion.metrics
+        if metric.endswith(f"/{RETRIEVAL}")
+    ]
+    return Decision(
+        promoted=all(passed for passed, _ in verdicts),
+        reasons=tuple(f"{'yes' if passed else 'no'}: {reason}" for passed, reason in verdicts),
+    )
+
+
+def _kid(candidate: EvalReport, champion: EvalReport, config: PromoteConfig) -> tuple[bool, str]:
+    new, old = candidate.metrics[KID], champion.metrics[KID]
+    gain = old.value - new.value
+    apart = "apart" if new.high < old.low or old.high < new.low else "overlapping"
+    reason = (
+        f"KID on unseen captions went from {_show(old)} to {_show(new)}, intervals {apart}: "
+        f"a gain of {gain:.4f}, more than {config.min_kid_gain} is needed"
+    )
+    return gain > config.min_kid_gain, reason
+
+
+def _retrieval(
+    candidate: EvalReport, champion: EvalReport, config: PromoteConfig
+) -> tuple[bool, str]:
+    gain = _paired(candidate, champion, RETRIEVAL)
+    reason = (
+        f"retrieval went from {_show(champion.metrics[RETRIEVAL])} to "
+        f"{_show(candidate.metrics[RETRIEVAL])}: a gain of {_show(gain)}, "
+        f"{_clear(gain)}; at least {config.min_retrieval_gain} is needed"
+    )
+    return gain.value >= config.min_retrieval_gain, reason
+
+
+def _forgetting(
+    candidate: EvalReport, champion: EvalReport, config: PromoteConfig, metric: str
+) -> tuple[bool, str]:
+    gain = _paired(candidate, champion, metric)
+    style = metric.removesuffix(f"/{RETRIEVAL}")
+    reason = (
+        f"on {style} retrieval went from {_show(champion.metrics[metric])} to "
+        f"{_show(candidate.metrics[metric])}: a change of {_show(gain)}, {_clear(gain)}; "
+        f"a fall of at most {config.max_forgetting} is allowed"
+    )
+    return -gain.value <= config.max_forgetting, reason
+
+
+def _paired(candidate: EvalReport, champion: EvalReport, metric: str) -> Interval:
+    before, after = unpack_hits(champion, metric), unpack_hits(candidate, metric)
+    return paired_gain(before, after, bootstrap=BOOTSTRAP, seed=0)
+
+
+def _clear(gain: Interval) -> str:
+    return "within chance" if gain.low <= 0 <= gain.high else "beyond chance"
+
+
+def _show(number: Interval) -> str:
+    return f"{number.value:.3f} [{number.low:.3f}, {number.high:.3f}]"

@@ -1,0 +1,374 @@
+"""The chain from captioned pictures to a champion, step by step; every step is done once.
+
+    with ray_runtime():
+        outcome = Chain(recipe, home, reporter).retrain()
+
+Steps, with what each depends on: preprocess (shards), tokenizer (pixels; or the base bundle's),
+captions and tokens (pixels, encoder, tokenizer), aligner (pixels, captions; or a trained one),
+generator (tokens, captions, base), evaluate (all of these, and the champion of the moment), promote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from pipeline import autoencoding, evaluate, generation, reports, train
+from pipeline.aligner import Aligner
+from pipeline.aligning import build_aligner_training
+from pipeline.bundle import (
+    ASSETS, bundle_digest, load_generator, load_tokenizer, resolve_path, save_bundle,
+    save_tokenizer,
+)  # fmt: skip
+from pipeline.card import write_card
+from pipeline.checkpoint import best_weights
+from pipeline.config import Recipe
+from pipeline.contracts import Decision, EvalReport
+from pipeline.encode import encode_captions, encode_pictures
+from pipeline.evalset import EvalSet
+from pipeline.metrics import ImageNetFeatures
+from pipeline.preprocess import preprocess
+from pipeline.promotion import decide
+from pipeline.runtime import check_disk
+from pipeline.shards import locate, read_manifest
+from pipeline.steps import Reporter, StepContext, StepResult, Workspace, exclusive
+from pipeline.text import identify, load_caption_encoder
+from pipeline.tracking import ResolvedModel, RunHandle, RunLogger, Tracker
+
+NEEDED_MB = 2_000
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a retrain came to.
+
+    Attributes:
+        bundle: the candidate.
+        reports: by subject: candidate, real, tokenizer, and untuned and champion where they exist.
+        decision: of the gate.
+        version: the candidate's in the model registry.
+        seconds: by step; 0 for steps that were done before.
+        run: the parent MLflow run.
+        pixels: the preprocessed pictures, to compare with.
+    """
+
+    bundle: Path
+    reports: dict[str, EvalReport]
+    decision: Decision
+    version: str
+    seconds: dict[str, float]
+    run: RunHandle
+    pixels: Path
+
+
+class Chain:
+    """One recipe's steps in one home directory. Ray must be up."""
+
+    def __init__(self, recipe: Recipe, home: Path, reporter: Reporter) -> None:
+        self.recipe, self.home, self.reporter = recipe, home, reporter
+        self.cache = home / "pretrained"
+        self.tracker = Tracker(home)
+        self.base = resolve_path(recipe.base) if recipe.base else None
+        self._workspace: Workspace | None = None
+
+    @contextmanager
+    def open(self) -> Iterator[RunHandle]:
+        """Hold the home directory and a parent run; the steps below need both."""
+        check_disk(self.home, NEEDED_MB)
+        with exclusive(self.home), self.tracker.run(self.recipe.name) as parent:
+            RunLogger(parent).params({"recipe": self.recipe.name, "base": self.recipe.base})
+            self._workspace = Workspace(self.home, self.tracker, parent, self.reporter)
+            for uri in self.shard_sets:
+                manifest = read_manifest(uri)
+                self.tracker.log_dataset(parent, name=Path(uri).name, digest=manifest.digest, uri=uri)
+                RunLogger(parent).tags({"licenses": ", ".join(sorted(manifest.licenses))})
+            yield parent
+
+    @property
+    def workspace(self) -> Workspace:
+        assert self._workspace is not None, "steps run inside Chain.open()"
+        return self._workspace
+
+    def retrain(self) -> Outcome:
+        """Every step, in order, to the decision."""
+        with self.open() as parent:
+            candidate = self.generator
+            judged = self.evaluation
+            found = {
+                name: reports.from_dict(values) for name, values in judged.values["reports"].items()
+            }
+            decision, version = self._promote(candidate.path / "bundle", found)
+            RunLogger(parent).metrics(reports.metric_values(found["candidate"]))
+            return Outcome(
+                candidate.path / "bundle", found, decision, version,
+                dict(self.workspace.seconds), parent, self.pixels,
+            )  # fmt: skip
+
+    # ---- Data ------------------------------------------------------------------------------------
+
+    @property
+    def shard_sets(self) -> list[str]:
+        return [locate(uri, self.home) for uri in self.recipe.data.shards]
+
+    @cached_property
+    def preprocessed(self) -> StepResult:
+        """Shards -> pixels."""
+        recipe = self.recipe
+
+        def work(context: StepContext) -> dict[str, Any]:
+            report = preprocess(
+                self.shard_sets, context.path / "data", data=recipe.data, config=recipe.preprocess
+            )
+            values = asdict(report)
+            (context.path / "ray_data_stats.txt").write_text(values.pop("stats"))
+            RunLogger(context.run).files(context.path / "ray_data_stats.txt", folder="data")
+            return values
+
+        data = recipe.data.model_dump(mode="json", exclude={"shards"})
+        return self.workspace.run(
+            "preprocess",
+            work,
+            settings={"data": data, "preprocess": recipe.preprocess.model_dump(mode="json")},
+            inputs={f"shards-{i}": read_manifest(u).digest for i, u in enumerate(self.shard_sets)},
+        )
+
+    @property
+    def pixels(self) -> Path:
+        return self.preprocessed.path / "data" / "pixels"
+
+    @cached_property
+    def captions(self) -> StepResult:
+        """The frozen encoder's states of every distinct caption."""
+        config = self.recipe.caption_encoder
+        return self.workspace.run(
+            "captions",
+            lambda context: {
+                "captions": encode_captions(
+                    self.pixels, context.path / "data", config=config, cache=self.cache,
+                    on_progress=context.on_progress,
+                )
+            },
+            settings=config.model_dump(mode="json"),
+            inputs={"pixels": self.preprocessed.digest},
+        )  # fmt: skip
+
+    @cached_property
+    def tokens(self) -> StepResult:
+        """The tokenizer's image tokens of every picture."""
+        recipe = self.recipe
+        return self.workspace.run(
+            "tokens",
+            lambda context: {
+                "pictures": encode_pictures(
+                    self.pixels, self.tokenizer, context.path / "data", config=recipe.encode,
+                    image_size=recipe.preprocess.image_size, on_progress=context.on_progress,
+                )
+            },
+            settings=recipe.encode.model_dump(mode="json"),
+            inputs={"pixels": self.preprocessed.digest, "tokenizer": bundle_digest(self.tokenizer)},
+        )  # fmt: skip
+
+    # ---- Models ----------------------------------------------------------------------------------
+
+    @cached_property
+    def tokenizer(self) -> Path:
+        """The base bundle's tokenizer directory, or one trained on the pictures alone."""
+        if self.base is not None:
+            return self.base / "tokenizer"
+        recipe, config = self.recipe, self.recipe.tokenizer
+        size = recipe.preprocess.image_size
+
+        def work(context: StepContext) -> dict[str, Any]:
+            result = train.fit(
+                partial(
+                    autoencoding.build_training, self.pixels, config, size, cache=self.cache
+                ),
+                config.train,
+                storage=context.path,
+                name="tokenizer",
+                run=context.run,
+                on_progress=context.on_progress,
+            )
+            weights = best_weights(result.checkpoint)
+            save_tokenizer(context.path / "bundle", weights, config, size)
+            return result.metrics
+
+        trained = self.workspace.run(
+            "tokenizer",
+            work,
+            settings={"tokenizer": config.model_dump(mode="json"), "image_size": size},
+            inputs={"pixels": self.preprocessed.digest},
+        )
+        return trained.path / "bundle"
+
+    @cached_property
+    def aligner(self) -> Path:
+        """A trained aligner's directory, or one trained on all pictures and captions."""
+        recipe, config = self.recipe, self.recipe.aligner
+        if config.source is not None:
+            name = config.source.removeprefix("asset:")
+            return ASSETS / name if name != config.source else Path(config.source)
+
+        def work(context: StepContext) -> dict[str, Any]:
+            encoder = load_caption_encoder(recipe.caption_encoder, cache=self.cache)
+            build = partial(
+                build_aligner_training,
+                self.pixels,
+                self.captions.path / "data",
+                config,
+                image_size=recipe.preprocess.image_size,
+                caption_width=encoder.width,
+                max_tokens=recipe.caption_encoder.max_tokens,
+            )
+            result = train.fit(
+                build, config.train, storage=context.path, name="aligner", run=context.run,
+                on_progress=context.on_progress,
+            )  # fmt: skip
+            model = build().objective.model
+            model.load_state_dict(best_weights(result.checkpoint))
+            model.save(context.path / "bundle", identify(encoder))
+            return result.metrics
+
+        trained = self.workspace.run(
+            "aligner",
+            work,
+            settings={"aligner": config.model_dump(mode="json")},
+            inputs={"pixels": self.preprocessed.digest, "captions": self.captions.digest},
+        )
+        return trained.path / "bundle"
+
+    @cached_property
+    def generator(self) -> StepResult:
+        """The candidate: a bundle trained on image tokens and caption states."""
+        recipe, config = self.recipe, self.recipe.generator
+
+        def work(context: StepContext) -> dict[str, Any]:
+            encoder = load_caption_encoder(recipe.caption_encoder, cache=self.cache)
+            task = self._generator_task(encoder.width)
+            result = train.fit(
+                task.build, config.train, storage=context.path, name="generator", run=context.run,
+                on_progress=context.on_progress,
+            )  # fmt: skip
+            save_bundle(
+                context.path / "bundle",
+                weights=best_weights(result.checkpoint),
+                tokenizer=self.tokenizer,
+                image_size=recipe.preprocess.image_size,
+                config=config,
+                spec=task.spec,
+                caption_encoder=recipe.caption_encoder,
+                identity=identify(encoder),
+            )
+            return result.metrics
+
+        return self.workspace.run(
+            "generator",
+            work,
+            settings={"generator": config.model_dump(mode="json")},
+            inputs={
+                "tokens": self.tokens.digest,
+                "captions": self.captions.digest,
+                "base": bundle_digest(self.base) if self.base else "",
+            },
+        )
+
+    def _generator_task(self, caption_width: int) -> generation.GeneratorTask:
+        recipe, config = self.recipe, self.recipe.generator
+        tokens = self.tokens.path / "data"
+        found = set(pq.read_table(tokens, columns=["style"])["style"].to_pylist())
+        wanted = set(config.data.styles or found) - set(config.data.exclude_styles)
+        spec = generation.make_spec(
+            self.tokenizer, caption_width, sorted(found & wanted), self.base, config
+        )
+        return generation.GeneratorTask(
+            config=config,
+            spec=spec,
+            caption_encoder=recipe.caption_encoder,
+            tokenizer=self.tokenizer.absolute(),
+            tokens=tokens.absolute(),
+            captions=(self.captions.path / "data").absolute(),
+            cache=self.cache.absolute(),
+            base=self.base.absolute() if self.base else None,
+        )
+
+    # ---- Choosing --------------------------------------------------------------------------------
+
+    @cached_property
+    def champion(self) -> ResolvedModel | None:
+        return self.tracker.champion(self.recipe.promote.model_name)
+
+    @cached_property
+    def evaluation(self) -> StepResult:
+        """Candidate, champion and untuned base on the same pictures, with the floors beside them."""
+        candidate = self.generator.path / "bundle"
+        subjects = {"candidate": candidate}
+        if self.base is not None:
+            subjects["untuned"] = self.base
+        champion = self.champion
+        if champion is not None and bundle_digest(champion.path) != bundle_digest(candidate):
+            subjects["champion"] = champion.path
+        return self.workspace.run(
+            "evaluate",
+            partial(self._evaluate, subjects=subjects),
+            settings=self.recipe.evaluate.model_dump(mode="json"),
+            inputs={
+                "pixels": self.preprocessed.digest,
+                "aligner": bundle_digest(self.aligner),
+                **{name: bundle_digest(path) for name, path in subjects.items()},
+            },
+        )
+
+    def _evaluate(self, context: StepContext, *, subjects: Mapping[str, Path]) -> dict[str, Any]:
+        recipe = self.recipe
+        encoder = load_caption_encoder(recipe.caption_encoder, cache=self.cache)
+        eval_set = EvalSet.from_parquet(
+            self.pixels, recipe.evaluate, image_size=recipe.preprocess.image_size
+        )
+        judge = evaluate.Judge(
+            eval_set,
+            aligner=Aligner.load(self.aligner),
+            features=ImageNetFeatures(),
+            encoder=encoder,
+            config=recipe.evaluate,
+        )
+        tokenizer = load_tokenizer(self.tokenizer)
+        found = [judge.real(), judge.tokenizer(tokenizer)]
+        (context.path / "grids").mkdir(exist_ok=True)
+        losses = {"candidate": self.generator.values["validation_loss"]}
+        for name, path in subjects.items():
+            found.append(
+                judge.generator(
+                    load_generator(path, pretrained_cache=self.cache),
+                    name,
+                    validation_loss=losses.get(name),
+                    reconstruct=tokenizer,
+                    grids=context.path / "grids",
+                )
+            )
+        (context.path / "report.md").write_text(reports.markdown_table(found))
+        logger = RunLogger(context.run)
+        logger.files(context.path / "grids", folder="grids")
+        logger.files(context.path / "report.md", folder="")
+        return {"reports": {report.subject: reports.to_dict(report) for report in found}}
+
+    def _promote(self, bundle: Path, found: Mapping[str, EvalReport]) -> tuple[Decision, str]:
+        """Decide, register the candidate, and crown it if it won; repeated, it changes nothing."""
+        name, parent = self.recipe.promote.model_name, self.workspace.parent
+        champion = self.champion
+        if champion is not None and bundle_digest(champion.path) == bundle_digest(bundle):
+            reason = f"it is already the champion, version {champion.version}"
+            return Decision(True, (reason,)), champion.version
+        decision = decide(found["candidate"], found.get("champion"), self.recipe.promote)
+        write_card(bundle, self.recipe, found, [read_manifest(uri) for uri in self.shard_sets])
+        version = self.tracker.register(bundle, model_name=name, handle=parent)
+        record = {"promoted": decision.promoted, "reasons": decision.reasons, "version": version}
+        self.tracker.log_decision(parent, record)
+        if decision.promoted:
+            self.tracker.crown(name, version)
+        return decision, version

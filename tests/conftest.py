@@ -1,0 +1,79 @@
+"""What tests share: one Ray session, the converted caption encoder, a tiny but real bundle."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "240")
+
+import pytest
+import ray
+import torch
+from hypothesis import settings
+
+from pipeline.bundle import save_bundle, save_tokenizer
+from pipeline.config import CaptionEncoderConfig, GeneratorConfig, TokenizerConfig
+from pipeline.models import masked
+from pipeline.models._spec import ModelSpec
+from pipeline.runtime import start_ray
+from pipeline.text import HFCaptionEncoder, identify, load_caption_encoder
+from pipeline.tokenizers import fsq
+
+settings.register_profile("shared-machine", deadline=None, max_examples=50)
+settings.load_profile("shared-machine")
+
+TINY_TOKENIZER = TokenizerConfig(
+    levels=(5, 5, 5), widths=(16, 32), encoder_depths=(1, 1), decoder_depths=(1, 1)
+)
+TINY_GENERATOR = GeneratorConfig(width=32, depth=2, heads=2, caption_depth=1, num_steps=4)
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A local Ray for all tests of the run."""
+    started = start_ray()
+    yield
+    if started:
+        ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def pretrained_cache(request: pytest.FixtureRequest) -> Path:
+    """Converted pretrained models, kept from run to run."""
+    return Path(request.config.cache.mkdir("pretrained"))
+
+
+@pytest.fixture(scope="session")
+def encoder(pretrained_cache: Path) -> HFCaptionEncoder:
+    """The default caption encoder, for real."""
+    return load_caption_encoder(CaptionEncoderConfig(), cache=pretrained_cache)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, encoder: HFCaptionEncoder) -> Path:
+    """A bundle with random weights: everything real but the training."""
+    directory = tmp_path_factory.mktemp("bundle")
+    torch.manual_seed(0)
+    tokenizer = fsq.build(TINY_TOKENIZER, 64)
+    save_tokenizer(directory / "made", tokenizer.state_dict(), TINY_TOKENIZER, 64)
+    spec = ModelSpec(
+        codebook_size=tokenizer.codebook_size,
+        num_tokens=64,
+        levels=TINY_TOKENIZER.levels,
+        caption_width=encoder.width,
+        styles=("noto", "twemoji"),
+    )
+    save_bundle(
+        directory / "tiny",
+        weights=masked.build(TINY_GENERATOR, spec).state_dict(),
+        tokenizer=directory / "made",
+        image_size=64,
+        config=TINY_GENERATOR,
+        spec=spec,
+        caption_encoder=CaptionEncoderConfig(),
+        identity=identify(encoder),
+    )
+    return directory / "tiny"

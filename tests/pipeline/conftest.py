@@ -1,0 +1,62 @@
+"""Real things that the tests of the pipeline share: the shipped pictures, as tensors and Parquet."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.config import PreprocessConfig
+from pipeline.images import decode
+from pipeline.shards import ASSETS
+
+ROWS_A_STYLE = 64
+
+
+@pytest.fixture(scope="session")
+def icons() -> list[dict[str, Any]]:
+    """The first shipped pictures of every style, in the columns of preprocessed Parquet."""
+    rows: list[dict[str, Any]] = []
+    for shard in sorted((ASSETS / "emoji").glob("*.tar*")):
+        with tarfile.open(shard) as tar:
+            while member := tar.next():
+                if not member.name.endswith(".json"):
+                    continue
+                record = json.load(tar.extractfile(member))
+                if sum(row["style"] == record["style"] for row in rows) == ROWS_A_STYLE:
+                    continue
+                picture = tar.extractfile(tar.next()).read()
+                rows.append(_row(record, member.name.removesuffix(".json"), picture))
+                if len(rows) == 2 * ROWS_A_STYLE:
+                    return rows
+    raise AssertionError(f"only {len(rows)} shipped pictures")
+
+
+def _row(record: dict[str, Any], key: str, picture: bytes) -> dict[str, Any]:
+    wanted = {name: record[name] for name in ("group", "style", "captions")}
+    return {"key": key, "image": decode(picture, PreprocessConfig()).tobytes(), **wanted}
+
+
+@pytest.fixture(scope="session")
+def icon_images(icons: list[dict[str, Any]]) -> Tensor:
+    """uint8 (128, 3, 64, 64): 64 Noto pictures, then 64 Twemoji ones."""
+    flat = bytearray(b"".join(row["image"] for row in icons))
+    return torch.frombuffer(flat, dtype=torch.uint8).reshape(-1, 3, 64, 64)
+
+
+@pytest.fixture(scope="session")
+def pixels(icons: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The icons as preprocessed Parquet: of every five groups three train and two test."""
+    directory = tmp_path_factory.mktemp("pixels")
+    groups = sorted({row["group"] for row in icons})
+    split = {group: "train" if i % 5 < 3 else "test" for i, group in enumerate(groups)}
+    rows = [{**row, "split": split[row["group"]]} for row in icons]
+    pq.write_table(pa.Table.from_pylist(rows), directory / "part-0.parquet")
+    return directory

@@ -1,0 +1,70 @@
+"""Recipes: what is accepted, and how each mistake is explained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Recipe, load_recipe, recipe_names
+from pipeline.errors import RecipeError
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipes_load(name: str) -> None:
+    recipe = load_recipe(name, environment={})
+    assert recipe.name == name and recipe.description
+
+
+def test_command_line_wins_over_environment_wins_over_file() -> None:
+    environment = {
+        "TESSERA__GENERATOR__TRAIN__MAX_STEPS": "7",
+        "TESSERA__GENERATOR__TRAIN__LEARNING_RATE": "1e-4",
+    }
+    recipe = load_recipe("smoke", ["generator.train.max_steps=9"], environment)
+    assert recipe.generator.train.max_steps == 9
+    assert recipe.generator.train.learning_rate == 1e-4
+    assert recipe.generator.train.batch_size == 32
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("generator.widht=3", r"unknown key 'generator.widht'; did you mean 'width'"),
+        ("generator.train.qqq=3", r"unknown key 'generator.train.qqq'; known here: .*batch_size"),
+        ("generator.train.max_steps=many", r"generator.train.max_steps='many'.*integer"),
+        ("generator.train.max_steps=0", r"max_steps=0.*greater than or equal to 1"),
+        ("generator.train.optimizer=adam", r"optimizer='adam'.*'adamw'"),
+        ("generator.train.batch_size=7", r"batch_size=7 must be a multiple of .*num_workers=2"),
+        ("generator.width=66", r"width=66 must be a multiple of generator.heads=4"),
+        ("preprocess.image_size=60", r"image_size=60 must be a multiple of tokenizer.downsample=8"),
+        ("max_steps", r"not of the form section.key=value"),
+        ("generator.width=[", r"not a YAML value"),
+        ("name.first=x", r"'name' is a value, not a section"),
+    ],
+)
+def test_a_bad_override_says_what_is_wrong(override: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        load_recipe("emoji-base", [override], {})
+
+
+def test_unknown_recipes_and_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"there are: .*smoke.*Did you mean 'smoke'"):
+        load_recipe("smok")
+    with pytest.raises(RecipeError, match="no recipe file at"):
+        load_recipe(tmp_path / "none.yaml")
+    for text, said in (("a: [", "not YAML"), ("- a", "must hold a mapping"), ("nam: x", "'name'")):
+        broken = tmp_path / "broken.yaml"
+        broken.write_text(text)
+        with pytest.raises(RecipeError, match=said):
+            load_recipe(broken)
+
+
+def test_every_setting_beyond_the_obvious_is_described() -> None:
+    """Units and limits are where a user looks for them."""
+    obvious = {"seed", "schedule", "betas", "width", "heads", "dropout", "policy"}
+    for section in Recipe.model_fields.values():
+        fields = getattr(section.annotation, "model_fields", {})
+        for name, field in fields.items():
+            nested = hasattr(field.annotation, "model_fields")
+            assert field.description or nested or name in obvious or "weight" in name, name

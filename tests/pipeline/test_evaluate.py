@@ -1,0 +1,246 @@
+"""Evaluation sets are fair, and a judge tells good generators from bad ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipeline.aligner import Aligner, AlignerObjective
+from pipeline.config import AlignerConfig, EvaluateConfig
+from pipeline.contracts import EvalReport, GenerationRequest
+from pipeline.errors import DataError
+from pipeline.evalset import EvalSet
+from pipeline.evaluate import Judge, evaluate
+from pipeline.images import to_float, to_uint8
+from pipeline.metrics import ImageNetFeatures
+from pipeline.reports import from_dict, markdown_table, metric_values, to_dict, unpack_hits
+from pipeline.text import HFCaptionEncoder
+
+CONFIG = EvaluateConfig(
+    num_pictures=32, styles=("twemoji", "noto"), guidance_scales=(1.0,), bootstrap=100, batch_size=8
+)
+
+
+@pytest.fixture(scope="module")
+def eval_set(pixels: Path) -> EvalSet:
+    return EvalSet.from_parquet(pixels, CONFIG, image_size=64)
+
+
+@pytest.fixture(scope="module")
+def aligner(icon_images: Tensor, icons: list[dict], encoder: HFCaptionEncoder) -> Aligner:
+    """Learned these very icons by heart."""
+    torch.manual_seed(0)
+    config = AlignerConfig(embedding=64, widths=(32, 48, 64), depths=(1, 1, 1), label_smoothing=0.0)
+    objective = AlignerObjective(config, image_size=64, caption_width=encoder.width)
+    groups = {group: i for i, group in enumerate(sorted({row["group"] for row in icons}))}
+    batches = []
+    for language in ("en", "zh"):
+        texts = [
+            next(c["text"] for c in row["captions"] if c["language"] == language) for row in icons
+        ]
+        states, mask = encoder.encode(texts)
+        group = torch.tensor([groups[row["group"]] for row in icons])
+        batches.append(
+            {"images": icon_images, "caption_states": states, "caption_mask": mask, "group": group}
+        )
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=2e-3)
+    for step in range(80):
+        optimizer.zero_grad()
+        objective.losses(batches[step % 2], "align")["loss"].backward()
+        optimizer.step()
+    return objective.model.eval()
+
+
+@pytest.fixture(scope="module")
+def judge(eval_set: EvalSet, aligner: Aligner, encoder: HFCaptionEncoder) -> Judge:
+    return Judge(
+        eval_set, aligner=aligner, features=ImageNetFeatures(64), encoder=encoder, config=CONFIG
+    )
+
+
+class Oracle:
+    """Draws the very picture a caption belongs to, as well as `quality` allows."""
+
+    image_size = 64
+    tasks = frozenset({"text_to_image"})
+    styles = ("noto", "twemoji")
+
+    def __init__(self, eval_set: EvalSet, quality: float = 1.0) -> None:
+        self.quality = quality
+        self.calls: list[GenerationRequest] = []
+        self.pictures = {
+            (pictures.style, caption): image
+            for pictures in eval_set.sets
+            for captions in pictures.captions.values()
+            for caption, image in zip(captions, pictures.images, strict=False)
+        }
+
+    def generate(self, requests: Sequence[GenerationRequest], *, on_step: object = None) -> Tensor:
+        self.calls.extend(requests)
+        drawn = []
+        for request in requests:
+            quality = 0.3 if request.guidance_scale == 1.0 else self.quality
+            generator = torch.Generator().manual_seed(request.seed)
+            noise = torch.randint(0, 256, (3, 64, 64), generator=generator)
+            image = self.pictures[request.style, request.prompt].float()
+            drawn.append(quality * image + (1 - quality) * noise)
+        return torch.stack(drawn).to(torch.uint8)
+
+
+class Coarse:
+    """An image tokenizer that keeps one colour a cell, as 24 bits."""
+
+    codebook_size, grid_size, image_size = 2**24, 16, 64
+
+    def encode(self, images: Tensor) -> Tensor:
+        colours = to_uint8(torch.nn.functional.avg_pool2d(images, 4)).long().flatten(2)
+        return colours[:, 0] * 65_536 + colours[:, 1] * 256 + colours[:, 2]
+
+    def decode(self, image_tokens: Tensor) -> Tensor:
+        planes = [image_tokens // 65_536, image_tokens // 256 % 256, image_tokens % 256]
+        colours = torch.stack(planes, 1).view(-1, 3, 16, 16)
+        return to_float(colours.repeat_interleave(4, 2).repeat_interleave(4, 3))
+
+
+# ---- The evaluation set --------------------------------------------------------------------------
+
+
+def test_sets_are_chosen_by_split_and_have_one_right_answer(
+    eval_set: EvalSet, pixels: Path
+) -> None:
+    split = {row["key"]: row["split"] for row in pq.read_table(pixels).to_pylist()}
+    group = {row["key"]: row["group"] for row in pq.read_table(pixels).to_pylist()}
+    assert [(s.style, s.name) for s in eval_set.sets] == [
+        ("twemoji", "seen"), ("twemoji", "unseen"), ("noto", "seen"), ("noto", "unseen"),
+    ]  # fmt: skip
+    for pictures in eval_set.sets:
+        wanted = {"seen": "train", "unseen": "test"}[pictures.name]
+        assert {split[key] for key in pictures.keys} == {wanted}
+        assert len({group[key] for key in pictures.keys}) == len(pictures) == len(pictures.images)
+        for captions in pictures.captions.values():
+            assert len(set(captions)) == len(captions) == CONFIG.num_pictures
+    assert len(eval_set.sets[1]) < CONFIG.num_pictures, "distractors must have filled it up"
+    assert len(eval_set.training["noto"]) == sum(
+        key.startswith("noto") and s == "train" for key, s in split.items()
+    )
+
+
+def test_the_choice_depends_on_the_seed_alone(eval_set: EvalSet, pixels: Path) -> None:
+    again = EvalSet.from_parquet(pixels, CONFIG, image_size=64)
+    other = EvalSet.from_parquet(pixels, CONFIG.model_copy(update={"seed": 1}), image_size=64)
+    assert again.digest == eval_set.digest != other.digest
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"languages": ("de",)}, r"no caption in de; their captions are in en, zh"),
+        ({"styles": ("fluent",)}, "fluent"),
+    ],
+)
+def test_impossible_sets_are_refused(change: dict, message: str, pixels: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        EvalSet.from_parquet(pixels, CONFIG.model_copy(update=change), image_size=64)
+
+
+# ---- The judge -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reports(
+    judge: Judge, eval_set: EvalSet, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, EvalReport]:
+    grids = tmp_path_factory.mktemp("grids")
+    found = {"real": judge.real(), "tokenizer": judge.tokenizer(Coarse())}
+    for subject, quality in (("good", 0.9), ("bad", 0.3)):
+        found[subject] = judge.generator(
+            Oracle(eval_set, quality), subject, validation_loss=3.5, tokenizer=Coarse(), grids=grids
+        )
+    return found
+
+
+def test_floors_and_generators_come_in_the_right_order(reports: dict[str, EvalReport]) -> None:
+    values = {name: metric_values(report) for name, report in reports.items()}
+    for metric in ("retrieval", "noto/retrieval"):
+        assert values["real"][metric] > 0.9
+        assert values["good"][metric] > values["bad"][metric] + 0.2
+        assert values["tokenizer"][metric] > values["bad"][metric]
+    assert values["good"]["retrieval_seen_zh"] > 0.8
+    assert values["good"]["kid_unseen"] < values["bad"]["kid_unseen"]
+    assert values["real"]["retrieval_seen_shuffled"] < 0.1
+    assert values["tokenizer"]["psnr_unseen"] > 10 and 0 < values["tokenizer"]["ssim_seen"] < 1
+    assert values["good"]["nearest_seen"] < values["good"]["nearest_unseen"]
+
+
+def test_guidance_scales_are_reported_beside(reports: dict[str, EvalReport]) -> None:
+    values = metric_values(reports["good"])
+    assert values["guidance_1/retrieval_seen"] < values["retrieval_seen"]
+    assert values["guidance_1/kid_seen"] > values["kid_seen"]
+
+
+def test_speed_and_validation_loss_are_in_the_report(reports: dict[str, EvalReport]) -> None:
+    metrics = reports["good"].metrics
+    assert metrics["seconds_per_picture"].value > 0 and metrics["latency_s"].value > 0
+    assert metrics["validation_loss"].value == 3.5
+
+
+def test_reports_survive_json_and_make_a_table(reports: dict[str, EvalReport]) -> None:
+    report = reports["good"]
+    assert from_dict(json.loads(json.dumps(to_dict(report)))) == report
+    assert unpack_hits(report, "retrieval").mean() == report.metrics["retrieval"].value
+    table = markdown_table(list(reports.values()))
+    assert table.startswith("| metric | real | tokenizer | good | bad |\n|---|---|")
+    assert table.count("\n| retrieval |") == 1
+    with pytest.raises(DataError, match="evaluate again"):
+        from_dict({"subject": "x"})
+
+
+def test_grids_show_real_tokens_and_every_language(reports: dict[str, EvalReport]) -> None:
+    grids = reports["good"].grids
+    assert set(grids) == {"twemoji-seen", "twemoji-unseen", "noto-seen", "noto-unseen"}
+    with Image.open(grids["twemoji-seen"]) as wide, Image.open(grids["noto-seen"]) as narrow:
+        assert wide.width > narrow.width > 3 * 128
+
+
+def test_requests_carry_style_and_seed_and_only_known_styles(
+    judge: Judge, eval_set: EvalSet
+) -> None:
+    class NotoOnly(Oracle):
+        styles = ("noto",)
+
+        def generate(self, requests: Sequence[GenerationRequest], **_: object) -> Tensor:
+            self.calls.extend(requests)
+            return torch.zeros(len(requests), 3, 64, 64, dtype=torch.uint8)
+
+    generator = NotoOnly(eval_set)
+    report = evaluate(
+        generator, eval_set, aligner=judge.aligner, features=judge.features,
+        encoder=_Same(judge), config=CONFIG.model_copy(update={"guidance_scales": ()}),
+        subject="untuned",
+    )  # fmt: skip
+    assert {request.style for request in generator.calls} == {None, "noto"}
+    first = generator.calls[: len(eval_set.sets[0])]
+    assert [request.seed for request in first] == list(range(len(first)))
+    assert report.metrics["retrieval"].value < 0.1, "black pictures show nothing"
+
+
+class _Same:
+    """Stands in for the encoder, whose captions the judge has already embedded."""
+
+    width, max_tokens = 384, 24
+
+    def __init__(self, judge: Judge) -> None:
+        self.width = judge.aligner.caption_width
+
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        states = torch.randn(
+            len(captions), 2, self.width, generator=torch.Generator().manual_seed(0)
+        )
+        return states, torch.ones(len(captions), 2, dtype=torch.bool)

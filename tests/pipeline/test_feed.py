@@ -1,0 +1,85 @@
+"""The order of training rows: a permutation an epoch, whatever the number of workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import feed
+from pipeline.config import PictureFilter
+from pipeline.errors import DataError
+
+
+@given(
+    length=st.integers(1, 200), batch_size=st.integers(1, 64), seed=st.integers(0, 9),
+    steps=st.integers(1, 20),
+)  # fmt: skip
+def test_every_epoch_is_a_permutation(length: int, batch_size: int, seed: int, steps: int) -> None:
+    rows = np.concatenate(
+        [
+            feed.global_rows(step, length=length, batch_size=batch_size, seed=seed)
+            for step in range(steps)
+        ]
+    )
+    for start in range(0, len(rows) - length + 1, length):
+        assert sorted(rows[start : start + length]) == list(range(length))
+
+
+@given(world_size=st.sampled_from([1, 2, 4]), step=st.integers(0, 50))
+def test_ranks_share_a_step_without_overlap(world_size: int, step: int) -> None:
+    data = feed.PictureDataset(np.arange(30 * 3 * 4 * 4, dtype=np.uint8).reshape(30, 3, 4, 4))
+    together = feed.training_batch(data, step, batch_size=8, seed=1, rank=0, world_size=1)["images"]
+    shares = [
+        feed.training_batch(data, step, batch_size=8, seed=1, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    interleaved = torch.stack([share["images"] for share in shares], 1).flatten(0, 1)
+    assert torch.equal(interleaved, together)
+
+
+@given(length=st.integers(1, 300), num_batches=st.integers(1, 9), world_size=st.integers(1, 3))
+def test_validation_rows_are_fixed_and_split(length: int, num_batches: int, world_size: int) -> None:
+    shares = [
+        feed.validation_rows(
+            length, batch_size=16, num_batches=num_batches, rank=rank, world_size=world_size
+        )
+        for rank in range(world_size)
+    ]
+    rows = np.concatenate([batch for share in shares for batch in share])
+    assert len(rows) == min(length, 16 * num_batches) == len(set(rows.tolist()))
+
+
+def test_filters_name_what_they_left_nothing_of(tmp_path: Path) -> None:
+    table = pa.table({"key": ["b", "a"], "split": ["train", "test"], "style": ["x", "y"]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    assert feed.read_table(tmp_path)["key"].to_pylist() == ["a", "b"]
+    assert feed.read_table(tmp_path, split="train")["key"].to_pylist() == ["b"]
+    assert feed.read_table(tmp_path, only=PictureFilter(exclude_styles=("x",))).num_rows == 1
+    with pytest.raises(DataError, match=r"none of the 2 pictures.*split='train'"):
+        feed.read_table(tmp_path, split="train", only=PictureFilter(styles=("y",)))
+
+
+def test_captions_are_padded_and_views_are_drawn(tmp_path: Path) -> None:
+    np.save(tmp_path / "states.npy", np.arange(10, dtype=np.float16).reshape(5, 2))
+    np.save(tmp_path / "offsets.npy", np.array([0, 2, 5]))
+    captions = feed.CaptionStates(tmp_path, max_tokens=4)
+    tokens = np.arange(2 * 3 * 4, dtype=np.uint16).reshape(2, 3, 4)
+    data = feed.CaptionedDataset(
+        arrays={"image_tokens": tokens}, viewed=frozenset({"image_tokens"}),
+        caption_ids=[np.array([0]), np.array([1, 0])], captions=captions,
+        style=np.array([0, 1]), group=np.array([0, 1]),
+    )  # fmt: skip
+    first = data.batch(np.array([0, 1]), None)
+    assert first["image_tokens"].tolist() == tokens[:, 0].tolist()
+    assert first["caption_mask"].tolist() == [[True, True, False, False], [True, True, True, False]]
+    assert first["caption_states"][0, 2:].abs().sum() == 0
+    drawn = [data.batch(np.array([1]), np.random.default_rng(i)) for i in range(40)]
+    assert {tuple(d["image_tokens"][0].tolist()) for d in drawn} == set(map(tuple, tokens[1]))
+    assert {int(d["caption_mask"].sum()) for d in drawn} == {2, 3}

@@ -1,0 +1,178 @@
+"""Pictures in, pixels out: every format, every reason for refusal, the range [-1, 1]."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline.config import PreprocessConfig
+from pipeline.images import BadPicture, decode, encode_png, grid, to_float, to_pil, to_uint8
+
+CONFIG = PreprocessConfig(image_size=32)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format=kind, **options)
+    return stream.getvalue()
+
+
+def noise(width: int, height: int) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds no pixels."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+    data = b"IDAT" + zlib.compress(b"")
+    chunks += struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True})])
+def test_lossless_pictures_of_the_right_size_keep_every_pixel(kind: str, options: dict) -> None:
+    image = noise(32, 32)
+    found = decode(encoded(image, kind, **options), CONFIG)
+    assert found.shape == (3, 32, 32) and found.dtype == np.uint8
+    np.testing.assert_array_equal(found, np.asarray(image).transpose(2, 0, 1))
+
+
+def test_jpeg_is_turned_upright_by_its_exif_tag() -> None:
+    image = Image.new("RGB", (64, 64), "blue")
+    image.paste("red", (0, 0, 64, 32))  # red above blue
+    exif = Image.Exif()
+    exif[0x0112] = 3  # stored upside down
+    found = decode(encoded(image.rotate(180), "JPEG", quality=95, exif=exif), CONFIG)
+    assert found[0, :14].min() > 200 and found[2, 18:].min() > 200
+
+
+def test_transparent_pixels_are_white_before_resizing() -> None:
+    image = Image.new("RGBA", (64, 64), (0, 0, 0, 0))  # black under full transparency
+    image.paste((255, 0, 0, 255), (16, 16, 48, 48))
+    found = decode(encoded(image), CONFIG)
+    assert found[:, 0, 0].tolist() == [255, 255, 255]
+    assert found[0].min() > 250, "red on white has a full red channel everywhere: no dark fringe"
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "1", "CMYK", "I;16", "RGBA"])
+def test_every_colour_mode_becomes_rgb(mode: str) -> None:
+    if mode == "I;16":
+        image = Image.fromarray(np.full((40, 40), 128 << 8, np.uint16))
+    else:
+        image = Image.new("RGB", (40, 40), (128, 128, 128)).convert(mode)
+    found = decode(encoded(image, "JPEG" if mode == "CMYK" else "PNG"), CONFIG)
+    assert found.shape == (3, 32, 32)
+    if mode != "1":
+        assert abs(int(found.mean()) - 128) <= 3
+
+
+def test_padding_is_white_and_cropping_keeps_the_centre() -> None:
+    image = Image.new("RGB", (64, 32), "black")
+    image.paste("lime", (16, 0, 48, 32))
+    padded = decode(encoded(image), CONFIG)
+    cropped = decode(encoded(image), PreprocessConfig(image_size=32, square="center_crop"))
+    assert padded[:, 0].min() == 255 and padded[:, 16, 0].max() == 0
+    assert cropped[1].min() == 255 and cropped[0].max() == 0
+
+
+def test_shrinking_is_antialiased() -> None:
+    checkers = (np.indices((128, 128)).sum(0) % 2 * 255).astype(np.uint8)
+    found = decode(encoded(Image.fromarray(checkers)), CONFIG)
+    assert found.min() >= 120 and found.max() <= 135
+
+
+@pytest.mark.parametrize(
+    ("picture", "reason"),
+    [
+        (b"", "undecodable"),
+        (b"not a picture at all", "undecodable"),
+        (encoded(noise(32, 32), "GIF"), "undecodable"),
+        (encoded(noise(32, 32), "BMP"), "undecodable"),
+        (encoded(noise(64, 64))[:2000], "truncated"),
+        (encoded(noise(64, 64), "JPEG")[:1000], "truncated"),
+        (encoded(noise(64, 64), "WEBP")[:1000], "truncated"),
+        (encoded(noise(8, 64)), "too_small"),
+        (encoded(noise(20, 100)), "extreme_aspect"),
+        (png_header(9000, 9000), "bomb"),
+        (png_header(60_000, 60_000), "bomb"),
+    ],
+)
+def test_what_cannot_be_used_says_why(picture: bytes, reason: str) -> None:
+    with pytest.raises(BadPicture) as caught:
+        decode(picture, CONFIG)
+    assert caught.value.reason == reason
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(["PNG", "WEBP", "JPEG"]), st.data())
+def test_damaged_pictures_raise_nothing_but_bad_picture(kind: str, data: st.DataObject) -> None:
+    picture = bytearray(encoded(noise(24, 24), kind))
+    for _ in range(8):
+        picture[data.draw(st.integers(0, len(picture) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        assert decode(bytes(picture), CONFIG).shape == (3, 32, 32)
+    except BadPicture as bad:
+        assert bad.reason in {
+            "undecodable",
+            "truncated",
+            "bomb",
+            "too_small",
+            "extreme_aspect",
+        }
+
+
+def test_the_range_round_trips_every_byte_and_clamps() -> None:
+    every = torch.arange(256, dtype=torch.uint8).expand(1, 3, 2, 256)
+    floats = to_float(every)
+    assert floats.min() == -1 and floats.max() == 1 and floats.dtype == torch.float32
+    assert torch.equal(to_uint8(floats), every)
+    assert to_uint8(torch.tensor([-7.0, 7.0, 0.0])).tolist() == [0, 255, 128]
+    assert torch.equal(every, torch.arange(256, dtype=torch.uint8).expand(1, 3, 2, 256))
+
+
+def test_png_keeps_pixels_and_metadata_of_any_language() -> None:
+    image = np.asarray(noise(16, 16)).transpose(2, 0, 1)
+    said = {"prompt": "一个红苹果", "seed": "7"}
+    opened = Image.open(io.BytesIO(encode_png(image, said)))
+    np.testing.assert_array_equal(np.asarray(opened).transpose(2, 0, 1), image)
+    assert {name: str(opened.info[name]) for name in said} == said
+
+
+def test_grid_places_pictures_row_by_row() -> None:
+    images = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
+    images[3] = 200
+    sheet = np.asarray(grid(images, columns=3, gap=2))
+    assert sheet.shape == (2 * 10 + 2, 3 * 10 + 2, 3)
+    assert (sheet[12:20, 2:10] == 200).all(), "the fourth picture opens the second row"
+    assert (sheet[12:20, 22:30] == 255).all(), "the last cell stays empty"
+
+
+def test_grid_draws_labels_and_refuses_wrong_numbers_of_them() -> None:
+    images = np.full((4, 3, 32, 32), 255, np.uint8)
+    sheet = grid(
+        images,
+        columns=2,
+        row_labels=["apple", "苹果"],
+        column_labels=["a", "b"],
+        captions=["one", "two", "three", "a caption much too long for its picture"],
+    )
+    assert np.asarray(sheet).min() < 100, "labels are dark"
+    with pytest.raises(ValueError, match="captions has 3 entries, the grid needs 4"):
+        grid(images, columns=2, captions=["a", "b", "c"])
+    with pytest.raises(ValueError, match="needs pictures and columns"):
+        grid(images[:0], columns=2)
+
+
+def test_to_pil_takes_arrays_and_tensors() -> None:
+    image = np.asarray(noise(8, 4)).transpose(2, 0, 1)
+    assert to_pil(image).tobytes() == to_pil(torch.from_numpy(image.copy())).tobytes()

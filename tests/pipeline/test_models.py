@@ -1,0 +1,203 @@
+"""The contract every generator family keeps; a new file in pipeline/models inherits it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline import registry
+from pipeline.bundle import load_bundle, load_generator
+from pipeline.config import GeneratorConfig
+from pipeline.contracts import GenerationRequest, ImageGenerator
+from pipeline.errors import BundleError, RecipeError, RequestError
+from pipeline.finetune import apply_policy
+from pipeline.models._spec import ModelSpec
+
+SPEC = ModelSpec(codebook_size=60, num_tokens=16, levels=(5, 4, 3), caption_width=24, styles=("a", "b"))
+CONFIG = GeneratorConfig(
+    width=64, depth=2, heads=4, caption_depth=1, dropout=0, caption_dropout=0, style_dropout=0,
+    label_smoothing=0, num_steps=4, num_styles=4,
+)  # fmt: skip
+REQUEST = GenerationRequest("红苹果", seed=7, style="noto")
+
+families = pytest.mark.parametrize("family", registry.names("models"))
+
+
+def toy_batch(size: int = 4) -> dict[str, torch.Tensor]:
+    """Random tokens and captions of different lengths."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.arange(size) % 5 + 2
+    return {
+        "image_tokens": torch.randint(SPEC.codebook_size, (size, 16), generator=generator),
+        "caption_states": torch.randn(size, 6, 24, generator=generator).half(),
+        "caption_mask": torch.arange(6) < lengths[:, None],
+        "style": torch.arange(size) % 2,
+        "group": torch.arange(size),
+    }
+
+
+def objective(family: str, config: GeneratorConfig = CONFIG) -> nn.Module:
+    torch.manual_seed(0)
+    module = registry.load("models", family)
+    made: nn.Module = module.Objective(module.build(config, SPEC), config)
+    return made
+
+
+@families
+def test_losses_are_finite_scalars_in_every_phase(family: str) -> None:
+    made = objective(family)
+    for phase in made.phases:
+        losses = made.losses(toy_batch(), phase)
+        assert all(value.ndim == 0 and torch.isfinite(value) for value in losses.values())
+        losses["loss"].backward()
+
+
+@families
+def test_overfits_one_batch(family: str) -> None:
+    made, batch = objective(family), toy_batch()
+    optimizer = torch.optim.AdamW(made.parameters(), lr=3e-3, weight_decay=0)
+    first = last = float("nan")
+    for step in range(250):
+        torch.manual_seed(step)
+        loss = made.losses(batch, made.phases[-1])["loss"]
+        last = loss.item()
+        first = last if step == 0 else first
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert first > 3 and last < 0.3, (first, last)
+
+
+@families
+def test_captions_and_styles_change_the_loss(family: str) -> None:
+    made, batch = objective(family), toy_batch()
+    for parameter in made.parameters():  # away from the zeros of initialisation
+        nn.init.normal_(parameter, std=0.1)
+    made.eval()
+
+    def loss(**changes: torch.Tensor) -> float:
+        torch.manual_seed(3)
+        return float(made.losses(batch | changes, made.phases[-1])["loss"])
+
+    assert loss() == loss()
+    assert loss() != loss(caption_states=batch["caption_states"].flip(0))
+    assert loss() != loss(style=1 - batch["style"])
+
+
+@families
+@pytest.mark.parametrize("policy", ["full", "head", "frozen"])
+def test_only_what_the_policy_chooses_moves(family: str, policy: str) -> None:
+    made = objective(family)
+    trainable, total = apply_policy(made.model, policy)
+    before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in made.model.parameters() if p.requires_grad], lr=0.1)
+    for step in range(2):
+        torch.manual_seed(step)
+        made.losses(toy_batch(), made.phases[-1])["loss"].backward()
+        optimizer.step()
+    for name, parameter in made.model.named_parameters():
+        if not parameter.requires_grad:
+            assert torch.equal(before[name], parameter), name
+    assert 0 < trainable <= total and (trainable == total) == (policy == "full")
+
+
+def test_an_unknown_policy_or_family_lists_what_exists() -> None:
+    with pytest.raises(RecipeError, match=r"maskd.*masked"):
+        registry.load("models", "maskd")
+    with pytest.raises(RecipeError, match="full"):
+        apply_policy(nn.Linear(2, 2), "head")
+
+
+class TestBundle:
+    """On a bundle as it lies on disk, with the real caption encoder."""
+
+    @pytest.fixture(scope="class")
+    def generator(self, tiny_bundle: Path, pretrained_cache: Path) -> ImageGenerator:
+        """Its random weights enlarged, so that captions, styles and noise all matter."""
+        loaded = load_generator(tiny_bundle, pretrained_cache=pretrained_cache, device="cpu")
+        torch.manual_seed(1)
+        for parameter in loaded.model.parameters():  # type: ignore[attr-defined]
+            nn.init.normal_(parameter, std=0.15)
+        return loaded
+
+    def test_keeps_the_seam(self, generator: ImageGenerator) -> None:
+        assert isinstance(generator, ImageGenerator)
+        images = generator.generate([REQUEST, replace(REQUEST, seed=8)])
+        assert images.dtype == torch.uint8 and images.shape == (2, 3, 64, 64)
+
+    def test_same_request_same_picture_whatever_the_batch(self, generator: ImageGenerator) -> None:
+        alone = generator.generate([REQUEST])[0]
+        others = [
+            GenerationRequest("dog", seed=1, guidance_scale=1.0, num_steps=9, temperature=0.5),
+            GenerationRequest("a much longer caption about a red house by the sea", seed=2),
+        ]
+        assert torch.equal(alone, generator.generate([REQUEST])[0])
+        assert torch.equal(alone, generator.generate([*others, REQUEST])[2])
+
+    @pytest.mark.parametrize(
+        "change", [{"seed": 8}, {"prompt": "蓝色的狗"}, {"guidance_scale": 9.0}, {"style": "twemoji"}]
+    )
+    def test_what_is_asked_matters(
+        self, generator: ImageGenerator, change: dict[str, object]
+    ) -> None:
+        asked = generator.generate([REQUEST, replace(REQUEST, **change)])
+        assert not torch.equal(asked[0], asked[1])
+
+    def test_steps_are_reported(self, generator: ImageGenerator) -> None:
+        seen: list[tuple[int, int]] = []
+        generator.generate([REQUEST], on_step=lambda done, total: seen.append((done, total)))
+        assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+    @pytest.mark.parametrize(
+        ("change", "param"),
+        [
+            ({"prompt": "  "}, "prompt"),
+            ({"seed": -1}, "seed"),
+            ({"seed": 2**63}, "seed"),
+            ({"guidance_scale": float("nan")}, "guidance_scale"),
+            ({"guidance_scale": 0.5}, "guidance_scale"),
+            ({"temperature": -1.0}, "temperature"),
+            ({"num_steps": 0}, "num_steps"),
+            ({"style": "rembrandt"}, "style"),
+        ],
+    )
+    def test_requests_outside_the_limits_are_refused_by_name(
+        self, generator: ImageGenerator, change: dict[str, object], param: str
+    ) -> None:
+        with pytest.raises(RequestError) as caught:
+            generator.generate([REQUEST, replace(REQUEST, **change)])
+        assert caught.value.param == param
+
+    def test_saved_weights_come_back_bit_for_bit(self, tiny_bundle: Path) -> None:
+        first, second = load_bundle(tiny_bundle), load_bundle(tiny_bundle)
+        for name, tensor in first.model.state_dict().items():
+            assert torch.equal(tensor, second.model.state_dict()[name])
+            assert torch.equal(tensor, tensor.half().float()), "stored as float16"
+        assert first.digest == second.digest
+
+    @pytest.mark.parametrize("damage", ["flip", "missing", "manifest", "format"])
+    def test_a_damaged_bundle_is_refused(
+        self, tiny_bundle: Path, tmp_path: Path, damage: str
+    ) -> None:
+        copy = tmp_path / "copy"
+        (copy / "tokenizer").mkdir(parents=True)
+        for file in tiny_bundle.rglob("*"):
+            if file.is_file():
+                (copy / file.relative_to(tiny_bundle)).write_bytes(file.read_bytes())
+        weights, manifest = copy / "model.safetensors", copy / "config.json"
+        if damage == "flip":
+            content = bytearray(weights.read_bytes())
+            content[-1] ^= 1
+            weights.write_bytes(content)
+        elif damage == "missing":
+            weights.unlink()
+        elif damage == "manifest":
+            manifest.write_text("{")
+        else:
+            manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 99'))
+        with pytest.raises(BundleError, match="copy"):
+            load_bundle(copy)

@@ -1,0 +1,88 @@
+"""The gate: first champion, better, worse, forgetful, by chance, incomparable."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pipeline.config import PromoteConfig
+from pipeline.contracts import EvalReport, Interval
+from pipeline.errors import DataError
+from pipeline.metrics import mean_interval
+from pipeline.promotion import decide
+from pipeline.reports import pack_hits
+
+RULE = PromoteConfig(min_kid_gain=0.01, min_retrieval_gain=0.0, max_forgetting=0.15)
+
+
+def report(
+    *, kid: float, hits: int, other_hits: int = 80, subject: str = "candidate"
+) -> EvalReport:
+    """A report of 200 pictures in the gated style and 200 of Noto."""
+    metrics = {"kid_unseen": Interval(kid, kid - 0.005, kid + 0.005)}
+    packed = {}
+    for name, count in (("retrieval", hits), ("noto/retrieval", other_hits)):
+        found = (np.arange(200) < count).astype(float)
+        metrics[name] = mean_interval(found, bootstrap=100, seed=0)
+        packed[name] = pack_hits(found)
+    return EvalReport(subject, metrics, {"eval_set": "same", "hits": packed})
+
+
+CHAMPION = report(kid=0.10, hits=40, subject="champion")
+
+
+def test_the_first_candidate_is_promoted() -> None:
+    decision = decide(report(kid=0.5, hits=1), None, RULE)
+    assert decision.promoted
+    assert decision.reasons == (
+        "there is no champion yet; KID 0.500 [0.495, 0.505], retrieval 0.005 [0.000, 0.015]",
+    )
+
+
+def test_a_better_candidate_is_promoted_with_numbers() -> None:
+    decision = decide(report(kid=0.05, hits=60), CHAMPION, RULE)
+    assert decision.promoted and len(decision.reasons) == 3
+    kid, retrieval, noto = decision.reasons
+    assert kid.startswith("yes: KID") and "0.100 [0.095, 0.105]" in kid and "apart" in kid
+    assert "a gain of 0.0500, more than 0.01 is needed" in kid
+    assert retrieval.startswith("yes: retrieval went from 0.200") and "beyond chance" in retrieval
+    assert noto.startswith("yes: on noto") and "within chance" in noto
+
+
+@pytest.mark.parametrize(
+    ("candidate", "culprit"),
+    [
+        (report(kid=0.095, hits=60), 0),
+        (report(kid=0.05, hits=39), 1),
+        (report(kid=0.05, hits=60, other_hits=40), 2),
+    ],
+    ids=["kid hardly falls", "retrieval falls", "forgets noto"],
+)
+def test_one_broken_rule_is_enough(candidate: EvalReport, culprit: int) -> None:
+    decision = decide(candidate, CHAMPION, RULE)
+    assert not decision.promoted
+    assert [reason.startswith("no: ") for reason in decision.reasons] == [
+        i == culprit for i in range(3)
+    ]
+
+
+def test_a_tolerance_may_allow_a_small_fall() -> None:
+    lenient = RULE.model_copy(update={"min_retrieval_gain": -0.05})
+    assert decide(report(kid=0.05, hits=35), CHAMPION, lenient).promoted
+
+
+def test_a_champion_is_not_replaced_by_itself() -> None:
+    assert not decide(CHAMPION, CHAMPION, PromoteConfig()).promoted
+
+
+def test_not_a_number_never_wins() -> None:
+    broken = report(kid=float("nan"), hits=200)
+    assert not decide(broken, CHAMPION, RULE).promoted
+
+
+def test_other_pictures_cannot_be_compared() -> None:
+    other = replace(CHAMPION, details={**CHAMPION.details, "eval_set": "other"})
+    with pytest.raises(DataError, match="on the same evaluation set"):
+        decide(report(kid=0.05, hits=60), other, RULE)

@@ -1,0 +1,63 @@
+"""Guidance, noise and schedules, against their formulas."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pipeline.models import _sampling as sampling
+
+
+def test_cosine_schedule_begins_hidden_and_ends_known() -> None:
+    ratio = sampling.cosine_mask_ratio(torch.tensor([0.0, 0.5, 1.0]))
+    torch.testing.assert_close(ratio, torch.tensor([1.0, math.cos(math.pi / 4), 0.0]))
+
+
+@pytest.mark.parametrize("rectangles", [0.0, 1.0])
+def test_masks_hide_a_cosine_share(rectangles: float) -> None:
+    torch.manual_seed(0)
+    masks = sampling.random_masks(
+        4000, 8, rectangle_fraction=rectangles, device=torch.device("cpu")
+    )
+    assert masks.shape == (4000, 64) and masks.any(1).all()
+    assert masks.float().mean().item() == pytest.approx(2 / math.pi, abs=0.03)
+
+
+def test_rectangles_are_rectangles() -> None:
+    torch.manual_seed(0)
+    masks = sampling.random_masks(50, 8, rectangle_fraction=1.0, device=torch.device("cpu"))
+    for mask in masks.view(-1, 8, 8):
+        rows, columns = mask.any(1), mask.any(0)
+        assert torch.equal(mask, rows[:, None] & columns[None, :])
+
+
+def test_guidance_interpolates_and_extrapolates() -> None:
+    conditional, unconditional = torch.randn(2, 3, 4, 5)
+    scale = torch.tensor([0.0, 1.0, 3.0])
+    guided = sampling.classifier_free_guidance(conditional, unconditional, scale)
+    torch.testing.assert_close(guided[0], unconditional[0])
+    torch.testing.assert_close(guided[1], conditional[1])
+    torch.testing.assert_close(guided[2], 3 * conditional[2] - 2 * unconditional[2])
+
+
+def test_noise_is_gumbel_and_each_row_is_its_own() -> None:
+    def generators(*seeds: int) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    noise = sampling.gumbel_noise((100_000,), generators(1))
+    assert noise.mean().item() == pytest.approx(0.5772, abs=0.02)  # Euler's constant
+    assert noise.var().item() == pytest.approx(math.pi**2 / 6, abs=0.05)
+    pair = sampling.gumbel_noise((7,), generators(1, 2))
+    assert torch.equal(pair[1], sampling.gumbel_noise((7,), generators(2))[0])
+    assert torch.isfinite(noise).all()
+
+
+def test_the_most_confident_stay_and_the_known_are_never_lost() -> None:
+    confidence = torch.tensor([[0.1, 0.9, 0.5, 0.3]])
+    known = torch.tensor([[True, False, False, False]])
+    kept = sampling.keep_most_confident(confidence, known, torch.tensor([2]))
+    assert kept.tolist() == [[True, True, False, False]]
+    everything = sampling.keep_most_confident(confidence, kept, torch.tensor([0]))
+    assert everything.all()

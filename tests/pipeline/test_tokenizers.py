@@ -1,0 +1,99 @@
+"""The contract of every image tokenizer, and FSQ against its paper's formulas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import registry
+from pipeline.autoencoding import TokenizerObjective, gradient_l1
+from pipeline.bundle import load_tokenizer, save_tokenizer
+from pipeline.config import TokenizerConfig
+from pipeline.contracts import ImageTokenizer
+from pipeline.tokenizers.fsq import FSQ
+
+CONFIG = TokenizerConfig(
+    levels=(5, 4, 3), widths=(16, 32), encoder_depths=(1, 1), decoder_depths=(1, 1)
+)
+tokenizers = pytest.mark.parametrize("name", registry.names("tokenizers"))
+
+
+def build(name: str, image_size: int = 32) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = CONFIG.model_copy(update={"name": name})
+    made: torch.nn.Module = registry.load("tokenizers", name).build(config, image_size)
+    return made.eval()
+
+
+@tokenizers
+def test_shapes_and_ranges(name: str) -> None:
+    tokenizer = build(name)
+    assert isinstance(tokenizer, ImageTokenizer)
+    tokens = tokenizer.encode(torch.rand(2, 3, 32, 32) * 2 - 1)
+    assert tokens.shape == (2, 16) and tokens.dtype == torch.int64
+    assert 0 <= int(tokens.min()) and int(tokens.max()) < tokenizer.codebook_size
+    images = tokenizer.decode(tokens)
+    assert images.shape == (2, 3, 32, 32) and images.abs().max() <= 1
+
+
+@tokenizers
+def test_overfits_one_batch(name: str) -> None:
+    torch.manual_seed(0)
+    objective = TokenizerObjective(CONFIG.model_copy(update={"name": name}), 32)
+    batch = {"images": (torch.rand(2, 3, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3) * 255)}
+    batch["images"] = batch["images"].to(torch.uint8)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
+    for _ in range(150):
+        losses = objective.losses(batch, "reconstruct")
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        optimizer.step()
+    assert losses["psnr"] > 25
+
+
+@tokenizers
+def test_save_and_load(name: str, tmp_path: Path) -> None:
+    tokenizer = build(name)
+    config = CONFIG.model_copy(update={"name": name})
+    save_tokenizer(tmp_path, tokenizer.state_dict(), config, 32)
+    loaded = load_tokenizer(tmp_path)
+    for key, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, tokenizer.state_dict()[key].half().float()), key
+
+
+@pytest.mark.parametrize("levels", [(8, 5, 5, 5), (7, 5, 5, 5, 5), (2, 3), (8, 6, 4)])
+def test_fsq_is_a_bijection_between_codes_and_indices(levels: tuple[int, ...]) -> None:
+    fsq = FSQ(levels)
+    indices = torch.arange(fsq.codebook_size)
+    codes = fsq.to_codes(indices)
+    assert torch.equal(fsq.to_indices(codes), indices)
+    assert len({tuple(code) for code in codes.tolist()}) == fsq.codebook_size == np.prod(levels)
+
+
+@pytest.mark.parametrize("levels", [(8, 5), (7, 4), (3, 2)])
+def test_fsq_matches_the_reference_formula(levels: tuple[int, ...]) -> None:
+    """numpy, after the listing in appendix A of Mentzer et al. 2023."""
+    latents = np.random.default_rng(0).normal(scale=3, size=(50, len(levels)))
+    sizes = np.array(levels)
+    half_l = (sizes - 1) * (1 + 1e-3) / 2
+    offset = np.where(sizes % 2 == 1, 0.0, 0.5)
+    bounded = np.tanh(latents + np.arctanh(offset / half_l)) * half_l - offset
+    expected = np.round(bounded) / (sizes // 2)
+    found = FSQ(levels)(torch.tensor(latents, dtype=torch.float32))
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
+
+
+def test_fsq_passes_gradients_straight_through() -> None:
+    latents = torch.zeros(1, 2, requires_grad=True)
+    FSQ((5, 5))(latents).sum().backward()
+    assert latents.grad is not None and (latents.grad > 0).all()
+
+
+def test_gradient_l1_sees_edges_and_not_brightness() -> None:
+    edge = torch.zeros(1, 3, 8, 8)
+    edge[:, :, :, 4:] = 1
+    assert gradient_l1(edge, edge + 0.5) == 0
+    assert gradient_l1(edge, torch.full_like(edge, 0.5)) > 0.1

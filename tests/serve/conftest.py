@@ -1,0 +1,30 @@
+"""One Ray Serve application for all tests of the HTTP interface."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from functools import partial
+
+import harness
+import pytest
+from ray import cloudpickle
+
+from serve.app import assemble
+from serve.launch import launch
+
+cloudpickle.register_pickle_by_value(harness)  # replicas do not have tests/ on their path
+
+
+@pytest.fixture(scope="session")
+def server(
+    ray_session: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[harness.Running]:
+    log = tmp_path_factory.mktemp("serve") / "batches"
+    app = assemble(partial(harness.HashGenerator, log), "tiny", "3", harness.CONFIG)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = launch(app, host="127.0.0.1", port=port, blocking=False, ready_timeout_s=60)
+    yield harness.Running(started.url, log)
+    started.close()

@@ -1,0 +1,73 @@
+"""Starting the server: what must be refused before and while Ray starts, and the config file."""
+
+from __future__ import annotations
+
+import socket
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from harness import CONFIG, HashGenerator, Running
+from pydantic import ValidationError
+from ray import serve
+from ray.serve.schema import ServeDeploySchema
+
+from pipeline.config import ServeConfig
+from pipeline.errors import BundleError, ResourceError
+from serve.app import AppArgs, assemble
+from serve.launch import deploy, launch, serve_forever
+
+CONFIG_FILE = Path(__file__).parents[2] / "infra" / "serve.yaml"
+
+
+def test_an_occupied_port_is_named(tmp_path: Path) -> None:
+    with socket.socket() as occupant:
+        occupant.bind(("127.0.0.1", 0))
+        occupant.listen()
+        port = occupant.getsockname()[1]
+        with pytest.raises(ResourceError, match=rf"port {port}: .*--port"):
+            serve_forever("asset:base", ServeConfig(), home=str(tmp_path), port=port)
+
+
+def test_an_impossible_port_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="port 70000"):
+        serve_forever("asset:base", ServeConfig(), home=str(tmp_path), port=70_000)
+
+
+def test_a_missing_model_is_named_before_ray_starts(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="no-such-bundle"):
+        serve_forever("no-such-bundle", ServeConfig(), home=str(tmp_path), port=0)
+
+
+def test_a_second_server_on_one_cluster_is_refused(server: Running, tmp_path: Path) -> None:
+    app = assemble(partial(HashGenerator, tmp_path / "log"), "tiny", "4", CONFIG)
+    with pytest.raises(ResourceError, match="already runs"):
+        launch(app, host="127.0.0.1", port=1, blocking=False, ready_timeout_s=1)
+    with server.http() as http:
+        assert http.get("/readyz").status_code == 200
+
+
+def broken() -> Any:
+    raise BundleError("no weights in the bundle")
+
+
+def test_a_model_that_does_not_load_is_one_clear_line(server: Running) -> None:
+    app = assemble(broken, "broken", "1", CONFIG)
+    with pytest.raises(ResourceError, match=r"BundleError: no weights in the bundle$"):
+        deploy(app, name="broken", route_prefix="/broken")
+    status = serve.status().applications["broken"].deployments["generator"]
+    assert "no weights in the bundle" in status.message
+    serve.delete("broken")
+
+
+def test_the_config_file_is_valid() -> None:
+    config = ServeDeploySchema.model_validate(yaml.safe_load(CONFIG_FILE.read_text()))
+    (app,) = config.applications
+    module, _, builder = app.import_path.partition(":")
+    assert callable(getattr(import_module(module), builder))
+    assert AppArgs.model_validate(app.args).model == "models:/tessera@champion"
+    with pytest.raises(ValidationError):
+        AppArgs.model_validate(app.args | {"modell": "asset:base"})

@@ -1,0 +1,151 @@
+"""The ingress over replicas that fail in every way, without Ray: what a client is told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Generator
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ray.exceptions import ActorDiedError
+from ray.serve.exceptions import BackPressureError
+
+from pipeline.contracts import GenerationRequest
+from serve.app import create_api
+from serve.errors import ApiError
+from serve.pool import Pool
+from serve.replica import Card, Picture, Refusal
+from serve.schemas import ImageRequest
+
+CARD = Card(name="tiny", version="3", image_size=64, styles=("noto",), loaded=0)
+REQUEST = GenerationRequest("a cat")
+
+
+class Call:
+    """A DeploymentResponse that waits, then returns or raises `outcome`."""
+
+    def __init__(self, outcome: Any, delay_s: float = 0.0) -> None:
+        self.outcome, self.delay_s, self.cancelled = outcome, delay_s, False
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        yield from asyncio.sleep(self.delay_s).__await__()
+        if isinstance(self.outcome, BaseException):
+            raise self.outcome
+        return self.outcome
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        if isinstance(self.outcome, BaseException):
+            raise self.outcome  # as Ray's does
+
+
+class Handle:
+    """A DeploymentHandle whose `draw` gives `calls` in turn, and whose `card` gives CARD."""
+
+    deployment_name = "generator"
+
+    def __init__(self, *calls: Call) -> None:
+        self.calls = calls
+        self.waiting = list(calls)
+        self.draw = self
+        self.card = type("Method", (), {"remote": staticmethod(lambda: Call(CARD))})
+
+    def remote(self, request: GenerationRequest) -> Call:
+        if not self.waiting:
+            return Call(Picture(b"png", request.seed, CARD))
+        return self.waiting.pop(0)
+
+
+def refused(*calls: Call, timeout_s: float = 5.0) -> ApiError:
+    """What Pool.draw raises when one picture per call is asked for."""
+    pool = Pool(Handle(*calls))  # type: ignore[arg-type]
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(pool.draw([REQUEST] * len(calls), timeout_s))
+    return caught.value
+
+
+def test_backpressure_withdraws_the_other_pictures() -> None:
+    others = [Call(None, delay_s=5), Call(None, delay_s=5)]
+    error = refused(others[0], Call(BackPressureError(10, 10, 429, 2.5)), others[1])
+    assert (error.status, error.code, error.retry_after_s) == (429, "overloaded", 2.5)
+    assert error.response().headers["retry-after"] == "3"
+    assert all(call.cancelled for call in others)
+
+
+def test_silence_and_death_are_503() -> None:
+    silent = refused(Call(None, delay_s=5), timeout_s=0.05)
+    assert (silent.status, silent.code) == (503, "unavailable")
+    assert "0.05 s" in silent.message
+    assert refused(Call(ActorDiedError())).status == 503
+
+
+def test_a_refusal_names_its_field() -> None:
+    error = refused(Call(Refusal("too many steps", "num_steps")))
+    assert (error.status, error.param) == (400, "num_steps")
+
+
+def test_ready_asks_for_a_picture_only_when_none_was_drawn_lately() -> None:
+    handle = Handle(Call(Picture(b"png", 0, CARD)))
+    pool = Pool(handle)  # type: ignore[arg-type]
+    asyncio.run(pool.check_ready())
+    handle.waiting = [Call(RuntimeError("not asked"))]
+    asyncio.run(pool.check_ready())
+
+
+@pytest.mark.parametrize("failure", [ActorDiedError(), RuntimeError("broken weights")])
+def test_not_ready_says_why(failure: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pool, "_deployment_status", lambda self: "replicas: none; UNHEALTHY")
+    answer = get(Pool(Handle(Call(failure))), "/readyz")  # type: ignore[arg-type]
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (503, "not_ready")
+    assert "UNHEALTHY" in error["message"] and "broken weights" not in error["message"]
+
+
+def test_the_unforeseen_is_500_without_its_message() -> None:
+    handle = Handle(Call(RuntimeError("a secret")))
+    answer = ask(Pool(handle), json={"prompt": "a cat"})  # type: ignore[arg-type]
+    assert answer.status_code == 500 and "secret" not in answer.text
+    assert answer.json()["error"]["code"] == "internal_error"
+
+
+def ask(pool: Pool, **body: Any) -> httpx.Response:
+    return _send(pool, "POST", "/v1/images/generations", **body)
+
+
+def get(pool: Pool, path: str) -> httpx.Response:
+    return _send(pool, "GET", path)
+
+
+def _send(pool: Pool, method: str, path: str, **body: Any) -> httpx.Response:
+    async def send() -> httpx.Response:
+        transport = httpx.ASGITransport(create_api(pool), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            return await http.request(method, path, **body)
+
+    return asyncio.run(send())
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+FIELDS = st.sampled_from([*ImageRequest.model_fields, "negative", "\ud800", "\0"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(body=st.dictionaries(FIELDS, ANYTHING, max_size=4) | ANYTHING)
+def test_no_json_makes_the_server_fail(body: Any) -> None:
+    if isinstance(body, dict):
+        body = {"prompt": "a cat"} | body
+    answer = ask(
+        Pool(Handle()),  # type: ignore[arg-type]
+        content=json.dumps(body).encode(),
+        headers={"content-type": "application/json"},
+    )
+    assert answer.status_code in {200, 400, 404}
+    assert answer.status_code == 200 or answer.json()["error"]["message"]
