@@ -19,7 +19,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 import torch
-import torch.cuda
 
 from pipeline.augment import Augment
 from pipeline.bundle import load_tokenizer
@@ -27,7 +26,7 @@ from pipeline.config import AugmentConfig, CaptionEncoderConfig, EncodeConfig, P
 from pipeline.feed import CaptionedDataset, CaptionStates, fixed_width, read_table
 from pipeline.images import to_float
 from pipeline.progress import OnProgress, Progress
-from pipeline.runtime import autocast, choose_device
+from pipeline.runtime import autocast, available_cpus, choose_device
 from pipeline.text import load_caption_encoder
 
 KEPT = ("key", "group", "style", "split", "captions")
@@ -92,10 +91,9 @@ def _batch_seed(key: str, seed: int) -> int:
 def _actor_options() -> dict[str, Any]:
     """As many actors as there are real CPUs, or one a GPU."""
     if torch.cuda.is_available():
-        return {"num_gpus": 1, "concurrency": (1, 8)}
-    from pipeline.runtime import available_cpus
-
-    return {"num_cpus": 1, "concurrency": (1, available_cpus())}
+        return {"num_gpus": 1, "compute": ray.data.ActorPoolStrategy(min_size=1, max_size=8)}
+    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=available_cpus())
+    return {"num_cpus": 1, "compute": pool}
 
 
 def encode_pictures(

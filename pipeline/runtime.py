@@ -53,6 +53,8 @@ def start_ray(*, object_store_mb: int = 600, debug: bool = False) -> bool:
         os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
     level = logging.INFO if debug else logging.ERROR
+    for library in ("ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(library).setLevel(level)
     options: dict[str, object] = {"log_to_driver": debug, "logging_level": level}
     if not address:
         options |= {

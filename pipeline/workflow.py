@@ -347,7 +347,7 @@ class Chain:
                     load_generator(path, pretrained_cache=self.cache),
                     name,
                     validation_loss=losses.get(name),
-                    reconstruct=tokenizer,
+                    tokenizer=tokenizer,
                     grids=context.path / "grids",
                 )
             )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.config import ServeConfig
 from pipeline.contracts import GenerationRequest, OnStep
-from pipeline.errors import RequestError
+from pipeline.errors import BundleError, RequestError
 
 SLOW_S = 0.4
 
@@ -58,6 +58,11 @@ def _pixels(request: GenerationRequest) -> Tensor:
     digest = hashlib.sha256(repr(request).encode()).digest()
     noise = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=noise)
+
+
+def no_weights() -> HashGenerator:
+    """A loader that fails."""
+    raise BundleError("no weights in the bundle")
 
 
 @dataclass(frozen=True)

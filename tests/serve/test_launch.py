@@ -6,11 +6,10 @@ import socket
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from harness import CONFIG, HashGenerator, Running
+from harness import CONFIG, HashGenerator, Running, no_weights
 from pydantic import ValidationError
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
@@ -50,12 +49,8 @@ def test_a_second_server_on_one_cluster_is_refused(server: Running, tmp_path: Pa
         assert http.get("/readyz").status_code == 200
 
 
-def broken() -> Any:
-    raise BundleError("no weights in the bundle")
-
-
 def test_a_model_that_does_not_load_is_one_clear_line(server: Running) -> None:
-    app = assemble(broken, "broken", "1", CONFIG)
+    app = assemble(no_weights, "broken", "1", CONFIG)
     with pytest.raises(ResourceError, match=r"BundleError: no weights in the bundle$"):
         deploy(app, name="broken", route_prefix="/broken")
     status = serve.status().applications["broken"].deployments["generator"]

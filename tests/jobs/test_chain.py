@@ -1,0 +1,183 @@
+"""The whole chain for real: shards to a champion that the openai client gets a picture from."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai import OpenAI
+from PIL import Image
+
+from pipeline.config import load_recipe
+from pipeline.progress import Progress
+from pipeline.steps import exclusive
+from pipeline.workflow import Chain, Outcome
+
+TESSERA = [sys.executable, "-m", "jobs.cli"]
+STEPS = ["preprocess", "tokenizer", "tokens", "captions", "generator", "aligner", "evaluate"]
+
+
+class Killer:
+    """A reporter that kills rank 0 of the generator's training once, in mid-run."""
+
+    def __init__(self) -> None:
+        self.killed = 0
+        self.finished_steps: list[str] = []
+
+    def started(self, step: str) -> None:
+        pass
+
+    def progress(self, step: str, progress: Progress) -> None:
+        if step == "generator" and progress.step >= 10 and not self.killed:
+            self.killed = progress.pid
+            os.kill(progress.pid, signal.SIGKILL)
+
+    def finished(self, step: str, seconds: float, *, skipped: bool) -> None:
+        self.finished_steps.append(step)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, pretrained_cache: Path) -> Path:
+    """A home whose language model is converted already."""
+    path = tmp_path_factory.mktemp("chain")
+    (path / "pretrained").symlink_to(pretrained_cache)
+    return path
+
+
+@pytest.fixture(scope="module")
+def outcome(home: Path, ray_session: None) -> Outcome:
+    """The smoke recipe, with a worker killed on the way."""
+    killer = Killer()
+    result = Chain(load_recipe("smoke", environment={}), home, killer).retrain()
+    assert killer.killed
+    assert sorted(killer.finished_steps) == sorted(STEPS)
+    return result
+
+
+def tessera(*arguments: str, home: Path, timeout: float = 180) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*TESSERA, *arguments, "--home", str(home)],
+        capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+
+
+def test_a_killed_worker_still_ends_in_a_champion(outcome: Outcome) -> None:
+    assert outcome.decision.promoted and outcome.version == "1"
+    assert "no champion yet" in outcome.decision.reasons[0]
+    assert set(outcome.reports) == {"real", "tokenizer", "candidate"}
+    assert outcome.reports["candidate"].metrics["validation_loss"].value > 0
+
+
+def test_the_bundle_is_self_contained_and_has_a_card(outcome: Outcome) -> None:
+    files = {str(p.relative_to(outcome.bundle)) for p in outcome.bundle.rglob("*") if p.is_file()}
+    assert files == {
+        "README.md", "config.json", "model.safetensors",
+        "tokenizer/config.json", "tokenizer/model.safetensors",
+    }  # fmt: skip
+    card = (outcome.bundle / "README.md").read_text(encoding="utf-8")
+    assert "CC-BY-4.0" in card and "recipe `smoke`" in card and "retrieval_seen" in card
+
+
+def test_mlflow_holds_the_parent_and_a_run_a_step(outcome: Outcome, home: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    parent = client.get_run(outcome.run.run_id)
+    assert parent.info.status == "FINISHED" and parent.inputs.dataset_inputs
+    nested = client.search_runs(
+        [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{outcome.run.run_id}'"
+    )
+    assert sorted(run.info.run_name for run in nested) == sorted(STEPS)
+    generator = next(run for run in nested if run.info.run_name == "generator")
+    history = client.get_metric_history(generator.info.run_id, "validation_loss")
+    assert [point.step for point in history if point.step] == [10, 20]
+    assert generator.data.params["settings.generator.train.max_steps"] == "20"
+    assert [f.path for f in client.list_artifacts(generator.info.run_id, "samples")]
+    alias = client.get_model_version_by_alias("tessera-smoke", "champion")
+    assert alias.version == outcome.version
+
+
+def test_done_again_everything_is_skipped(outcome: Outcome, home: Path) -> None:
+    again = tessera("retrain", "smoke", "--json", home=home)
+    assert again.returncode == 0, again.stderr
+    result = json.loads(again.stdout)
+    assert result["promoted"] and result["version"] == "1"
+    assert sorted(result["seconds"]) == sorted(STEPS) and not any(result["seconds"].values())
+
+
+def test_one_chain_at_a_time(outcome: Outcome, home: Path) -> None:
+    with exclusive(home):
+        second = tessera("retrain", "smoke", home=home)
+    assert second.returncode == 1
+    assert "another run" in second.stderr and "--home" in second.stderr
+
+
+def test_pictures_without_a_server(outcome: Outcome, home: Path) -> None:
+    out = home / "apple.png"
+    drawn = tessera(
+        "generate", "一个红苹果", "--out", str(out), "--n", "2", "--seed", "3", "--json",
+        "--model", "models:/tessera-smoke@champion", home=home,
+    )  # fmt: skip
+    assert drawn.returncode == 0, drawn.stderr
+    row, first, _second = map(Path, json.loads(drawn.stdout))
+    picture = Image.open(first)
+    assert picture.size == (64, 64) and picture.text["prompt"] == "一个红苹果"  # type: ignore[attr-defined]
+    assert row == out and Image.open(row).width > 128
+
+
+@pytest.fixture(scope="module")
+def server(outcome: Outcome, home: Path) -> Iterator[str]:
+    """`tessera serve` as a user starts it: a process and a Ray of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [*TESSERA, "serve", "models:/tessera-smoke@champion", "--port", str(port), "--home", str(home)],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 120
+        while not _ready(url):
+            assert process.poll() is None and time.monotonic() < deadline, "did not come up"
+            time.sleep(0.5)
+        yield url
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+
+
+def _ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/readyz", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def test_the_openai_client_draws_with_the_served_champion(server: str) -> None:
+    client = OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
+
+    def draw(**settings: Any) -> list[bytes]:
+        response = client.images.generate(
+            model="champion", prompt="一个红苹果", n=2, size="64x64", response_format="b64_json",
+            extra_body=settings,
+        )  # fmt: skip
+        return [base64.b64decode(item.b64_json or "") for item in response.data or []]
+
+    first, second = draw(seed=1, guidance_scale=3.0)
+    assert Image.open(io.BytesIO(first)).size == (64, 64)
+    assert first != second and draw(seed=1, guidance_scale=3.0) == [first, second]

@@ -1,0 +1,89 @@
+"""The `tessera` command as a person meets it: help that teaches, one message a mistake."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from jobs.cli import app
+from pipeline.config import recipe_names
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_and_stands_in_the_readme(command: str) -> None:
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "100"})
+    assert shown.exit_code == 0 and len(shown.output.split()) > 20
+    assert f"`tessera {command}" in README or f"`{command}`" in README
+
+
+def test_every_command_line_of_the_readme_parses() -> None:
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
+    lines = [line.split("tessera ", 1)[1] for block in blocks for line in block.splitlines()
+             if re.search(r"(^|/|\d )tessera ", line)]  # fmt: skip
+    assert len(lines) >= 4
+    group = typer.main.get_command(app)
+    for line in lines:
+        name, *arguments = shlex.split(line)
+        command = group.commands[name]  # type: ignore[attr-defined]
+        command.make_context(name, arguments, resilient_parsing=False)
+
+
+def test_every_recipe_stands_in_the_readme() -> None:
+    for name in recipe_names():
+        assert f"`{name}`" in README
+
+
+def test_ci_runs_exactly_the_readme_test_command() -> None:
+    command = (ROOT / ".ci" / "run").read_text().splitlines()[-1]
+    assert f"```bash\n{command}\n```" in README
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["retrain", "smok"], "Did you mean 'smoke'"),
+        (["retrain", "smoke", "generator.widht=2"], "did you mean 'width'"),
+        (["retrain", "smoke", "data.shards=[home:nothing]"], "no manifest.json"),
+        (["retrain", "smoke", "caption_encoder.model=nobody/nothing"], "caption encoder"),
+        (["generate", " ", "--model", "asset:nothing"], "no bundle at asset:nothing"),
+        (["serve", "models:/nobody@champion"], "not in the registry"),
+    ],
+)
+def test_a_mistake_is_one_message(arguments: list[str], said: str, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "jobs.cli", *arguments, "--home", str(tmp_path / "home")],
+        capture_output=True, text=True, timeout=240, check=False,
+        env={**__import__("os").environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert said in result.stderr and "Traceback" not in result.stderr
+    assert "error:" in result.stderr
+
+
+def test_an_occupied_port_is_named_before_anything_starts(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        result = subprocess.run(
+            [sys.executable, "-m", "jobs.cli", "demo", "--port", port, "--home", str(tmp_path)],
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+    assert result.returncode == 1 and port in result.stderr and "--port" in result.stderr
+
+
+def test_doctor_names_what_is_there(tmp_path: Path) -> None:
+    shown = CliRunner().invoke(app, ["doctor", "--json", "--home", str(tmp_path)])
+    assert '"caption encoder"' in shown.output and "memory" in shown.output

@@ -1,0 +1,163 @@
+"""The training loop on Ray Train, with a model small enough to know the right answer."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ray import cloudpickle
+from torch import Tensor, nn
+
+from pipeline.checkpoint import TrainState, best_weights, load_checkpoint, save_checkpoint
+from pipeline.config import AugmentConfig, TrainConfig
+from pipeline.errors import TrainingError
+from pipeline.finetune import EMA, build_optimizers, learning_rate_factor
+from pipeline.progress import Progress
+from pipeline.train import Training, fit
+
+CONFIG = TrainConfig(
+    batch_size=8, max_steps=12, warmup_steps=2, validate_every=4, validation_batches=2,
+    learning_rate=0.05, weight_decay=0.0, num_workers=2, max_failures=1,
+    augment=AugmentConfig(flip=0.0),
+)  # fmt: skip
+
+
+class Rows:
+    """y = 2 x - 1."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def batch(self, rows: np.ndarray, rng: np.random.Generator | None) -> dict[str, Tensor]:
+        x = torch.from_numpy(rows / 32 - 1).float()[:, None]
+        return {"x": x, "y": 2 * x - 1}
+
+
+class Line(nn.Module):
+    """Least squares; with `poison` the loss becomes nan at that step."""
+
+    phases = ("fit",)
+
+    def __init__(self, poison: int | None = None) -> None:
+        super().__init__()
+        self.model = nn.Linear(1, 1)
+        self.poison, self.calls = poison, 0
+
+    def forward(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
+        return self.losses(batch, phase)
+
+    def losses(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
+        loss = (self.model(batch["x"]).float() - batch["y"]).square().mean()
+        self.calls += self.training
+        return {"loss": loss * float("nan") if self.calls == self.poison else loss}
+
+
+def build(poison: int | None = None) -> Training:
+    return Training(Line(poison), Rows(), Rows())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shipped_by_value() -> None:
+    """Workers do not have tests/ on their path."""
+    import sys
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    result = fit(build, CONFIG, storage=tmp_path_factory.mktemp("undisturbed"), name="line")
+    assert result.metrics["step"] == 12
+    return best_weights(result.checkpoint)
+
+
+def test_a_killed_worker_changes_nothing(undisturbed: dict[str, Tensor], tmp_path: Path) -> None:
+    killed: list[int] = []
+
+    def kill_once(progress: Progress) -> None:
+        if progress.step >= 4 and not killed:
+            killed.append(progress.pid)
+            os.kill(progress.pid, signal.SIGKILL)
+
+    config = CONFIG.model_copy(update={"max_steps": 12})
+    result = fit(partial(build), config, storage=tmp_path, name="line", on_progress=kill_once)
+    assert killed
+    for name, weight in best_weights(result.checkpoint).items():
+        torch.testing.assert_close(weight, undisturbed[name])
+
+
+def test_one_worker_learns_what_two_do(undisturbed: dict[str, Tensor], tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"num_workers": 1})
+    result = fit(build, config, storage=tmp_path, name="line")
+    for name, weight in best_weights(result.checkpoint).items():
+        torch.testing.assert_close(weight, undisturbed[name], rtol=0.02, atol=0.02)
+
+
+def test_a_loss_that_is_no_number_stops_and_names_the_step(
+    ray_session: None, tmp_path: Path
+) -> None:
+    config = CONFIG.model_copy(update={"num_workers": 1, "max_failures": 0})
+    with pytest.raises(TrainingError, match=r"step 6 .*lower train.learning_rate"):
+        fit(partial(build, 7), config, storage=tmp_path, name="line")
+    assert list(tmp_path.glob("line/checkpoint_*/model.safetensors")), "the last good one is kept"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "rmsprop", "muon"])
+def test_a_checkpoint_restores_everything(optimizer: str, tmp_path: Path) -> None:
+    config = TrainConfig(optimizer=optimizer)
+
+    def made() -> tuple[nn.Module, list[torch.optim.Optimizer], EMA]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+        return model, build_optimizers(model, config), EMA(model, 0.9)
+
+    def step(model: nn.Module, optimizers: list[torch.optim.Optimizer], ema: EMA) -> None:
+        model(torch.ones(3, 4)).square().sum().backward()
+        for each in optimizers:
+            each.step()
+            each.zero_grad()
+        ema.update(model)
+
+    model, optimizers, ema = made()
+    step(model, optimizers, ema)
+    save_checkpoint(
+        tmp_path, model=model, ema=ema, optimizers=optimizers, state=TrainState(step=5, best=0.5)
+    )
+    step(model, optimizers, ema)
+    other, other_optimizers, other_ema = made()
+    state = load_checkpoint(tmp_path, model=other, ema=other_ema, optimizers=other_optimizers)
+    assert (state.step, state.best, state.finished) == (5, 0.5, False)
+    step(other, other_optimizers, other_ema)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, other.state_dict()[name]), name
+    for name, weight in ema.average.items():
+        assert torch.equal(weight, other_ema.average[name]), name
+    with pytest.raises(TrainingError, match="does not fit"):
+        load_checkpoint(tmp_path, model=nn.Linear(3, 3), ema=None, optimizers=[])
+
+
+def test_the_average_follows_and_swapping_twice_changes_nothing() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    ema = EMA(model, 0.5)
+    nn.init.ones_(model.weight)
+    for _ in range(30):
+        ema.update(model)
+    ema.swap(model)
+    assert 0.99 < model.weight.item() < 1
+    ema.swap(model)
+    assert model.weight.item() == 1
+
+
+def test_learning_rate_warms_up_and_comes_down() -> None:
+    config = TrainConfig(warmup_steps=10, final_learning_rate=0.1)
+    factors = [learning_rate_factor(config, step=s, progress=s / 100) for s in range(101)]
+    assert factors[0] == pytest.approx(0.1) and max(factors) > 0.95
+    assert factors[100] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
