@@ -31,7 +31,9 @@ console = Console(stderr=True)
 Home = Annotated[
     Path, typer.Option("--home", envvar="TESSERA_HOME", help="Everything a run writes lies here.")
 ]
-RecipeName = Annotated[str, typer.Argument(help="A shipped recipe (`tessera recipes`) or a YAML file.")]
+RecipeName = Annotated[
+    str, typer.Argument(help="A shipped recipe (`tessera recipes`) or a YAML file.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Settings to change, e.g. generator.train.learning_rate=3e-4"),
@@ -66,7 +68,9 @@ def demo(
     _print_decision(outcome)
     typer.echo(first_grid(loaded, outcome, home))
     if serve:
-        _serve(f"models:/{loaded.promote.model_name}@champion", loaded.serve, home, "127.0.0.1", port)
+        _serve(
+            f"models:/{loaded.promote.model_name}@champion", loaded.serve, home, "127.0.0.1", port
+        )
 
 
 @app.command()
@@ -134,10 +138,14 @@ _step_command("evaluate", "Judge the candidate against champion, untuned base an
 def serve(
     model: Annotated[
         str | None,
-        typer.Argument(help="models:/NAME@ALIAS, a bundle directory or asset:base. Default: the "
-                       "champion, or the shipped base while there is none."),
+        typer.Argument(
+            help="models:/NAME@ALIAS, a bundle directory or asset:base. Default: the "
+            "champion, or the shipped base while there is none."
+        ),
     ] = None,
-    recipe: Annotated[str | None, typer.Option(help="Take the serve section of this recipe.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Take the serve section of this recipe.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
     home: Home = DEFAULT_HOME,
@@ -176,7 +184,9 @@ def generate(
     n: Annotated[int, typer.Option(min=1, max=64, help="How many pictures.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Of the first picture.")] = 0,
     style: Annotated[str | None, typer.Option(help="One of the model's styles.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="1 to 20; higher: more literal.")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="1 to 20; higher: more literal.")
+    ] = None,
     temperature: Annotated[float | None, typer.Option(help="0 to 4; lower: less varied.")] = None,
     num_steps: Annotated[int | None, typer.Option(help="1 to 64 decoding steps.")] = None,
     model: Annotated[str | None, typer.Option(help="As in `tessera serve`.")] = None,
@@ -199,10 +209,14 @@ def generate(
 @ingest_app.command("emoji")
 def ingest_emoji(
     out: Annotated[str, typer.Option(help="Directory, URI or home:NAME.")] = "home:emoji",
-    vendor: Annotated[list[str] | None, typer.Option(help="noto, twemoji, fluent, openmoji.")] = None,
+    vendor: Annotated[
+        list[str] | None, typer.Option(help="noto, twemoji, fluent, openmoji.")
+    ] = None,
     language: Annotated[list[str] | None, typer.Option(help="Caption languages.")] = None,
     skin_tones: Annotated[bool, typer.Option(help="Skin-tone variants too.")] = False,
-    everything: Annotated[bool, typer.Option("--all", help="All vendors, with skin tones.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="All vendors, with skin tones.")
+    ] = False,
     home: Home = DEFAULT_HOME,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -215,8 +229,8 @@ def ingest_emoji(
     vendors = tuple(VENDORS) if everything else tuple(vendor or SHIPPED_VENDORS)
     target = locate(out, home)
     manifest = run(
-        target, cache=home / "downloads", vendors=vendors, languages=tuple(language or ("en", "zh")),
-        skin_tones=skin_tones or everything,
+        target, cache=home / "downloads", vendors=vendors,
+        languages=tuple(language or ("en", "zh")), skin_tones=skin_tones or everything,
     )  # fmt: skip
     typer.echo(manifest.model_dump_json() if as_json else target)
 
@@ -246,7 +260,9 @@ def doctor(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
     else:
         for item in findings:
             mark = "ok  " if item.fine else "LACK"
-            typer.echo(f"{mark} {item.what}: {item.found}" + ("" if item.fine else f" ({item.remedy})"))
+            typer.echo(
+                f"{mark} {item.what}: {item.found}" + ("" if item.fine else f" ({item.remedy})")
+            )
     if not all(item.fine for item in findings):
         raise typer.Exit(1)
 

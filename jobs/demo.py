@@ -1,7 +1,7 @@
 """Demo: the shipped base fine-tuned, tested before against after, promoted, shown, served.
 
-    tessera demo               at most 15 minutes on 2 CPU cores, then the server stays up
-    tessera demo --no-serve    ends with the picture grid
+tessera demo               at most 15 minutes on 2 CPU cores, then the server stays up
+tessera demo --no-serve    ends with the picture grid
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Doctor: what this machine has and lacks for Tessera, before anything is started.
 
-    tessera doctor
+tessera doctor
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from pipeline.bundle import ASSETS
 from pipeline.config import CaptionEncoderConfig

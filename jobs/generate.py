@@ -1,6 +1,6 @@
 """Generate: draw pictures without a server.
 
-    tessera generate "a red apple" --out apple.png --n 4 --seed 1
+tessera generate "a red apple" --out apple.png --n 4 --seed 1
 """
 
 from __future__ import annotations
@@ -28,9 +28,17 @@ def default_model(home: Path, name: str = "tessera") -> str:
 
 
 def generate(
-    prompt: str, out: Path, *, home: Path, model: str, num_pictures: int = 1, seed: int = 0,
-    style: str | None = None, guidance_scale: float | None = None,
-    temperature: float | None = None, num_steps: int | None = None,
+    prompt: str,
+    out: Path,
+    *,
+    home: Path,
+    model: str,
+    num_pictures: int = 1,
+    seed: int = 0,
+    style: str | None = None,
+    guidance_scale: float | None = None,
+    temperature: float | None = None,
+    num_steps: int | None = None,
 ) -> list[Path]:
     """Draw `num_pictures` with seeds seed, seed + 1, ...
 
@@ -78,6 +86,7 @@ def _metadata(request: GenerationRequest, model: str) -> dict[str, str]:
     settings = {
         "prompt": request.prompt, "seed": request.seed, "style": request.style,
         "guidance_scale": request.guidance_scale, "temperature": request.temperature,
-        "num_steps": request.num_steps, "model": model, "Software": "Tessera (machine-made picture)",
+        "num_steps": request.num_steps, "model": model,
+        "Software": "Tessera (machine-made picture)",
     }  # fmt: skip
     return {name: str(value) for name, value in settings.items() if value is not None}

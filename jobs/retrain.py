@@ -1,7 +1,7 @@
 """Retrain: a recipe's whole chain, from shards to the gate's decision.
 
-    tessera retrain emoji-demo
-    tessera retrain my-recipe.yaml generator.train.max_steps=500
+tessera retrain emoji-demo
+tessera retrain my-recipe.yaml generator.train.max_steps=500
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Single steps of a recipe's chain, with whatever they need before them.
 
-    tessera preprocess RECIPE      shards -> pixels and quarantine
-    tessera pretrain RECIPE        the image tokenizer, on pictures alone
-    tessera align RECIPE           the aligner that evaluation retrieves with
-    tessera train RECIPE           the generator: a candidate bundle
-    tessera evaluate RECIPE        the candidate against champion, untuned base and floors
+tessera preprocess RECIPE      shards -> pixels and quarantine
+tessera pretrain RECIPE        the image tokenizer, on pictures alone
+tessera align RECIPE           the aligner that evaluation retrieves with
+tessera train RECIPE           the generator: a candidate bundle
+tessera evaluate RECIPE        the candidate against champion, untuned base and floors
 """
 
 from __future__ import annotations

@@ -16,14 +16,23 @@ from pipeline.train import Training
 
 
 def build_aligner_training(
-    pixels: Path, captions: Path, config: AlignerConfig, *, image_size: int, caption_width: int,
+    pixels: Path,
+    captions: Path,
+    config: AlignerConfig,
+    *,
+    image_size: int,
+    caption_width: int,
     max_tokens: int,
 ) -> Training:
     """What a worker trains: the aligner on the pictures of all splits but validation."""
     styles = sorted(set(read_table(pixels, columns=["style"])["style"].to_pylist()))
     training, validation = (
         captioned_dataset(
-            pixels, captions, split=split, styles=styles, max_tokens=max_tokens,
+            pixels,
+            captions,
+            split=split,
+            styles=styles,
+            max_tokens=max_tokens,
             image_size=image_size,
         )
         for split in (("train", "test"), "validation")

@@ -26,9 +26,7 @@ class Augment(nn.Module):
             steps.append(K.RandomAffine(0.0, scale=(1 - config.zoom, 1 + config.zoom), p=1.0))
         if config.color:
             strength = 0.4 * config.color
-            steps.append(
-                K.ColorJiggle(strength, strength, strength, 0.1 * config.color, p=0.8)
-            )
+            steps.append(K.ColorJiggle(strength, strength, strength, 0.1 * config.color, p=0.8))
         if config.blur:
             steps.append(K.RandomGaussianBlur((5, 5), (0.3, 1.6), p=config.blur))
         self.steps = nn.Sequential(*steps)

@@ -1,4 +1,4 @@
-"""Self-supervised training of an image tokenizer: pictures in, the same pictures out, no captions."""
+"""Self-supervised training of an image tokenizer: pictures in, the same pictures out."""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ def build_training(
     )
     objective = TokenizerObjective(config, image_size, perceptual)
     shown = validation.batch(np.arange(min(16, len(validation))), None)["images"]
-    return Training(objective, train, validation, sample=partial(draw_reconstructions, images=shown))
+    return Training(
+        objective, train, validation, sample=partial(draw_reconstructions, images=shown)
+    )
 
 
 @torch.no_grad()

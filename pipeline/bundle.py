@@ -1,6 +1,6 @@
 """Bundles: a trained generator as one self-contained directory.
 
-    config.json             what was built, for which captions, styles and picture size; file digests
+    config.json             what was built, for which captions, styles and picture size; digests
     model.safetensors       the generator's weights (float16)
     tokenizer/config.json   the image tokenizer, a directory that also stands alone
     tokenizer/model.safetensors
@@ -113,8 +113,14 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def save_bundle(
-    directory: Path, *, weights: Mapping[str, Tensor], tokenizer: Path, image_size: int,
-    config: GeneratorConfig, spec: ModelSpec, caption_encoder: CaptionEncoderConfig,
+    directory: Path,
+    *,
+    weights: Mapping[str, Tensor],
+    tokenizer: Path,
+    image_size: int,
+    config: GeneratorConfig,
+    spec: ModelSpec,
+    caption_encoder: CaptionEncoderConfig,
     identity: EncoderIdentity,
 ) -> None:
     """Write a bundle around a copy of the tokenizer directory `tokenizer`."""

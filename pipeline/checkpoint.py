@@ -39,8 +39,12 @@ class TrainState:
 
 
 def save_checkpoint(
-    directory: Path, *, model: nn.Module, ema: EMA | None,
-    optimizers: Sequence[torch.optim.Optimizer], state: TrainState,
+    directory: Path,
+    *,
+    model: nn.Module,
+    ema: EMA | None,
+    optimizers: Sequence[torch.optim.Optimizer],
+    state: TrainState,
 ) -> None:
     """Write everything a training needs to go on exactly here."""
     save_file(_contiguous(model.state_dict()), directory / "model.safetensors")
@@ -53,7 +57,10 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    directory: Path, *, model: nn.Module, ema: EMA | None,
+    directory: Path,
+    *,
+    model: nn.Module,
+    ema: EMA | None,
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> TrainState:
     """Restore in place.

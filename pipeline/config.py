@@ -101,18 +101,23 @@ class TrainConfig(Config):
         description="muon orthogonalises the updates of hidden matrices (torch.optim.Muon); "
         "embeddings, heads, norms and biases take adamw beside it",
     )
-    learning_rate: float = Field(1e-3, gt=0, description="peak; of adamw's part when muon is chosen")
+    learning_rate: float = Field(
+        1e-3, gt=0, description="peak; of adamw's part when muon is chosen"
+    )
     muon_learning_rate: float = Field(0.02, gt=0, description="peak; of muon's part")
     weight_decay: float = Field(0.05, ge=0, description="decoupled; norms, biases, embeddings: 0")
     betas: tuple[float, float] = Field((0.9, 0.95), description="adamw")
     momentum: float = Field(0.95, ge=0, lt=1, description="sgd, rmsprop and muon")
     warmup_steps: int = Field(100, ge=0, description="linear, optimiser steps")
-    final_learning_rate: float = Field(0.01, ge=0, le=1, description="of the peak; end of the cosine")
+    final_learning_rate: float = Field(
+        0.01, ge=0, le=1, description="of the peak; end of the cosine"
+    )
     schedule: Literal["cosine", "constant"] = "cosine"
     batch_size: int = Field(128, ge=1, description="pictures a step over all workers together")
     max_steps: int = Field(1_000, ge=1, description="optimiser steps")
     time_limit_s: float | None = Field(
-        None, gt=0,
+        None,
+        gt=0,
         description="seconds of training; the schedule ends at whichever limit comes first, so the "
         "learning rate has always come down when training stops",
     )
@@ -144,7 +149,9 @@ class TokenizerConfig(Config):
     decoder_depths: tuple[int, int] = Field((2, 3), description="residual blocks at either grid")
     l1_weight: float = Field(1.0, ge=0)
     l2_weight: float = Field(5.0, ge=0)
-    gradient_weight: float = Field(1.0, ge=0, description="L1 of horizontal and vertical differences")
+    gradient_weight: float = Field(
+        1.0, ge=0, description="L1 of horizontal and vertical differences"
+    )
     perceptual_weight: float = Field(0.0, ge=0, description="VGG features; 0 switches the term off")
     perceptual_fraction: float = Field(
         0.25, gt=0, le=1, description="of each batch that the perceptual term sees"
@@ -223,7 +230,9 @@ class PromoteConfig(Config):
 
     model_name: str = Field("tessera", description="name in the model registry")
     min_kid_gain: float = Field(0.0, description="KID must fall by more than this")
-    min_retrieval_gain: float = Field(0.0, description="retrieval must not fall by more than minus this")
+    min_retrieval_gain: float = Field(
+        0.0, description="retrieval must not fall by more than minus this"
+    )
     max_forgetting: float = Field(
         0.15, ge=0, description="retrieval on the other styles may fall by so much at most"
     )
@@ -268,7 +277,9 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         size, down, patch = (
-            self.preprocess.image_size, self.tokenizer.downsample, self.tokenizer.patch,
+            self.preprocess.image_size,
+            self.tokenizer.downsample,
+            self.tokenizer.patch,
         )
         if size % down or down % patch:
             raise ValueError(

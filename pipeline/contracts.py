@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from torch import Tensor
+if TYPE_CHECKING:  # the HTTP ingress imports this file and does without PyTorch
+    from torch import Tensor
 
 MAX_SEED = 2**63 - 1
 
@@ -70,7 +71,7 @@ class GenerationRequest:
         prompt: what to draw, in any language the caption encoder reads.
         seed: 0 <= seed <= MAX_SEED; the same request and seed give the same picture.
         style: one of the generator's styles, or None for whatever the model prefers.
-        guidance_scale: classifier-free guidance, >= 1; 1 switches it off. None: the model's default.
+        guidance_scale: classifier-free guidance, >= 1; 1 is off. None: the model's default.
         temperature: > 0 scales the sampling noise; 0 is greedy. None: the model's default.
         num_steps: decoding steps, >= 1. None: the model's default.
     """

@@ -22,7 +22,7 @@ import torch
 
 from pipeline.augment import Augment
 from pipeline.bundle import load_tokenizer
-from pipeline.config import AugmentConfig, CaptionEncoderConfig, EncodeConfig, PictureFilter
+from pipeline.config import CaptionEncoderConfig, EncodeConfig, PictureFilter
 from pipeline.feed import CaptionedDataset, CaptionStates, fixed_width, read_table
 from pipeline.images import to_float
 from pipeline.progress import OnProgress, Progress
@@ -72,11 +72,13 @@ class _CaptionEncoder:
         states, mask = self.encoder.encode(batch["text"].to_pylist())
         lengths = mask.sum(1).tolist()
         rows = [s[:n].half().cpu().numpy() for s, n in zip(states, lengths, strict=True)]
-        return pa.table({
-            "text": batch["text"],
-            "states": pa.array([r.tobytes() for r in rows], pa.binary()),
-            "num_tokens": pa.array(lengths, pa.int32()),
-        })
+        return pa.table(
+            {
+                "text": batch["text"],
+                "states": pa.array([r.tobytes() for r in rows], pa.binary()),
+                "num_tokens": pa.array(lengths, pa.int32()),
+            }
+        )
 
 
 def _one_thread() -> None:
@@ -97,8 +99,14 @@ def _actor_options() -> dict[str, Any]:
 
 
 def encode_pictures(
-    pixels: Path, tokenizer: Path, output: Path, *, config: EncodeConfig, image_size: int,
-    seed: int = 0, on_progress: OnProgress | None = None,
+    pixels: Path,
+    tokenizer: Path,
+    output: Path,
+    *,
+    config: EncodeConfig,
+    image_size: int,
+    seed: int = 0,
+    on_progress: OnProgress | None = None,
 ) -> int:
     """Write the image tokens of every accepted picture, rows in order of their keys.
 
@@ -126,7 +134,11 @@ def encode_pictures(
 
 
 def encode_captions(
-    pixels: Path, output: Path, *, config: CaptionEncoderConfig, cache: Path,
+    pixels: Path,
+    output: Path,
+    *,
+    config: CaptionEncoderConfig,
+    cache: Path,
     on_progress: OnProgress | None = None,
 ) -> int:
     """Write the frozen encoder's states of every distinct caption.
@@ -175,8 +187,15 @@ def _tell(on_progress: OnProgress | None, done: int, total: int) -> None:
 
 
 def captioned_dataset(
-    rows: Path, captions: Path, *, split: str | Sequence[str], styles: Sequence[str], max_tokens: int,
-    only: PictureFilter | None = None, num_tokens: int | None = None, image_size: int | None = None,
+    rows: Path,
+    captions: Path,
+    *,
+    split: str | Sequence[str],
+    styles: Sequence[str],
+    max_tokens: int,
+    only: PictureFilter | None = None,
+    num_tokens: int | None = None,
+    image_size: int | None = None,
 ) -> CaptionedDataset:
     """Pictures with their captions' states, for training.
 

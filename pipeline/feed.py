@@ -1,4 +1,4 @@
-"""Feeding training: a deterministic global order, equal steps on all ranks, a position to resume at.
+"""Feeding training: a global order, equal steps on all ranks, an exact position to resume at.
 
 The order of one epoch is a permutation by (seed, epoch) alone, so it does not depend on the number
 of workers; a step takes the next `batch_size` rows of that endless order and every rank reads its
@@ -65,7 +65,10 @@ def validation_rows(
 
 
 def read_table(
-    directory: Path, *, split: str | Sequence[str] | None = None, only: PictureFilter | None = None,
+    directory: Path,
+    *,
+    split: str | Sequence[str] | None = None,
+    only: PictureFilter | None = None,
     columns: Sequence[str] | None = None,
 ) -> pa.Table:
     """Rows of a Parquet directory, filtered by split and style, sorted by key.
@@ -91,7 +94,9 @@ def read_table(
     return table.sort_by("key")
 
 
-def fixed_width(column: pa.ChunkedArray, dtype: np.dtype | type, shape: tuple[int, ...]) -> np.ndarray:
+def fixed_width(
+    column: pa.ChunkedArray, dtype: np.dtype | type, shape: tuple[int, ...]
+) -> np.ndarray:
     """A binary column of equal lengths as one array (rows, *shape)."""
     flat = np.frombuffer(b"".join(column.to_pylist()), dtype=dtype)
     return flat.reshape(len(column), *shape)
@@ -137,7 +142,7 @@ class CaptionStates:
         return int(self.states.shape[1])
 
     def batch(self, ids: np.ndarray) -> dict[str, Tensor]:
-        """{"caption_states": float16 (B, L, width), "caption_mask": bool (B, L)}, L = max_tokens."""
+        """{"caption_states": float16 (B, L, width), "caption_mask": bool (B, L)}, L max_tokens."""
         states = np.zeros((len(ids), self.max_tokens, self.width), np.float16)
         mask = np.zeros((len(ids), self.max_tokens), bool)
         for row, caption in enumerate(ids):
@@ -155,9 +160,14 @@ class CaptionedDataset:
     """
 
     def __init__(
-        self, *, arrays: Mapping[str, np.ndarray], viewed: frozenset[str],
-        caption_ids: Sequence[np.ndarray], captions: CaptionStates,
-        style: np.ndarray, group: np.ndarray,
+        self,
+        *,
+        arrays: Mapping[str, np.ndarray],
+        viewed: frozenset[str],
+        caption_ids: Sequence[np.ndarray],
+        captions: CaptionStates,
+        style: np.ndarray,
+        group: np.ndarray,
     ) -> None:
         self.arrays, self.viewed = dict(arrays), viewed
         self.caption_ids, self.captions = caption_ids, captions
@@ -171,7 +181,11 @@ class CaptionedDataset:
         batch = self.captions.batch(chosen)
         for name, array in self.arrays.items():
             if name in self.viewed:
-                views = rng.integers(array.shape[1], size=len(rows)) if rng else np.zeros(len(rows), int)
+                views = (
+                    rng.integers(array.shape[1], size=len(rows))
+                    if rng
+                    else np.zeros(len(rows), int)
+                )
                 picked = array[rows, views]
             else:
                 picked = array[rows]

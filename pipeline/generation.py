@@ -54,8 +54,12 @@ class GeneratorTask:
             start_from(model, self.base, self.spec)
         train, validation = (
             captioned_dataset(
-                self.tokens, self.captions, split=split, styles=self.spec.styles,
-                max_tokens=self.caption_encoder.max_tokens, only=self.config.data,
+                self.tokens,
+                self.captions,
+                split=split,
+                styles=self.spec.styles,
+                max_tokens=self.caption_encoder.max_tokens,
+                only=self.config.data,
                 num_tokens=self.spec.num_tokens,
             )
             for split in ("train", "validation")
@@ -65,7 +69,10 @@ class GeneratorTask:
 
 
 def make_spec(
-    tokenizer_dir: Path, caption_width: int, styles: Sequence[str], base: Path | None,
+    tokenizer_dir: Path,
+    caption_width: int,
+    styles: Sequence[str],
+    base: Path | None,
     config: GeneratorConfig,
 ) -> ModelSpec:
     """The sizes a generator is built by; a base's styles keep their places.
@@ -119,7 +126,9 @@ def draw_samples(objective: Any, *, task: GeneratorTask) -> Image.Image:
     encoder = load_caption_encoder(task.caption_encoder, cache=task.cache, device=device)
     tokenizer = load_tokenizer(task.tokenizer).to(device)
     generator = registry.load("models", task.config.family).Generator(
-        objective.model, task.config, task.spec,
+        objective.model,
+        task.config,
+        task.spec,
         ModelParts(tokenizer=tokenizer, encoder=encoder, device=device),
     )
     style = task.spec.styles[-1] if task.spec.styles else None

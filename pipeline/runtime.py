@@ -1,7 +1,7 @@
 """The machine or cluster underneath: starting Ray, choosing a device, its dtype and its threads.
 
-    with ray_runtime(home):
-        ...                # one local Ray, or the cluster that RAY_ADDRESS names
+with ray_runtime(home):
+    ...                # one local Ray, or the cluster that RAY_ADDRESS names
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.data.meta_dataset import MetaDataset
 from mlflow.data.http_dataset_source import HTTPDatasetSource
+from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import DatasetInput, Metric, Param
 from mlflow.exceptions import MlflowException
 

@@ -34,7 +34,11 @@ from pipeline.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from pipeline.config import TrainConfig
 from pipeline.errors import TesseraError, TrainingError
 from pipeline.finetune import (
-    EMA, apply_policy, build_optimizers, learning_rate_factor, set_learning_rate,
+    EMA,
+    apply_policy,
+    build_optimizers,
+    learning_rate_factor,
+    set_learning_rate,
 )
 from pipeline.progress import OnProgress, Progress, watch
 from pipeline.runtime import autocast, available_cpus
@@ -70,8 +74,13 @@ class TrainResult:
 
 
 def fit(
-    build: Callable[[], Training], config: TrainConfig, *, storage: Path, name: str,
-    run: RunHandle | None = None, on_progress: OnProgress | None = None,
+    build: Callable[[], Training],
+    config: TrainConfig,
+    *,
+    storage: Path,
+    name: str,
+    run: RunHandle | None = None,
+    on_progress: OnProgress | None = None,
 ) -> TrainResult:
     """Train to the end and give the checkpoint with the lowest validation loss.
 
@@ -164,7 +173,9 @@ class _Worker:
             return
         with checkpoint.as_directory() as directory:
             self.state = load_checkpoint(
-                Path(directory), model=self.objective.model, ema=self.ema,
+                Path(directory),
+                model=self.objective.model,
+                ema=self.ema,
                 optimizers=self.optimizers,
             )
 
@@ -201,8 +212,12 @@ class _Worker:
         torch.manual_seed(hash((config.seed, step, self.rank)) % 2**63)
         batch = self._to_device(
             feed.training_batch(
-                self.training.train, step, batch_size=config.batch_size, seed=config.seed,
-                rank=self.rank, world_size=self.world_size,
+                self.training.train,
+                step,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                rank=self.rank,
+                world_size=self.world_size,
             )
         )
         if "images" in batch:
@@ -253,8 +268,10 @@ class _Worker:
         if self.ema is not None:
             self.ema.swap(self.objective.model)
         metrics = self._validate()
-        if self.rank == 0 and self.training.sample is not None and (
-            last or (config.sample_every and state.step % config.sample_every == 0)
+        if (
+            self.rank == 0
+            and self.training.sample is not None
+            and (last or (config.sample_every and state.step % config.sample_every == 0))
         ):
             self.logger.image("samples", self.training.sample(self.objective), step=state.step)
         if self.ema is not None:
@@ -275,8 +292,11 @@ class _Worker:
             return
         with tempfile.TemporaryDirectory() as directory:
             save_checkpoint(
-                Path(directory), model=self.objective.model, ema=self.ema,
-                optimizers=self.optimizers, state=self.state,
+                Path(directory),
+                model=self.objective.model,
+                ema=self.ema,
+                optimizers=self.optimizers,
+                state=self.state,
             )
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(directory))
 
@@ -288,8 +308,11 @@ class _Worker:
         sums: dict[str, float] = {}
         count = 0
         batches = feed.validation_rows(
-            len(dataset), batch_size=config.batch_size, num_batches=config.validation_batches,
-            rank=self.rank, world_size=self.world_size,
+            len(dataset),
+            batch_size=config.batch_size,
+            num_batches=config.validation_batches,
+            rank=self.rank,
+            world_size=self.world_size,
         )
         for i, rows in enumerate(batches):
             torch.manual_seed(VALIDATION_SEED + i)

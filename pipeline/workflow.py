@@ -5,7 +5,7 @@
 
 Steps, with what each depends on: preprocess (shards), tokenizer (pixels; or the base bundle's),
 captions and tokens (pixels, encoder, tokenizer), aligner (pixels, captions; or a trained one),
-generator (tokens, captions, base), evaluate (all of these, and the champion of the moment), promote.
+generator (tokens, captions, base), evaluate (all of these, and the champion), promote.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ from pipeline import autoencoding, evaluate, generation, reports, train
 from pipeline.aligner import Aligner
 from pipeline.aligning import build_aligner_training
 from pipeline.bundle import (
-    ASSETS, bundle_digest, load_generator, load_tokenizer, resolve_path, save_bundle,
+    ASSETS,
+    bundle_digest,
+    load_generator,
+    load_tokenizer,
+    resolve_path,
+    save_bundle,
     save_tokenizer,
 )  # fmt: skip
 from pipeline.card import write_card
@@ -86,7 +91,9 @@ class Chain:
             self._workspace = Workspace(self.home, self.tracker, parent, self.reporter)
             for uri in self.shard_sets:
                 manifest = read_manifest(uri)
-                self.tracker.log_dataset(parent, name=Path(uri).name, digest=manifest.digest, uri=uri)
+                self.tracker.log_dataset(
+                    parent, name=Path(uri).name, digest=manifest.digest, uri=uri
+                )
                 RunLogger(parent).tags({"licenses": ", ".join(sorted(manifest.licenses))})
             yield parent
 
@@ -186,9 +193,7 @@ class Chain:
 
         def work(context: StepContext) -> dict[str, Any]:
             result = train.fit(
-                partial(
-                    autoencoding.build_training, self.pixels, config, size, cache=self.cache
-                ),
+                partial(autoencoding.build_training, self.pixels, config, size, cache=self.cache),
                 config.train,
                 storage=context.path,
                 name="tokenizer",
@@ -305,7 +310,7 @@ class Chain:
 
     @cached_property
     def evaluation(self) -> StepResult:
-        """Candidate, champion and untuned base on the same pictures, with the floors beside them."""
+        """Candidate, champion and untuned base on the same pictures, the floors beside them."""
         candidate = self.generator.path / "bundle"
         subjects = {"candidate": candidate}
         if self.base is not None:

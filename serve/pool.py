@@ -19,7 +19,7 @@ from ray.serve.handle import DeploymentHandle
 
 from pipeline.contracts import GenerationRequest
 from serve.errors import ApiError
-from serve.replica import PROBE, Card, Picture, Refusal
+from serve.pictures import PROBE, Card, Picture, Refusal
 
 logger = logging.getLogger("ray.serve")
 

@@ -9,73 +9,25 @@ free to take requests, answer health checks and encode PNGs meanwhile.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import torch
 from ray import serve
 from torch import Tensor
 
-from pipeline import __version__
 from pipeline.config import ServeConfig
 from pipeline.contracts import GenerationRequest, ImageGenerator
 from pipeline.errors import RequestError
 from pipeline.images import encode_png
+from serve.pictures import PROBE, Card, Picture, Refusal, describe
 
 logger = logging.getLogger("ray.serve")
 
 Load = Callable[[], ImageGenerator]
 """Loads the model; called once in every replica."""
-
-PROBE = GenerationRequest(prompt="a red circle")
-"""What a replica draws once before it takes requests, and what readiness asks of it."""
-
-
-@dataclass(frozen=True)
-class Card:
-    """What clients need to know of the served model.
-
-    Attributes:
-        name: its name in the registry.
-        version: its version there.
-        image_size: pixels a side.
-        styles: what `style` may be.
-        loaded: Unix time, seconds.
-    """
-
-    name: str
-    version: str
-    image_size: int
-    styles: tuple[str, ...]
-    loaded: int
-
-    @property
-    def size(self) -> str:
-        return f"{self.image_size}x{self.image_size}"
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A drawn picture as PNG, and the model that drew it."""
-
-    png: bytes
-    seed: int
-    card: Card
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """The model cannot draw this request; `param` names the field at fault.
-
-    A value and not an exception: exceptions cross processes as tracebacks.
-    """
-
-    message: str
-    param: str
 
 
 class Generator:
@@ -144,21 +96,3 @@ def generate(
             return [error]
         logger.exception("a batch of %d failed; drawing its pictures one by one", len(requests))
         return [generate(model, [request])[0] for request in requests]
-
-
-def describe(request: GenerationRequest, card: Card) -> dict[str, str]:
-    """The PNG's text chunks: all that is needed to draw it again."""
-    chosen = {
-        "style": request.style,
-        "guidance_scale": request.guidance_scale,
-        "temperature": request.temperature,
-        "num_steps": request.num_steps,
-    }
-    return {
-        "prompt": request.prompt,
-        "seed": str(request.seed),
-        "model": card.name,
-        "model_version": card.version,
-        "settings": json.dumps({k: v for k, v in chosen.items() if v is not None}),
-        "Software": f"Tessera {__version__}",
-    }

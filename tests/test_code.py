@@ -1,4 +1,4 @@
-"""The code's own shape: lint, format, types on the seams, nothing of the machine it was written on."""
+"""The code's own shape: lint, format, types on the seams, no machine paths, no giants."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TOP_LEVEL = {"LICENSE", "README.md", "infra", "jobs", "pipeline", "pyproject.toml", "serve", "tests"}
+TOP_LEVEL = {
+    "LICENSE",
+    "README.md",
+    "infra",
+    "jobs",
+    "pipeline",
+    "pyproject.toml",
+    "serve",
+    "tests",
+}
 
 
 @pytest.mark.parametrize(

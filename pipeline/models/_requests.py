@@ -37,7 +37,9 @@ def check_requests(
     """
     settings = Settings([], [], [], [], [], [])
     for request in requests:
-        guidance = config.guidance_scale if request.guidance_scale is None else request.guidance_scale
+        guidance = (
+            config.guidance_scale if request.guidance_scale is None else request.guidance_scale
+        )
         temperature = config.temperature if request.temperature is None else request.temperature
         num_steps = config.num_steps if request.num_steps is None else request.num_steps
         _within("seed", request.seed, 0, MAX_SEED)

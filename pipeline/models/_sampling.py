@@ -1,5 +1,7 @@
 """Guidance, noise and mask schedules as pure functions, named after their papers.
 
+MaskGIT is Chang et al. 2022 (arXiv 2202.04200).
+
 Shapes: B pictures, N image tokens, V codebook size.
 """
 
@@ -13,7 +15,7 @@ from torch import Tensor
 
 
 def cosine_mask_ratio(progress: Tensor) -> Tensor:
-    """Share of tokens still masked at `progress` in [0, 1] (Chang et al. 2022, MaskGIT, sec. 3.3)."""
+    """Share of tokens still masked at `progress` in [0, 1] (MaskGIT, sec. 3.3)."""
     return torch.cos(progress * math.pi / 2)
 
 
@@ -49,7 +51,7 @@ def _rectangles(area: Tensor, grid_size: int) -> Tensor:
 
 
 def classifier_free_guidance(conditional: Tensor, unconditional: Tensor, scale: Tensor) -> Tensor:
-    """logits (B, N, V) moved away from the unconditional ones; scale (B,) (Ho & Salimans 2022, eq. 6)."""
+    """Logits (B, N, V) away from unconditional ones by scale (B,) (Ho & Salimans 2022, eq. 6)."""
     return unconditional + scale[:, None, None] * (conditional - unconditional)
 
 

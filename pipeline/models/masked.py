@@ -20,6 +20,7 @@ from pipeline.config import GeneratorConfig
 from pipeline.contracts import GenerationRequest, OnStep
 from pipeline.images import to_uint8
 from pipeline.models import _sampling as sampling
+from pipeline.models._attention import attention
 from pipeline.models._captions import CaptionReader
 from pipeline.models._requests import Settings, check_requests
 from pipeline.models._spec import ModelParts, ModelSpec, level_digits
@@ -73,7 +74,9 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (
             (condition + self.modulation).unsqueeze(2).unbind(1)
         )
-        x = x + (1 + gate1) * self._drop(self._attend(_norm(x) * (1 + scale1) + shift1, caption, mask))
+        x = x + (1 + gate1) * self._drop(
+            self._attend(_norm(x) * (1 + scale1) + shift1, caption, mask)
+        )
         h = F.gelu(self.expand(_norm(x) * (1 + scale2) + shift2), approximate="tanh")
         return x + (1 + gate2) * self._drop(self.contract(h))
 
@@ -81,7 +84,7 @@ class Block(nn.Module):
         q, k, v = self._split(self.qkv(x), 3)
         caption_k, caption_v = self._split(self.caption_kv(caption), 2)
         k, v = torch.cat([k, caption_k], 2), torch.cat([v, caption_v], 2)
-        mixed = F.scaled_dot_product_attention(_norm(q), _norm(k), v, attn_mask=mask)
+        mixed = attention(_norm(q), _norm(k), v, mask)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
@@ -90,7 +93,7 @@ class Block(nn.Module):
         return x.view(B, T, parts, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
 
     def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -114,13 +117,21 @@ class MaskedTransformer(nn.Module):
         self.pool_caption = nn.Linear(spec.caption_width, width)
         layer = [
             nn.TransformerEncoderLayer(
-                width, config.heads, 2 * width, config.dropout, "gelu",
-                batch_first=True, norm_first=True, bias=False,
+                width,
+                config.heads,
+                2 * width,
+                config.dropout,
+                "gelu",
+                batch_first=True,
+                norm_first=True,
+                bias=False,
             )
             for _ in range(config.caption_depth)
         ]
         self.caption_blocks = nn.ModuleList(layer)
-        self.condition = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 6 * width))
+        self.condition = nn.Sequential(
+            nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 6 * width)
+        )
         nn.init.zeros_(self.condition[-1].weight)
         self.blocks = nn.ModuleList(
             Block(width, config.heads, config.dropout) for _ in range(config.depth)
@@ -164,7 +175,7 @@ class MaskedTransformer(nn.Module):
     def forward(
         self, image_tokens: Tensor, hidden: Tensor, reading: tuple[Tensor, Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """tokens int64 (B, N), hidden bool (B, N), `read`'s result -> features (B, N, D), table (V, D)."""
+        """Tokens int64 (B, N), hidden bool (B, N), `read`'s result -> (B, N, D), table (V, D)."""
         table = self.table()
         x = F.embedding(image_tokens, table)
         x = torch.where(hidden[:, :, None], self.hidden.to(x.dtype), x) + self.position
@@ -199,8 +210,10 @@ class Objective(nn.Module):
             keep_style = _coin(tokens, 1 - config.style_dropout)
             style = torch.where(keep_style, style, model.no_style)
         hidden = sampling.random_masks(
-            len(tokens), self.grid_size,
-            rectangle_fraction=config.rectangle_fraction, device=tokens.device,
+            len(tokens),
+            self.grid_size,
+            rectangle_fraction=config.rectangle_fraction,
+            device=tokens.device,
         )
         reading = model.read(batch["caption_states"], mask, style)
         features, table = model(tokens, hidden, reading)

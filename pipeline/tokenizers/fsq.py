@@ -68,7 +68,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class ResidualBlock(nn.Module):
-    """norm, SiLU, 3x3, norm, SiLU, 3x3; the second convolution starts at zero: identity at first."""
+    """norm, SiLU, 3x3, norm, SiLU, 3x3; the last one starts at zero: identity at first."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -26,6 +26,7 @@ from pipeline.steps import exclusive
 from pipeline.workflow import Chain, Outcome
 
 TESSERA = [sys.executable, "-m", "jobs.cli"]
+CHAMPION = "models:/tessera-smoke@champion"
 STEPS = ["preprocess", "tokenizer", "tokens", "captions", "generator", "aligner", "evaluate"]
 
 
@@ -128,7 +129,7 @@ def test_pictures_without_a_server(outcome: Outcome, home: Path) -> None:
     out = home / "apple.png"
     drawn = tessera(
         "generate", "一个红苹果", "--out", str(out), "--n", "2", "--seed", "3", "--json",
-        "--model", "models:/tessera-smoke@champion", home=home,
+        "--model", CHAMPION, home=home,
     )  # fmt: skip
     assert drawn.returncode == 0, drawn.stderr
     row, first, _second = map(Path, json.loads(drawn.stdout))
@@ -144,7 +145,7 @@ def server(outcome: Outcome, home: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     process = subprocess.Popen(
-        [*TESSERA, "serve", "models:/tessera-smoke@champion", "--port", str(port), "--home", str(home)],
+        [*TESSERA, "serve", CHAMPION, "--port", str(port), "--home", str(home)],
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     url = f"http://127.0.0.1:{port}"

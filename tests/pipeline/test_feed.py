@@ -45,7 +45,9 @@ def test_ranks_share_a_step_without_overlap(world_size: int, step: int) -> None:
 
 
 @given(length=st.integers(1, 300), num_batches=st.integers(1, 9), world_size=st.integers(1, 3))
-def test_validation_rows_are_fixed_and_split(length: int, num_batches: int, world_size: int) -> None:
+def test_validation_rows_are_fixed_and_split(
+    length: int, num_batches: int, world_size: int
+) -> None:
     shares = [
         feed.validation_rows(
             length, batch_size=16, num_batches=num_batches, rank=rank, world_size=world_size

@@ -17,7 +17,9 @@ from pipeline.errors import BundleError, RecipeError, RequestError
 from pipeline.finetune import apply_policy
 from pipeline.models._spec import ModelSpec
 
-SPEC = ModelSpec(codebook_size=60, num_tokens=16, levels=(5, 4, 3), caption_width=24, styles=("a", "b"))
+SPEC = ModelSpec(
+    codebook_size=60, num_tokens=16, levels=(5, 4, 3), caption_width=24, styles=("a", "b")
+)
 CONFIG = GeneratorConfig(
     width=64, depth=2, heads=4, caption_depth=1, dropout=0, caption_dropout=0, style_dropout=0,
     label_smoothing=0, num_steps=4, num_styles=4,
@@ -139,7 +141,8 @@ class TestBundle:
         assert torch.equal(alone, generator.generate([*others, REQUEST])[2])
 
     @pytest.mark.parametrize(
-        "change", [{"seed": 8}, {"prompt": "蓝色的狗"}, {"guidance_scale": 9.0}, {"style": "twemoji"}]
+        "change",
+        [{"seed": 8}, {"prompt": "蓝色的狗"}, {"guidance_scale": 9.0}, {"style": "twemoji"}],
     )
     def test_what_is_asked_matters(
         self, generator: ImageGenerator, change: dict[str, object]

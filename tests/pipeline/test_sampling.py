@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pipeline.models import _sampling as sampling
+from pipeline.models._attention import attention
 
 
 def test_cosine_schedule_begins_hidden_and_ends_known() -> None:
@@ -61,3 +62,12 @@ def test_the_most_confident_stay_and_the_known_are_never_lost() -> None:
     assert kept.tolist() == [[True, True, False, False]]
     everything = sampling.keep_most_confident(confidence, kept, torch.tensor([0]))
     assert everything.all()
+
+
+def test_attention_is_the_fused_kernels() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
+    mask = torch.rand(2, 1, 1, 7) < 0.6
+    mask[..., 0] = True
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(attention(q, k, v, mask), expected)

@@ -34,7 +34,7 @@ def test_shapes_and_ranges(name: str) -> None:
     assert isinstance(tokenizer, ImageTokenizer)
     tokens = tokenizer.encode(torch.rand(2, 3, 32, 32) * 2 - 1)
     assert tokens.shape == (2, 16) and tokens.dtype == torch.int64
-    assert 0 <= int(tokens.min()) and int(tokens.max()) < tokenizer.codebook_size
+    assert int(tokens.min()) >= 0 and int(tokens.max()) < tokenizer.codebook_size
     images = tokenizer.decode(tokens)
     assert images.shape == (2, 3, 32, 32) and images.abs().max() <= 1
 
@@ -43,7 +43,9 @@ def test_shapes_and_ranges(name: str) -> None:
 def test_overfits_one_batch(name: str) -> None:
     torch.manual_seed(0)
     objective = TokenizerObjective(CONFIG.model_copy(update={"name": name}), 32)
-    batch = {"images": (torch.rand(2, 3, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3) * 255)}
+    batch = {
+        "images": (torch.rand(2, 3, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3) * 255)
+    }
     batch["images"] = batch["images"].to(torch.uint8)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
     for _ in range(150):

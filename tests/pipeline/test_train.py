@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Mapping
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -147,10 +148,10 @@ def test_the_average_follows_and_swapping_twice_changes_nothing() -> None:
     nn.init.zeros_(model.weight)
     ema = EMA(model, 0.5)
     nn.init.ones_(model.weight)
-    for _ in range(30):
+    for _ in range(12):
         ema.update(model)
     ema.swap(model)
-    assert 0.99 < model.weight.item() < 1
+    assert 0.99 < model.weight.item() <= 1
     ema.swap(model)
     assert model.weight.item() == 1
 
@@ -160,4 +161,4 @@ def test_learning_rate_warms_up_and_comes_down() -> None:
     factors = [learning_rate_factor(config, step=s, progress=s / 100) for s in range(101)]
     assert factors[0] == pytest.approx(0.1) and max(factors) > 0.95
     assert factors[100] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(factors[10:]))

@@ -15,10 +15,10 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 
 from pipeline.contracts import GenerationRequest
-from serve.app import create_api
+from serve.api import create_api
 from serve.errors import ApiError
+from serve.pictures import Card, Picture, Refusal
 from serve.pool import Pool
-from serve.replica import Card, Picture, Refusal
 from serve.schemas import ImageRequest
 
 CARD = Card(name="tiny", version="3", image_size=64, styles=("noto",), loaded=0)
