@@ -14,7 +14,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from pipeline import feed
 from pipeline.augment import Augment
 from pipeline.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from pipeline.config import TrainConfig
-from pipeline.errors import TesseraError, TrainingError
+from pipeline.errors import ResourceError, TesseraError, TrainingError
 from pipeline.finetune import (
     EMA,
     apply_policy,
@@ -45,6 +45,7 @@ from pipeline.runtime import autocast, available_cpus
 from pipeline.tracking import RunHandle, RunLogger
 
 LOG_EVERY = 10
+CPUS_A_WORKER = 0.5
 VALIDATION_SEED = 20_260
 
 
@@ -88,17 +89,14 @@ def fit(
 
     Raises:
         TrainingError: a loss is not finite, or workers died more often than config.max_failures.
+        ResourceError: the cluster is too small.
     """
-    gpu = torch.cuda.is_available() or ray.cluster_resources().get("GPU", 0) >= config.num_workers
+    scaling = scaling_for(config.num_workers, ray.cluster_resources())
     with watch(on_progress) as board:
         trainer = ray.train.torch.TorchTrainer(
             _worker,
             train_loop_config={"build": build, "config": config, "run": run, "board": board},
-            scaling_config=ScalingConfig(
-                num_workers=config.num_workers,
-                use_gpu=gpu,
-                resources_per_worker={"CPU": 0.5} | ({"GPU": 1} if gpu else {}),
-            ),
+            scaling_config=scaling,
             run_config=RunConfig(
                 name=name,
                 storage_path=str(storage.absolute()),
@@ -117,6 +115,31 @@ def fit(
     best = result.get_best_checkpoint("validation_loss", "min")
     metrics = next(m for c, m in result.best_checkpoints if c.path == best.path)
     return TrainResult(Path(best.path), {k: v for k, v in metrics.items() if _is_number(v)})
+
+
+def scaling_for(num_workers: int, resources: Mapping[str, float]) -> ScalingConfig:
+    """A GPU a worker where the cluster has any, else half a logical CPU a worker.
+
+    With fewer GPUs than workers, fewer workers train: the global batch, and so the result, is the
+    same.
+
+    Raises:
+        ResourceError: the cluster is too small for the workers.
+    """
+    gpus, cpus = int(resources.get("GPU", 0)), resources.get("CPU", 0)
+    if gpus:
+        num_workers = min(num_workers, gpus)
+        per_worker = {"CPU": CPUS_A_WORKER, "GPU": 1}
+    else:
+        per_worker = {"CPU": CPUS_A_WORKER}
+    if num_workers * CPUS_A_WORKER > cpus:
+        raise ResourceError(
+            f"train.num_workers={num_workers} needs {num_workers * CPUS_A_WORKER:g} of Ray's CPUs "
+            f"and the cluster has {cpus:g}: lower it, or add nodes"
+        )
+    return ScalingConfig(
+        num_workers=num_workers, use_gpu=bool(gpus), resources_per_worker=per_worker
+    )
 
 
 def _first_cause(error: Exception) -> TesseraError:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from pipeline.checkpoint import TrainState, best_weights, load_checkpoint, save_checkpoint
 from pipeline.config import AugmentConfig, TrainConfig
-from pipeline.errors import TrainingError
+from pipeline.errors import ResourceError, TrainingError
 from pipeline.finetune import EMA, build_optimizers, learning_rate_factor
 from pipeline.progress import Progress
-from pipeline.train import Training, fit
+from pipeline.train import Training, fit, scaling_for
 
 CONFIG = TrainConfig(
     batch_size=8, max_steps=12, warmup_steps=2, validate_every=4, validation_batches=2,
@@ -162,3 +162,12 @@ def test_learning_rate_warms_up_and_comes_down() -> None:
     assert factors[0] == pytest.approx(0.1) and max(factors) > 0.95
     assert factors[100] == pytest.approx(0.1)
     assert all(a >= b for a, b in pairwise(factors[10:]))
+
+
+def test_workers_follow_the_devices() -> None:
+    on_cpu = scaling_for(2, {"CPU": 8})
+    assert (on_cpu.num_workers, on_cpu.use_gpu) == (2, False)
+    on_gpu = scaling_for(4, {"CPU": 8, "GPU": 2})
+    assert (on_gpu.num_workers, on_gpu.use_gpu) == (2, True)
+    with pytest.raises(ResourceError, match=r"num_workers=9 needs 4.5 .* has 4"):
+        scaling_for(9, {"CPU": 4})
