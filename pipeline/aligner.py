@@ -69,6 +69,23 @@ class Aligner(nn.Module):
         )
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
+    @torch.no_grad()
+    def standardise_captions(self, states: Tensor, mask: Tensor) -> None:
+        """Start from caption features of mean 0 and variance 1, as measured on these captions.
+
+        Mean states of a language model lie in a narrow cone (any two captions of e5 have a cosine
+        above 0.7), so a fresh perceptron sees hardly any difference between them and training
+        idles until it has found one. Folded into the LayerNorm's weight and bias.
+
+        Args:
+            states, mask: (B, L, C) and bool (B, L), hundreds of captions.
+        """
+        norm = self.caption_head[0]
+        features = norm(masked_mean(states.float(), mask))
+        deviation, mean = torch.std_mean(features, dim=0)
+        norm.weight.div_(deviation + 1e-3)
+        norm.bias.sub_(mean).div_(deviation + 1e-3)
+
     def images_to_embeddings(self, images: Tensor) -> Tensor:
         """float (B, 3, S, S) in [-1, 1] -> (B, embedding), l2-normalised float32."""
         features = self.trunk(images.contiguous(memory_format=torch.channels_last))
@@ -131,7 +148,7 @@ class Aligner(nn.Module):
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise BundleError(
                 f"{directory} holds no aligner that this version loads ({error}); train one with "
-                "`tessera train-aligner`"
+                "`tessera align RECIPE`"
             ) from error
         return aligner.to(device).eval()
 

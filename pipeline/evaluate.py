@@ -37,7 +37,6 @@ from pipeline import metrics
 from pipeline.aligner import Aligner
 from pipeline.config import EvaluateConfig
 from pipeline.contracts import (
-    CaptionEncoder,
     EvalReport,
     ImageGenerator,
     ImageTokenizer,
@@ -46,6 +45,7 @@ from pipeline.contracts import (
 from pipeline.drawing import draw, picture_grid, reconstruct, requests_for
 from pipeline.evalset import EvalSet, PictureSet
 from pipeline.reports import pack_hits
+from pipeline.text import HFCaptionEncoder, check_encoder
 
 LATENCY_REQUESTS = 3
 COPY_PERCENTILE = 5
@@ -57,7 +57,7 @@ def evaluate(
     *,
     aligner: Aligner,
     features: Callable[[Tensor], Tensor],
-    encoder: CaptionEncoder,
+    encoder: HFCaptionEncoder,
     config: EvaluateConfig,
     subject: str,
     grids: Path | None = None,
@@ -84,6 +84,9 @@ class Judge:
         features: uint8 (N, 3, H, W) -> (N, D) for KID, not those anything here trained on.
         encoder: the caption encoder the aligner was trained with.
         config: sizes, seeds, guidance scales.
+
+    Raises:
+        BundleError: the encoder is not the one the aligner was trained with.
     """
 
     def __init__(
@@ -92,11 +95,13 @@ class Judge:
         *,
         aligner: Aligner,
         features: Callable[[Tensor], Tensor],
-        encoder: CaptionEncoder,
+        encoder: HFCaptionEncoder,
         config: EvaluateConfig,
     ) -> None:
         self.eval_set, self.config = eval_set, config
         self.aligner, self.features = aligner, features
+        if aligner.encoder is not None:
+            check_encoder(aligner.encoder, encoder)
         self.real_features = [features(pictures.images) for pictures in eval_set.sets]
         self.captions = [
             {
@@ -147,17 +152,18 @@ class Judge:
     def real(self) -> EvalReport:
         """The real pictures themselves: the best that retrieval can be, and KID between real ones.
 
-        KID compares each set with other training pictures of the same style.
+        KID compares the unseen set with as many training pictures of the style.
         """
         found = _Findings()
         rng = np.random.default_rng(self.config.seed)
         for index, pictures in enumerate(self.eval_set.sets):
             for language in self._languages(pictures):
                 self._retrieve(found, index, pictures.images, language)
-            pool = self.eval_set.training[pictures.style]
-            rows = rng.permutation(len(pool))[: len(pictures)]
-            self._kid(found, index, self.features(pool[rows]))
             if pictures.name == "unseen":
+                pool = self.eval_set.training[pictures.style]
+                self._kid(
+                    found, index, self.features(pool[rng.permutation(len(pool))[: len(pictures)]])
+                )
                 self._nearest(found, pictures, pictures.images)
         return self._report("real", found)
 

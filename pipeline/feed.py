@@ -58,10 +58,15 @@ def validation_rows(
     length: int, *, batch_size: int, num_batches: int, rank: int, world_size: int
 ) -> list[np.ndarray]:
     """This rank's share of the validation rows, evenly spread over the set, always the same."""
-    count = min(length, batch_size * num_batches)
-    rows = np.linspace(0, length - 1, count).round().astype(np.int64)
+    rows = spread(length, batch_size * num_batches)
+    count = len(rows)
     batches = [rows[i : i + batch_size] for i in range(0, count, batch_size)]
     return [shard for batch in batches if len(shard := batch[rank::world_size])]
+
+
+def spread(length: int, count: int) -> np.ndarray:
+    """Up to `count` of the rows 0 to length - 1, evenly spread: int64."""
+    return np.linspace(0, length - 1, min(length, count)).round().astype(np.int64)
 
 
 def read_table(

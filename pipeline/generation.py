@@ -22,11 +22,13 @@ from pipeline.config import CaptionEncoderConfig, GeneratorConfig
 from pipeline.contracts import GenerationRequest
 from pipeline.encode import captioned_dataset
 from pipeline.errors import RecipeError
+from pipeline.feed import spread
 from pipeline.images import grid
 from pipeline.models._spec import ModelParts, ModelSpec
 from pipeline.text import load_caption_encoder
 from pipeline.train import Training
 
+CAPTIONS_TO_START_FROM = 1_024
 SAMPLE_PROMPTS = (
     "red apple", "dog face", "house", "fire engine", "rainbow", "pizza", "sailboat", "robot",
     "红苹果", "狗脸", "房子", "消防车", "彩虹", "披萨", "帆船", "机器人",
@@ -50,8 +52,6 @@ class GeneratorTask:
         """See pipeline.train.Training."""
         family = registry.load("models", self.config.family)
         model = family.build(self.config, self.spec)
-        if self.base is not None:
-            start_from(model, self.base, self.spec)
         train, validation = (
             captioned_dataset(
                 self.tokens,
@@ -64,6 +64,11 @@ class GeneratorTask:
             )
             for split in ("train", "validation")
         )
+        if self.base is not None:
+            start_from(model, self.base, self.spec)
+        else:
+            some = train.batch(spread(len(train), CAPTIONS_TO_START_FROM), None)
+            model.standardise_captions(some["caption_states"], some["caption_mask"])
         objective = family.Objective(model, self.config)
         return Training(objective, train, validation, sample=partial(draw_samples, task=self))
 

@@ -21,10 +21,11 @@ from pipeline.contracts import GenerationRequest, OnStep
 from pipeline.images import to_uint8
 from pipeline.models import _sampling as sampling
 from pipeline.models._attention import attention
-from pipeline.models._captions import CaptionReader
+from pipeline.models._captions import CaptionReader, standardise
 from pipeline.models._requests import Settings, check_requests
 from pipeline.models._spec import ModelParts, ModelSpec, level_digits
 from pipeline.runtime import autocast
+from pipeline.text import masked_mean
 
 
 class TokenTable(nn.Module):
@@ -113,6 +114,8 @@ class MaskedTransformer(nn.Module):
         self.style = nn.Embedding(config.num_styles + 1, width)
         nn.init.normal_(self.style.weight, std=0.02)
         self.no_caption = nn.Parameter(torch.zeros(width))
+        self.token_norm = nn.LayerNorm(spec.caption_width)
+        self.pooled_norm = nn.LayerNorm(spec.caption_width)
         self.read_caption = nn.Linear(spec.caption_width, width)
         self.pool_caption = nn.Linear(spec.caption_width, width)
         layer = [
@@ -141,11 +144,19 @@ class MaskedTransformer(nn.Module):
 
     def text_modules(self) -> list[nn.Module]:
         """What reads the caption; the policy `frozen` leaves it alone."""
-        return [self.read_caption, self.pool_caption, self.caption_blocks]
+        return [
+            self.token_norm, self.pooled_norm,
+            self.read_caption, self.pool_caption, self.caption_blocks,
+        ]  # fmt: skip
 
     def head_modules(self) -> list[nn.Module]:
         """What the policy `head` trains: token table, styles, condition, output, last block."""
         return [self.table, self.style, self.condition, self.to_table, self.blocks[-1]]
+
+    def standardise_captions(self, states: Tensor, mask: Tensor) -> None:
+        """Start from these captions' statistics; states (B, L, C), mask bool (B, L)."""
+        standardise(self.token_norm, states.float()[mask])
+        standardise(self.pooled_norm, masked_mean(states.float(), mask))
 
     def read(self, states: Tensor, mask: Tensor, style: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Caption and style once a picture, whatever the number of decoding steps.
@@ -157,15 +168,14 @@ class MaskedTransformer(nn.Module):
         Returns:
             caption (B, L, D), mask bool (B, 1, 1, N + L), condition (B, 6, D).
         """
-        states = F.layer_norm(states.float(), states.shape[-1:])
-        caption = self.read_caption(states)
+        states = states.float()
+        caption = self.read_caption(self.token_norm(states))
         given = mask.any(1, keepdim=True)
         if len(self.caption_blocks):
             padding = ~(mask | ~given)  # a row without a caption must not be all padding
             for block in self.caption_blocks:
                 caption = block(caption, src_key_padding_mask=padding)
-        weights = mask / mask.sum(1, keepdim=True).clamp_min(1)
-        pooled = self.pool_caption((states * weights[:, :, None]).sum(1))
+        pooled = self.pool_caption(self.pooled_norm(masked_mean(states, mask)))
         pooled = torch.where(given, pooled, self.no_caption.to(pooled.dtype))
         condition = self.condition(pooled + self.style(style))
         image_keys = mask.new_ones(len(mask), self.spec.num_tokens)

@@ -69,6 +69,20 @@ def test_pictures_of_a_group_do_not_repel_each_others_captions() -> None:
     assert (logits.grad[same] < 0).all() and (logits.grad[~same] > 0).all()
 
 
+def test_captions_in_a_narrow_cone_are_spread_at_the_start() -> None:
+    model = objective().model
+    generator = torch.Generator().manual_seed(0)
+    cone = torch.randn(16, generator=generator) + 0.1 * torch.randn(50, 3, 16, generator=generator)
+    mask = torch.ones(50, 3, dtype=torch.bool)
+    before = model.embed_captions(cone, mask)
+    model.standardise_captions(cone, mask)
+    after = model.embed_captions(cone, mask)
+    assert (before @ before.T).mean() > 0.9 and (after @ after.T).mean() < 0.3
+    features = model.caption_head[0](cone.mean(1))
+    torch.testing.assert_close(features.mean(0), torch.zeros(16), atol=1e-4, rtol=0)
+    torch.testing.assert_close(features.std(0), torch.ones(16), atol=0.05, rtol=0)
+
+
 def test_one_batch_is_learned_by_heart(icon_images: Tensor) -> None:
     model, rows = objective(), batch(icon_images[:24])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -124,13 +124,12 @@ def test_a_blurred_copy_is_nearer_than_any_new_icon(icon_images: Tensor) -> None
 
 def test_imagenet_features_order_real_pictures_as_eyes_do(icon_images: Tensor) -> None:
     features = ImageNetFeatures(128)
-    noto, twemoji = icon_images[:64], icon_images[64:]
+    noto = icon_images[:64]
     generator = torch.Generator().manual_seed(0)
-    pure = torch.randint(0, 256, noto.shape, generator=generator, dtype=torch.uint8)
+    nonsense = torch.randint(0, 256, (32, 3, 64, 64), generator=generator, dtype=torch.uint8)
     noisy = (noto + 40 * torch.randn(noto.shape, generator=generator)).clamp(0, 255)
     half = features(noto[::2])
     assert half.shape == (32, 1280) and half.dtype == torch.float32
-    others = (noto[1::2], twemoji[::2], noisy[1::2].to(torch.uint8), pure[:32])
-    same, vendor, noise, nonsense = (kid(half, features(images)) for images in others)
-    assert same < 0.1 < vendor < nonsense
-    assert same < 0.1 < noise < nonsense
+    others = (noto[1::2], noisy[1::2].to(torch.uint8), nonsense)
+    same, noise, worst = (kid(half, features(images)) for images in others)
+    assert abs(same) < 0.1 < noise < worst
