@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import logging
 import math
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -32,6 +33,7 @@ _CODES = {
     "json_invalid": "invalid_json",
 }
 _HTTP_CODES = {404: "unknown_url", 405: "method_not_allowed"}
+_EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception)\b")
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -79,6 +81,13 @@ def shown(value: object) -> str:
     """`value` as an error message may quote it: short, and printable whatever it holds."""
     text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
     return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "..."
+
+
+def last_error(status: str) -> str:
+    """The exception at the end of a traceback that Serve reports, without the traceback."""
+    lines = status.strip().splitlines()
+    starts = [i for i, line in enumerate(lines) if _EXCEPTION.match(line)]
+    return " ".join(line.strip() for line in lines[starts[-1] if starts else -1 :])
 
 
 def json_body(shape: type[Body]) -> Callable[[Request], Awaitable[Body]]:

@@ -28,6 +28,7 @@ from pipeline.config import ServeConfig
 from pipeline.errors import ResourceError
 from pipeline.runtime import start_ray
 from serve.app import build_app
+from serve.errors import last_error
 
 logger = logging.getLogger(__name__)
 
@@ -161,15 +162,9 @@ def deploy(app: Application, *, name: str = APP_NAME, route_prefix: str = "/") -
         serve.run(app, name=name, route_prefix=route_prefix)
     except RuntimeError as error:
         deployments = serve.status().applications[name].deployments.values()
-        failed = [d.message for d in deployments if d.status.value == "DEPLOY_FAILED"]
+        failed = "\n".join(d.message for d in deployments if d.status.value == "DEPLOY_FAILED")
         logger.debug("deployment failed: %s", failed)
-        raise ResourceError(f"the model did not load: {_cause(failed)}") from error
-
-
-def _cause(messages: list[str]) -> str:
-    """The last line of the traceback that Serve reports."""
-    lines = [line for message in messages for line in message.splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "Serve gives no reason; see its logs"
+        raise ResourceError(f"the model did not load: {last_error(failed)}") from error
 
 
 def _wait_until_ready(url: str, timeout_s: float) -> None:

@@ -18,7 +18,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from pipeline.contracts import GenerationRequest
-from serve.errors import ApiError
+from serve.errors import ApiError, last_error
 from serve.pictures import PROBE, Card, Picture, Refusal
 
 logger = logging.getLogger("ray.serve")
@@ -111,8 +111,8 @@ class Pool:
             serve.status().applications[context.app_name].deployments[self._handle.deployment_name]
         )
         states = ", ".join(f"{n} {state}" for state, n in generator.replica_states.items())
-        last_line = generator.message.strip().rpartition("\n")[2]
-        return f"replicas: {states or 'none'}; {generator.status.value}: {last_line}"
+        why = last_error(generator.message)
+        return f"replicas: {states or 'none'}; {generator.status.value} {why}".strip()
 
 
 def _explained(error: Exception, timeout_s: float) -> Exception:

@@ -1,4 +1,4 @@
-"""What families share about captions: reading one at a time, and starting from spread-out states."""
+"""What families share about captions: reading one at a time, states spread out to start from."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from ray.serve.exceptions import BackPressureError
 
 from pipeline.contracts import GenerationRequest
 from serve.api import create_api
-from serve.errors import ApiError
+from serve.errors import ApiError, last_error
 from serve.pictures import Card, Picture, Refusal
 from serve.pool import Pool
 from serve.schemas import ImageRequest
@@ -127,6 +127,13 @@ def _send(pool: Pool, method: str, path: str, **body: Any) -> httpx.Response:
             return await http.request(method, path, **body)
 
     return asyncio.run(send())
+
+
+def test_the_last_error_of_a_traceback() -> None:
+    traceback = "Failed twice.\nTraceback:\n  File x\nKeyError: 1\n  File y\na.BundleError: does"
+    assert last_error(f"{traceback}\n\tnot fit.\n") == "a.BundleError: does not fit."
+    assert last_error("still starting") == "still starting"
+    assert last_error("") == ""
 
 
 ANYTHING = st.recursive(
