@@ -55,12 +55,13 @@ def demo(
 
     Takes at most 15 minutes on 2 CPU cores. Interrupted, it goes on where it stopped.
     """
+    from pipeline.config import load_recipe
+
+    loaded = load_recipe(recipe)  # a mistake is told before anything heavy is imported
     from jobs.demo import first_grid
     from jobs.retrain import retrain as run
-    from pipeline.config import load_recipe
     from serve.launch import check_port
 
-    loaded = load_recipe(recipe)
     if serve:
         check_port("127.0.0.1", port)
     outcome = run(loaded, home, ConsoleReporter(console), debug=debug)
@@ -85,11 +86,12 @@ def retrain(
 
     Steps that were done before with the same data and settings are skipped.
     """
-    from jobs.retrain import retrain as run
-    from jobs.retrain import summary
     from pipeline.config import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
+    from jobs.retrain import retrain as run
+    from jobs.retrain import summary
+
     outcome = run(loaded, home, ConsoleReporter(console), debug=debug)
     console.print(time_table(outcome.seconds))
     if as_json:
@@ -117,10 +119,11 @@ def _step_command(name: str, help_text: str) -> None:
         as_json: AsJson = False,
         debug: Debug = False,
     ) -> None:
-        from jobs.steps import run_step
         from pipeline.config import load_recipe
 
         loaded = load_recipe(recipe, overrides or ())
+        from jobs.steps import run_step
+
         result = run_step(name, loaded, home, ConsoleReporter(console), debug=debug)
         typer.echo(json.dumps(result) if as_json else result["path"])
 

@@ -22,8 +22,9 @@ def retrain(recipe: Recipe, home: Path, reporter: Reporter, *, debug: bool = Fal
     Raises:
         TesseraError: something the user can mend; finished steps are kept.
     """
+    chain = Chain(recipe, home, reporter)
     with ray_runtime(debug=debug):
-        return Chain(recipe, home, reporter).retrain()
+        return chain.retrain()
 
 
 def summary(outcome: Outcome) -> dict[str, Any]:

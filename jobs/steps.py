@@ -48,7 +48,6 @@ def run_step(
     Returns:
         "path" of the result, and the step's values.
     """
-    with ray_runtime(debug=debug):
-        chain = Chain(recipe, home, reporter)
-        with chain.open():
-            return STEPS[name](chain)
+    chain = Chain(recipe, home, reporter)
+    with ray_runtime(debug=debug), chain.open():
+        return STEPS[name](chain)

@@ -5,8 +5,8 @@ cache, an installed Python package that carries it, a model hub. Packages carry 
 of their own; each is converted once into the ordinary one (a Hugging Face directory, or one
 safetensors file) and read from the cache ever after.
 
-    directory = find_encoder("intfloat/multilingual-e5-small", cache=Path(".tessera/cache"))
-    weights = find_vgg("hed-vgg16", cache=Path(".tessera/cache"))  # downloads 55 MB the first time
+    directory = find_encoder("intfloat/multilingual-e5-small", cache=Path(".tessera/pretrained"))
+    weights = find_vgg("hed-vgg16", cache=Path(".tessera/pretrained"))  # downloads 55 MB the first time
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def find_encoder(model: str, *, cache: Path) -> str:
 def _converted(model: str, packaged: PackagedEncoder, cache: Path) -> str | None:
     """The cached conversion, made now if the package is installed; None if it is not."""
     name = f"{model.replace('/', '--')}@{packaged.package}-{packaged.version}"
-    directory = cache / "pretrained" / name
+    directory = cache / name
     if not directory.is_dir():
         spec = importlib.util.find_spec(packaged.package)
         if spec is None or not spec.submodule_search_locations:
@@ -126,7 +126,7 @@ def find_vgg(source: str, *, cache: Path) -> Path:
             f"no perceptual features at {source!r}; "
             f"name a .safetensors file or one of: {', '.join(VGG_SOURCES)}"
         )
-    target = cache / "pretrained" / f"{source}.safetensors"
+    target = cache / f"{source}.safetensors"
     if not target.is_file():
         with _written_once(target) as temporary:
             save_file(_vgg_from_wheel(packaged, cache), temporary)

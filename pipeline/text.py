@@ -3,7 +3,7 @@
 Any model that `transformers.AutoModel` loads will do: BERT types, GPT types, T5's encoder. Bundles
 do not carry it; they carry an `EncoderIdentity` that `check_encoder` compares at load.
 
-    encoder = load_caption_encoder(recipe.caption_encoder, cache=home / "cache")
+    encoder = load_caption_encoder(recipe.caption_encoder, cache=home / "pretrained")
     states, mask = encoder.encode(["a red apple", "一个红苹果"])  # (2, L, 384), (2, L)
 """
 
@@ -20,7 +20,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)  # fmt: skip
 from transformers.utils import logging as hf_logging
 
 from pipeline.config import CaptionEncoderConfig
@@ -121,15 +127,34 @@ def load_caption_encoder(
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModel.from_pretrained(source, dtype="auto")
     except (OSError, ValueError) as error:
-        raise PretrainedNotFoundError(
-            f"no caption encoder could be loaded from {source!r}: {str(error).splitlines()[0]} "
-            f"To get one: {how_to_get(config.model)}"
-        ) from error
+        raise _not_found(source, config, error) from error
     if hasattr(model, "encoder") and hasattr(model, "decoder"):
         model = model.encoder  # T5 and its kin
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return HFCaptionEncoder(model.to(device), tokenizer, config)
+
+
+def check_available(config: CaptionEncoderConfig, *, cache: Path) -> None:
+    """Look for the language model without loading it.
+
+    Raises:
+        PretrainedNotFoundError: it is nowhere to be found; the message says how to get it.
+    """
+    source = find_encoder(config.model, cache=cache)
+    try:
+        AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise _not_found(source, config, error) from error
+
+
+def _not_found(
+    source: str, config: CaptionEncoderConfig, error: Exception
+) -> PretrainedNotFoundError:
+    return PretrainedNotFoundError(
+        f"no caption encoder could be loaded from {source!r}: {str(error).splitlines()[0]} "
+        f"To get one: {how_to_get(config.model)}"
+    )
 
 
 @contextmanager

@@ -43,7 +43,7 @@ from pipeline.promotion import decide
 from pipeline.runtime import check_disk
 from pipeline.shards import locate, read_manifest
 from pipeline.steps import Reporter, StepContext, StepResult, Workspace, exclusive
-from pipeline.text import identify, load_caption_encoder
+from pipeline.text import check_available, identify, load_caption_encoder
 from pipeline.tracking import ResolvedModel, RunHandle, RunLogger, Tracker
 
 NEEDED_MB = 2_000
@@ -73,28 +73,36 @@ class Outcome:
 
 
 class Chain:
-    """One recipe's steps in one home directory. Ray must be up."""
+    """One recipe's steps in one home directory.
+
+    Making one checks what the recipe names, before Ray or any work is started; Ray must be up for
+    the steps.
+
+    Raises:
+        TesseraError: shards, base, caption encoder, tracking server or disk space are lacking.
+    """
 
     def __init__(self, recipe: Recipe, home: Path, reporter: Reporter) -> None:
         self.recipe, self.home, self.reporter = recipe, home, reporter
         self.cache = home / "pretrained"
-        self.tracker = Tracker(home)
         self.base = resolve_path(recipe.base) if recipe.base else None
+        self.manifests = {uri: read_manifest(uri) for uri in self.shard_sets}
+        check_available(recipe.caption_encoder, cache=self.cache)
+        check_disk(home, NEEDED_MB)
+        self.tracker = Tracker(home)
         self._workspace: Workspace | None = None
 
     @contextmanager
     def open(self) -> Iterator[RunHandle]:
         """Hold the home directory and a parent run; the steps below need both."""
-        check_disk(self.home, NEEDED_MB)
         with exclusive(self.home), self.tracker.run(self.recipe.name) as parent:
             RunLogger(parent).params({"recipe": self.recipe.name, "base": self.recipe.base})
             self._workspace = Workspace(self.home, self.tracker, parent, self.reporter)
-            for uri in self.shard_sets:
-                manifest = read_manifest(uri)
-                self.tracker.log_dataset(
-                    parent, name=Path(uri).name, digest=manifest.digest, uri=uri
-                )
-                RunLogger(parent).tags({"licenses": ", ".join(sorted(manifest.licenses))})
+            for uri, manifest in self.manifests.items():
+                name = uri.rstrip("/").rpartition("/")[2]
+                self.tracker.log_dataset(parent, name=name, digest=manifest.digest, uri=uri)
+            licenses = {name for m in self.manifests.values() for name in m.licenses}
+            RunLogger(parent).tags({"licenses": ", ".join(sorted(licenses))})
             yield parent
 
     @property
@@ -142,7 +150,7 @@ class Chain:
             "preprocess",
             work,
             settings={"data": data, "preprocess": recipe.preprocess.model_dump(mode="json")},
-            inputs={f"shards-{i}": read_manifest(u).digest for i, u in enumerate(self.shard_sets)},
+            inputs={f"shards-{i}": m.digest for i, m in enumerate(self.manifests.values())},
         )
 
     @property
@@ -370,7 +378,7 @@ class Chain:
             reason = f"it is already the champion, version {champion.version}"
             return Decision(True, (reason,)), champion.version
         decision = decide(found["candidate"], found.get("champion"), self.recipe.promote)
-        write_card(bundle, self.recipe, found, [read_manifest(uri) for uri in self.shard_sets])
+        write_card(bundle, self.recipe, found, list(self.manifests.values()))
         version = self.tracker.register(bundle, model_name=name, handle=parent)
         record = {"promoted": decision.promoted, "reasons": decision.reasons, "version": version}
         self.tracker.log_decision(parent, record)

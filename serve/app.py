@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 from ray import serve
@@ -87,6 +88,12 @@ class AppArgs(Config):
     serve: ServeConfig = ServeConfig()
 
 
-def app_builder(args: AppArgs) -> Application:
-    """What `import_path: serve.app:app_builder` names in a Serve config file."""
-    return build_app(args.model, args.serve, home=args.home)
+def app_builder(args: dict[str, Any]) -> Application:
+    """What `import_path: serve.app:app_builder` names in a Serve config file.
+
+    Raises:
+        ValidationError: `args` are not AppArgs.
+        BundleError: there is no such model.
+    """
+    checked = AppArgs.model_validate(args)
+    return build_app(checked.model, checked.serve, home=checked.home)

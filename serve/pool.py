@@ -24,7 +24,7 @@ from serve.pictures import PROBE, Card, Picture, Refusal
 logger = logging.getLogger("ray.serve")
 
 DRAW_TIMEOUT_S = 120.0
-PROBE_TIMEOUT_S = 10.0
+PROBE_TIMEOUT_S = 5.0
 READY_FOR_S = 10.0
 """A drawn picture, anyone's, is proof of readiness for so long."""
 
@@ -100,9 +100,10 @@ class Pool:
             for call in calls:
                 with contextlib.suppress(Exception):  # cancel() raises what the call has raised
                     call.cancel()
-            if isinstance(error, Exception):
-                raise _explained(error, timeout_s) from error
-            raise
+            known = _explained(error, timeout_s)
+            if known is None:
+                raise
+            raise known from error
 
     def _deployment_status(self) -> str:
         """What Serve knows of the generator's replicas."""
@@ -115,8 +116,8 @@ class Pool:
         return f"replicas: {states or 'none'}; {generator.status.value} {why}".strip()
 
 
-def _explained(error: Exception, timeout_s: float) -> Exception:
-    """The answer for a failure between the deployments; anything unforeseen stays as it is."""
+def _explained(error: BaseException, timeout_s: float) -> ApiError | None:
+    """The answer for a failure between the deployments; None for what was not foreseen."""
     if isinstance(error, BackPressureError):
         return ApiError(
             429,
@@ -131,7 +132,7 @@ def _explained(error: Exception, timeout_s: float) -> Exception:
         return _unavailable("the generator is not deployed")
     if isinstance(error, RayActorError) and not isinstance(error, RayTaskError):
         return _unavailable("the replica that drew this picture died")
-    return error
+    return None
 
 
 def _unavailable(message: str) -> ApiError:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import torch
@@ -74,6 +75,11 @@ class Running:
 
     def http(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=60)
+
+    def post(self, body: dict[str, Any]) -> httpx.Response:
+        """Ask for pictures without a client library's help."""
+        with self.http() as http:
+            return http.post("/v1/images/generations", json=body)
 
     def openai(self) -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)

@@ -9,7 +9,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
 import openai
 import pytest
 from harness import CONFIG, SLOW_S, HashGenerator, Running
@@ -100,7 +99,7 @@ def test_a_failing_neighbour_harms_nobody(server: Running) -> None:
     with ThreadPoolExecutor(5) as users:
         users.submit(draw, server, "slow first")  # keeps the model busy until the others wait
         time.sleep(SLOW_S / 4)
-        answers = list(users.map(lambda prompt: post(server, {"prompt": prompt}), prompts))
+        answers = list(users.map(lambda prompt: server.post({"prompt": prompt}), prompts))
     assert [answer.status_code for answer in answers] == [200, 200, 500, 400]
     assert "secret" not in answers[2].text and "Traceback" not in answers[2].text
     assert answers[2].headers["x-request-id"] in answers[2].json()["error"]["message"]
@@ -109,18 +108,13 @@ def test_a_failing_neighbour_harms_nobody(server: Running) -> None:
 
 def test_overload_is_answered_429(server: Running) -> None:
     with ThreadPoolExecutor(40) as users:
-        answers = list(users.map(lambda i: post(server, {"prompt": f"slow {i}"}), range(40)))
+        answers = list(users.map(lambda i: server.post({"prompt": f"slow {i}"}), range(40)))
     refused = [answer for answer in answers if answer.status_code == 429]
     assert {answer.status_code for answer in answers} == {200, 429}
     assert len(answers) - len(refused) >= CONFIG.max_queued_requests
     assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
     assert {answer.json()["error"]["code"] for answer in refused} == {"overloaded"}
     assert len(draw(server, n=10).data) == 10  # what was refused holds no place
-
-
-def post(server: Running, body: dict[str, Any]) -> httpx.Response:
-    with server.http() as http:
-        return http.post("/v1/images/generations", json=body)
 
 
 def test_models(server: Running) -> None:

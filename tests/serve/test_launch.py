@@ -16,7 +16,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from pipeline.config import ServeConfig
 from pipeline.errors import BundleError, ResourceError
-from serve.app import AppArgs, assemble
+from serve.app import assemble
 from serve.launch import deploy, launch, serve_forever
 
 CONFIG_FILE = Path(__file__).parents[2] / "infra" / "serve.yaml"
@@ -55,14 +55,20 @@ def test_a_model_that_does_not_load_is_one_clear_line(server: Running) -> None:
         deploy(app, name="broken", route_prefix="/broken")
     status = serve.status().applications["broken"].deployments["generator"]
     assert "no weights in the bundle" in status.message
+    with server.http() as http:
+        assert http.get("/broken/healthz").status_code == 200
+        answer = http.get("/broken/readyz")
+    assert answer.status_code == 503
+    assert answer.json()["error"]["message"].endswith("BundleError: no weights in the bundle")
     serve.delete("broken")
 
 
-def test_the_config_file_is_valid() -> None:
+def test_the_config_file_is_valid(tiny_bundle: Path, tmp_path: Path) -> None:
     config = ServeDeploySchema.model_validate(yaml.safe_load(CONFIG_FILE.read_text()))
     (app,) = config.applications
     module, _, builder = app.import_path.partition(":")
-    assert callable(getattr(import_module(module), builder))
-    assert AppArgs.model_validate(app.args).model == "models:/tessera@champion"
-    with pytest.raises(ValidationError):
-        AppArgs.model_validate(app.args | {"modell": "asset:base"})
+    build = getattr(import_module(module), builder)
+    here = {"model": str(tiny_bundle), "home": str(tmp_path)}
+    assert isinstance(build(app.args | here), serve.Application)
+    with pytest.raises(ValidationError, match="modell"):
+        build(app.args | here | {"modell": "asset:base"})

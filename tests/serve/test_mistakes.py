@@ -8,12 +8,6 @@ import httpx
 import pytest
 from harness import Running
 
-
-def post(server: Running, body: dict[str, Any]) -> httpx.Response:
-    with server.http() as http:
-        return http.post("/v1/images/generations", json=body)
-
-
 OK = {"prompt": "a cat"}
 MISTAKES: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({}, 400, "prompt", "missing_required_parameter"),
@@ -70,7 +64,7 @@ def check_envelope(answer: httpx.Response, status: int, param: str | None, code:
 def test_mistakes_in_a_request(
     server: Running, body: dict[str, Any], status: int, param: str | None, code: str
 ) -> None:
-    check_envelope(post(server, body), status, param, code)
+    check_envelope(server.post(body), status, param, code)
 
 
 JSON = {"content-type": "application/json"}
@@ -133,7 +127,7 @@ def test_a_long_body_without_a_length_is_cut_off(server: Running) -> None:
 
 def test_messages_name_value_limit_and_remedy(server: Running) -> None:
     def message(**body: Any) -> str:
-        text: str = post(server, OK | body).json()["error"]["message"]
+        text: str = server.post(OK | body).json()["error"]["message"]
         return text
 
     assert message(n=11) == "n=11: Input should be less than or equal to 10"
