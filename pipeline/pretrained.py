@@ -6,7 +6,7 @@ of their own; each is converted once into the ordinary one (a Hugging Face direc
 safetensors file) and read from the cache ever after.
 
     directory = find_encoder("intfloat/multilingual-e5-small", cache=Path(".tessera/pretrained"))
-    weights = find_vgg("hed-vgg16", cache=Path(".tessera/pretrained"))  # downloads 55 MB the first time
+    weights = find_vgg("hed-vgg16", cache=Path(".tessera/pretrained"))  # downloads 55 MB once
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        target = f"{request.method} {shown(request.url.path)}"
+        target = f"{request.method} {shown(request.scope['path'])}"
         code = _HTTP_CODES.get(error.status_code, "http_error")
         answer = ApiError(error.status_code, f"{target}: {error.detail}", code=code).response()
         answer.headers.update(error.headers or {})

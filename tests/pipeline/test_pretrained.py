@@ -66,7 +66,7 @@ def test_an_interrupted_conversion_leaves_nothing(
     monkeypatch.setitem(pretrained.PACKAGED_ENCODERS, E5, broken)
     with pytest.raises(KeyboardInterrupt):
         find_encoder(E5, cache=tmp_path)
-    assert list((tmp_path / "pretrained").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_the_package_the_hub_is_next(
