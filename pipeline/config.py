@@ -222,7 +222,7 @@ class EvaluateConfig(Config):
     )
     bootstrap: int = Field(1_000, ge=100, description="resamples an interval")
     seed: int = Field(0, ge=0)
-    batch_size: int = Field(50, ge=1)
+    batch_size: int = Field(50, ge=1, description="pictures drawn together")
 
 
 class PromoteConfig(Config):

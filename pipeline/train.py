@@ -181,7 +181,11 @@ class _Worker:
         self.training = build()
         self.objective: nn.Module = self.training.objective.to(self.device)
         self.trainable, self.total = apply_policy(self.objective.model, config.policy)
-        self.wrapped = ray.train.torch.prepare_model(self.objective)
+        self.wrapped = ray.train.torch.prepare_model(
+            self.objective,
+            # buffers are constants here (FSQ's levels, VGG's weights): nothing to send every step
+            parallel_strategy_kwargs={"broadcast_buffers": False},
+        )
         self.optimizers = build_optimizers(self.objective.model, config)
         self.ema = EMA(self.objective.model, config.ema_decay) if config.ema_decay else None
         self.augment = Augment(config.augment).to(self.device)
