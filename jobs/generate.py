@@ -12,6 +12,7 @@ from pipeline.bundle import load_generator
 from pipeline.contracts import MAX_SEED, GenerationRequest
 from pipeline.errors import BundleError
 from pipeline.images import encode_png, grid
+from pipeline.provenance import describe
 from pipeline.tracking import CHAMPION, resolve_model
 
 FALLBACK = "asset:base"
@@ -62,7 +63,7 @@ def generate(
     images = generator.generate(requests)
     out.parent.mkdir(parents=True, exist_ok=True)
     encoded = [
-        encode_png(image, _metadata(request, f"{resolved.name} {resolved.version}"))
+        encode_png(image, describe(request, model=resolved.name, version=resolved.version))
         for image, request in zip(images, requests, strict=True)
     ]
     return _write(out, encoded) if len(encoded) == 1 else _write_row(out, encoded, images)
@@ -79,14 +80,3 @@ def _write_row(out: Path, encoded: Sequence[bytes], images: object) -> list[Path
         path.write_bytes(content)
     grid(images, columns=len(paths)).save(out, format="PNG")  # type: ignore[arg-type]
     return [out, *paths]
-
-
-def _metadata(request: GenerationRequest, model: str) -> dict[str, str]:
-    """PNG text chunks: how to draw the same again, and that a machine drew it."""
-    settings = {
-        "prompt": request.prompt, "seed": request.seed, "style": request.style,
-        "guidance_scale": request.guidance_scale, "temperature": request.temperature,
-        "num_steps": request.num_steps, "model": model,
-        "Software": "Tessera (machine-made picture)",
-    }  # fmt: skip
-    return {name: str(value) for name, value in settings.items() if value is not None}

@@ -241,16 +241,18 @@ class PromoteConfig(Config):
 class ServeConfig(Config):
     """The service: replicas and batches."""
 
-    min_replicas: int = Field(1, ge=0)
-    max_replicas: int = Field(2, ge=1)
-    target_ongoing_requests: float = Field(4.0, gt=0)
+    min_replicas: int = Field(1, ge=0, description="kept however quiet it is")
+    max_replicas: int = Field(2, ge=1, description="started under load")
+    target_ongoing_requests: float = Field(
+        4.0, gt=0, description="pictures a replica works on before another is started"
+    )
     max_batch_size: int = Field(8, ge=1, description="pictures drawn together")
-    batch_wait_s: float = Field(0.02, ge=0)
+    batch_wait_s: float = Field(0.02, ge=0, description="for others to join a batch")
     max_queued_requests: int = Field(
         64, ge=10, description="pictures; more are answered 429, and one request asks for up to 10"
     )
     num_cpus: float = Field(1.0, ge=0, description="of Ray's logical CPUs, a replica")
-    num_gpus: float = Field(0.0, ge=0)
+    num_gpus: float = Field(0.0, ge=0, description="a replica; 0 draws on the CPU")
 
 
 class Recipe(Config):

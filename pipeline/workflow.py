@@ -27,7 +27,6 @@ from pipeline.bundle import (
     bundle_digest,
     load_generator,
     load_tokenizer,
-    resolve_path,
     save_bundle,
     save_tokenizer,
 )  # fmt: skip
@@ -44,7 +43,7 @@ from pipeline.runtime import check_disk
 from pipeline.shards import locate, read_manifest
 from pipeline.steps import Reporter, StepContext, StepResult, Workspace, exclusive
 from pipeline.text import check_available, identify, load_caption_encoder
-from pipeline.tracking import ResolvedModel, RunHandle, RunLogger, Tracker
+from pipeline.tracking import ResolvedModel, RunHandle, RunLogger, Tracker, resolve_model
 
 NEEDED_MB = 2_000
 
@@ -85,7 +84,7 @@ class Chain:
     def __init__(self, recipe: Recipe, home: Path, reporter: Reporter) -> None:
         self.recipe, self.home, self.reporter = recipe, home, reporter
         self.cache = home / "pretrained"
-        self.base = resolve_path(recipe.base) if recipe.base else None
+        self.base = resolve_model(recipe.base, home=home).path if recipe.base else None
         self.manifests = {uri: read_manifest(uri) for uri in self.shard_sets}
         check_available(recipe.caption_encoder, cache=self.cache)
         check_disk(home, NEEDED_MB)

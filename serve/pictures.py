@@ -5,10 +5,8 @@ Light on purpose: the ingress imports this and never loads PyTorch.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
-from pipeline import __version__
 from pipeline.contracts import GenerationRequest
 
 PROBE = GenerationRequest(prompt="a red circle")
@@ -56,21 +54,3 @@ class Refusal:
 
     message: str
     param: str
-
-
-def describe(request: GenerationRequest, card: Card) -> dict[str, str]:
-    """The PNG's text chunks: all that is needed to draw it again."""
-    chosen = {
-        "style": request.style,
-        "guidance_scale": request.guidance_scale,
-        "temperature": request.temperature,
-        "num_steps": request.num_steps,
-    }
-    return {
-        "prompt": request.prompt,
-        "seed": str(request.seed),
-        "model": card.name,
-        "model_version": card.version,
-        "settings": json.dumps({k: v for k, v in chosen.items() if v is not None}),
-        "Software": f"Tessera {__version__}",
-    }

@@ -22,7 +22,8 @@ from pipeline.config import ServeConfig
 from pipeline.contracts import GenerationRequest, ImageGenerator
 from pipeline.errors import RequestError
 from pipeline.images import encode_png
-from serve.pictures import PROBE, Card, Picture, Refusal, describe
+from pipeline.provenance import describe
+from serve.pictures import PROBE, Card, Picture, Refusal
 
 logger = logging.getLogger("ray.serve")
 
@@ -70,8 +71,11 @@ class Generator:
             return Refusal(str(drawn), drawn.param)
         if isinstance(drawn, Exception):
             raise drawn
-        png = await asyncio.to_thread(encode_png, drawn, describe(request, self._card))
+        png = await asyncio.to_thread(encode_png, drawn, self._describe(request))
         return Picture(png, request.seed, self._card)
+
+    def _describe(self, request: GenerationRequest) -> dict[str, str]:
+        return describe(request, model=self._card.name, version=self._card.version)
 
     async def _draw_batch(self, requests: list[GenerationRequest]) -> list[Tensor | Exception]:
         self._idle.clear()

@@ -1,0 +1,26 @@
+"""What a picture's file says of itself: how to draw it again, and that a machine drew it."""
+
+from __future__ import annotations
+
+import json
+
+from pipeline import __version__
+from pipeline.contracts import GenerationRequest
+
+
+def describe(request: GenerationRequest, *, model: str, version: str) -> dict[str, str]:
+    """A PNG's text chunks by keyword."""
+    chosen = {
+        "style": request.style,
+        "guidance_scale": request.guidance_scale,
+        "temperature": request.temperature,
+        "num_steps": request.num_steps,
+    }
+    return {
+        "prompt": request.prompt,
+        "seed": str(request.seed),
+        "model": model,
+        "model_version": version,
+        "settings": json.dumps({k: v for k, v in chosen.items() if v is not None}),
+        "Software": f"Tessera {__version__} (machine-made picture)",
+    }
