@@ -4,7 +4,7 @@
     model.safetensors       the generator's weights (float16)
     tokenizer/config.json   the image tokenizer, a directory that also stands alone
     tokenizer/model.safetensors
-    README.md               the model card
+    README.md, samples.png  the model card
 
 A frozen caption encoder is named by id and content digest, checked at load, instead of carried.
 Weights are safetensors alone: nothing in a bundle can execute.

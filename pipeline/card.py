@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -23,6 +24,9 @@ TEMPLATE = """# {name}
 {description}
 
 Made {date} by Tessera {version} ({commit}) with recipe `{name}` on {hardware}.
+Seconds by step: {seconds}.
+
+![real | reconstructed | drawn](samples.png)
 
 ## Data
 
@@ -55,9 +59,15 @@ drawn there; retrieval on unseen concepts above says how far it generalises.
 
 
 def write_card(
-    bundle: Path, recipe: Recipe, reports: Mapping[str, EvalReport], manifests: Sequence[Manifest]
+    bundle: Path,
+    recipe: Recipe,
+    reports: Mapping[str, EvalReport],
+    manifests: Sequence[Manifest],
+    *,
+    seconds: Mapping[str, float],
 ) -> None:
-    """Write README.md into the bundle."""
+    """Write README.md, and the candidate's first picture grid as samples.png, into the bundle."""
+    shutil.copyfile(next(iter(reports["candidate"].grids.values())), bundle / "samples.png")
     data = "\n".join(
         f"| {m.digest[:16]} | {sum(s.samples for s in m.shards)} | {_counts(m.licenses)} "
         f"| {_counts(m.styles)} |"
@@ -70,6 +80,7 @@ def write_card(
         version=__version__,
         commit=code_version(),
         hardware=hardware(),
+        seconds=", ".join(f"{step} {value:.0f}" for step, value in seconds.items()),
         data=data,
         encoder=recipe.caption_encoder.model,
         styles=", ".join(recipe.evaluate.styles) or "all styles",

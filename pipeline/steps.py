@@ -76,7 +76,8 @@ class Workspace:
 
     def __init__(self, home: Path, tracker: Tracker, parent: RunHandle, reporter: Reporter) -> None:
         self.home, self.tracker, self.parent, self.reporter = home, tracker, parent, reporter
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}  # by step, of this run; 0 if skipped
+        self.cost: dict[str, float] = {}  # by step, whenever it was done
 
     def run(
         self, name: str, work: Work, *, settings: Mapping[str, Any], inputs: Mapping[str, str]
@@ -93,8 +94,10 @@ class Workspace:
         path = self.home / "steps" / f"{name}-{key[:12]}"
         done = path / DONE
         if done.is_file():
+            record = json.loads(done.read_text())
+            self.cost[name] = record["seconds"]
             self._finish(name, 0.0, skipped=True)
-            return StepResult(name, path, key, json.loads(done.read_text())["values"], 0.0)
+            return StepResult(name, path, key, record["values"], 0.0)
         path.mkdir(parents=True, exist_ok=True)
         self.reporter.started(name)
         began = time.monotonic()
@@ -111,6 +114,7 @@ class Workspace:
         staging = done.with_suffix(".partial")
         staging.write_text(json.dumps(record, indent=2))
         staging.rename(done)
+        self.cost[name] = seconds
         self._finish(name, seconds, skipped=False)
         return StepResult(name, path, key, values, seconds)
 

@@ -146,17 +146,22 @@ class Tracker:
         self.client.log_inputs(handle.run_id, datasets=[entity])
 
     def register(self, bundle: Path, *, model_name: str, handle: RunHandle) -> str:
-        """Log a bundle with its run and make it a version of the registered model.
+        """Log a bundle with its run and make it a version of the registered model, once.
 
         Returns:
-            The version.
+            The version; the known one if the same bundle was registered before.
         """
+        digest = bundle_digest(bundle)
+        same = f"name = '{model_name}' and tags.digest = '{digest}'"
+        known = self.client.search_model_versions(same)
+        if known:
+            return str(known[0].version)
         with contextlib.suppress(MlflowException):  # it exists already
             self.client.create_registered_model(model_name)
         RunLogger(handle).files(bundle, folder="bundle")
         source = f"{self.client.get_run(handle.run_id).info.artifact_uri}/bundle"
         created = self.client.create_model_version(
-            model_name, source, handle.run_id, tags={"digest": bundle_digest(bundle)}
+            model_name, source, handle.run_id, tags={"digest": digest}
         )
         return str(created.version)
 

@@ -377,7 +377,13 @@ class Chain:
             reason = f"it is already the champion, version {champion.version}"
             return Decision(True, (reason,)), champion.version
         decision = decide(found["candidate"], found.get("champion"), self.recipe.promote)
-        write_card(bundle, self.recipe, found, list(self.manifests.values()))
+        write_card(
+            bundle,
+            self.recipe,
+            found,
+            list(self.manifests.values()),
+            seconds=self.workspace.cost,
+        )
         version = self.tracker.register(bundle, model_name=name, handle=parent)
         record = {"promoted": decision.promoted, "reasons": decision.reasons, "version": version}
         self.tracker.log_decision(parent, record)

@@ -84,7 +84,7 @@ def test_a_killed_worker_still_ends_in_a_champion(outcome: Outcome) -> None:
 def test_the_bundle_is_self_contained_and_has_a_card(outcome: Outcome) -> None:
     files = {str(p.relative_to(outcome.bundle)) for p in outcome.bundle.rglob("*") if p.is_file()}
     assert files == {
-        "README.md", "config.json", "model.safetensors",
+        "README.md", "samples.png", "config.json", "model.safetensors",
         "tokenizer/config.json", "tokenizer/model.safetensors",
     }  # fmt: skip
     card = (outcome.bundle / "README.md").read_text(encoding="utf-8")
