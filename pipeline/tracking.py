@@ -217,7 +217,7 @@ def resolve_model(model: str, *, home: Path) -> ResolvedModel:
         BundleError: there is no such bundle or no such registered version.
     """
     if not model.startswith("models:/"):
-        path = resolve_path(model)
+        path = resolve_path(model).absolute()
         return ResolvedModel(path, name=path.name, version=bundle_digest(path)[:12])
     client = connect(home)
     reference = model.removeprefix("models:/")

@@ -82,6 +82,7 @@ class Chain:
     """
 
     def __init__(self, recipe: Recipe, home: Path, reporter: Reporter) -> None:
+        home = home.absolute()  # workers may run in another directory
         self.recipe, self.home, self.reporter = recipe, home, reporter
         self.cache = home / "pretrained"
         self.base = resolve_model(recipe.base, home=home).path if recipe.base else None
@@ -225,7 +226,7 @@ class Chain:
         recipe, config = self.recipe, self.recipe.aligner
         if config.source is not None:
             name = config.source.removeprefix("asset:")
-            return ASSETS / name if name != config.source else Path(config.source)
+            return ASSETS / name if name != config.source else Path(config.source).absolute()
 
         def work(context: StepContext) -> dict[str, Any]:
             encoder = load_caption_encoder(recipe.caption_encoder, cache=self.cache)
@@ -302,11 +303,11 @@ class Chain:
             config=config,
             spec=spec,
             caption_encoder=recipe.caption_encoder,
-            tokenizer=self.tokenizer.absolute(),
-            tokens=tokens.absolute(),
-            captions=(self.captions.path / "data").absolute(),
-            cache=self.cache.absolute(),
-            base=self.base.absolute() if self.base else None,
+            tokenizer=self.tokenizer,
+            tokens=tokens,
+            captions=self.captions.path / "data",
+            cache=self.cache,
+            base=self.base,
         )
 
     # ---- Choosing --------------------------------------------------------------------------------
