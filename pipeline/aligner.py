@@ -29,7 +29,7 @@ from pipeline.config import AlignerConfig
 from pipeline.errors import BundleError
 from pipeline.images import to_float
 from pipeline.runtime import autocast
-from pipeline.text import EncoderIdentity, masked_mean
+from pipeline.text import EncoderIdentity, masked_mean, standardise
 from pipeline.tokenizers.fsq import ChannelNorm, ResidualBlock
 
 PATCH = 4
@@ -69,22 +69,9 @@ class Aligner(nn.Module):
         )
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
-    @torch.no_grad()
     def standardise_captions(self, states: Tensor, mask: Tensor) -> None:
-        """Start from caption features of mean 0 and variance 1, as measured on these captions.
-
-        Mean states of a language model lie in a narrow cone (any two captions of e5 have a cosine
-        above 0.7), so a fresh perceptron sees hardly any difference between them and training
-        idles until it has found one. Folded into the LayerNorm's weight and bias.
-
-        Args:
-            states, mask: (B, L, C) and bool (B, L), hundreds of captions.
-        """
-        norm = self.caption_head[0]
-        features = norm(masked_mean(states.float(), mask))
-        deviation, mean = torch.std_mean(features, dim=0)
-        norm.weight.div_(deviation + 1e-3)
-        norm.bias.sub_(mean).div_(deviation + 1e-3)
+        """Start from these captions' statistics: states (B, L, C) and mask bool (B, L)."""
+        standardise(self.caption_head[0], masked_mean(states.float(), mask))
 
     def images_to_embeddings(self, images: Tensor) -> Tensor:
         """float (B, 3, S, S) in [-1, 1] -> (B, embedding), l2-normalised float32."""

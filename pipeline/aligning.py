@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from pipeline.aligner import AlignerObjective
 from pipeline.config import AlignerConfig
 from pipeline.encode import captioned_dataset
-from pipeline.feed import read_table
+from pipeline.feed import read_table, spread
 from pipeline.train import Training
 
 CAPTIONS_TO_START_FROM = 1_024
@@ -42,7 +40,6 @@ def build_aligner_training(
         for split in (("train", "test"), "validation")
     )
     objective = AlignerObjective(config, image_size=image_size, caption_width=caption_width)
-    rows = np.linspace(0, len(training) - 1, min(len(training), CAPTIONS_TO_START_FROM)).astype(int)
-    some = training.batch(rows, None)
+    some = training.batch(spread(len(training), CAPTIONS_TO_START_FROM), None)
     objective.model.standardise_captions(some["caption_states"], some["caption_mask"])
     return Training(objective, training, validation)

@@ -1,4 +1,4 @@
-"""What families share about captions: reading one at a time, states spread out to start from."""
+"""Reading captions so that a caption's states never depend on the captions beside it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.contracts import CaptionEncoder
@@ -34,19 +34,3 @@ class CaptionReader:
         states, mask = self.encoder.encode([caption])
         missing = self.encoder.max_tokens - states.shape[1]
         return F.pad(states[0], (0, 0, 0, missing)), F.pad(mask[0], (0, missing))
-
-
-@torch.no_grad()
-def standardise(norm: nn.LayerNorm, features: Tensor) -> None:
-    """Set a LayerNorm's weight and bias so that these features leave it with mean 0, variance 1.
-
-    A language model's states lie in a narrow cone (any two captions of e5 have a cosine above
-    0.7); a fresh network sees hardly any difference between captions and idles until it has found
-    one.
-
-    Args:
-        features: (rows, channels), hundreds of rows.
-    """
-    deviation, mean = torch.std_mean(norm(features), dim=0)
-    norm.weight.div_(deviation + 1e-3)
-    norm.bias.sub_(mean).div_(deviation + 1e-3)

@@ -21,11 +21,11 @@ from pipeline.contracts import GenerationRequest, OnStep
 from pipeline.images import to_uint8
 from pipeline.models import _sampling as sampling
 from pipeline.models._attention import attention
-from pipeline.models._captions import CaptionReader, standardise
+from pipeline.models._captions import CaptionReader
 from pipeline.models._requests import Settings, check_requests
 from pipeline.models._spec import ModelParts, ModelSpec, level_digits
 from pipeline.runtime import autocast
-from pipeline.text import masked_mean
+from pipeline.text import masked_mean, standardise
 
 
 class TokenTable(nn.Module):
