@@ -174,7 +174,7 @@ class GeneratorConfig(Config):
 
     family: str = Field("masked", description="a file of pipeline/models")
     width: int = Field(256, ge=32)
-    depth: int = Field(8, ge=1, description="transformer blocks")
+    depth: int = Field(6, ge=1, description="transformer blocks")
     heads: int = Field(4, ge=1)
     caption_depth: int = Field(1, ge=0, description="trainable blocks over the caption states")
     dropout: float = Field(0.1, ge=0, lt=1)
