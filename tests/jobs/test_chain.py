@@ -156,7 +156,8 @@ def server(outcome: Outcome, home: Path) -> Iterator[str]:
             time.sleep(0.5)
         yield url
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 0
+        # 130 if the first answer was faster than the command's own look at /readyz
+        assert process.wait(timeout=120) in (0, 130)
     finally:
         process.kill()
 
