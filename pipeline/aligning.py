@@ -10,11 +10,9 @@ from pathlib import Path
 
 from pipeline.aligner import AlignerObjective
 from pipeline.config import AlignerConfig
-from pipeline.encode import captioned_dataset
-from pipeline.feed import read_table, spread
+from pipeline.encode import captioned_dataset, sample_captions
+from pipeline.feed import read_table
 from pipeline.train import Training
-
-CAPTIONS_TO_START_FROM = 1_024
 
 
 def build_aligner_training(
@@ -40,6 +38,5 @@ def build_aligner_training(
         for split in (("train", "test"), "validation")
     )
     objective = AlignerObjective(config, image_size=image_size, caption_width=caption_width)
-    some = training.batch(spread(len(training), CAPTIONS_TO_START_FROM), None)
-    objective.model.standardise_captions(some["caption_states"], some["caption_mask"])
+    objective.model.standardise_captions(*sample_captions(training))
     return Training(objective, training, validation)

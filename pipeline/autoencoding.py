@@ -12,7 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline import registry
+from pipeline.bundle import load_tokenizer
 from pipeline.config import TokenizerConfig
+from pipeline.errors import RecipeError
 from pipeline.feed import PictureDataset
 from pipeline.images import grid, to_float, to_uint8
 from pipeline.perceptual import PerceptualLoss
@@ -70,9 +72,20 @@ class TokenizerObjective(nn.Module):
 
 
 def build_training(
-    pixels: Path, config: TokenizerConfig, image_size: int, *, cache: Path
+    pixels: Path,
+    config: TokenizerConfig,
+    image_size: int,
+    *,
+    cache: Path,
+    source: Path | None = None,
 ) -> Training:
-    """What a worker trains: the tokenizer on the pictures of the preprocessed train split."""
+    """What a worker trains: the tokenizer on the pictures of the preprocessed train split.
+
+    With a `source`, a trained tokenizer's directory, training goes on from its weights.
+
+    Raises:
+        RecipeError: the source is of another shape than the recipe's.
+    """
     perceptual = (
         PerceptualLoss(config.perceptual_features, cache) if config.perceptual_weight else None
     )
@@ -81,6 +94,14 @@ def build_training(
         for split in ("train", "validation")
     )
     objective = TokenizerObjective(config, image_size, perceptual)
+    if source is not None:
+        try:
+            objective.model.load_state_dict(load_tokenizer(source).state_dict())
+        except RuntimeError as error:
+            raise RecipeError(
+                f"the tokenizer in {source} does not fit the recipe's tokenizer section ({error}); "
+                "use its name, levels, patch, widths and depths, or tokenizer.source=null"
+            ) from error
     shown = validation.batch(np.arange(min(16, len(validation))), None)["images"]
     return Training(
         objective, train, validation, sample=partial(draw_reconstructions, images=shown)

@@ -89,11 +89,23 @@ def resolve_path(bundle: str | Path) -> Path:
     return path
 
 
+def resolve_tokenizer(source: str | Path) -> Path:
+    """A tokenizer's directory, a bundle's directory or asset:NAME: the tokenizer's directory.
+
+    Raises:
+        BundleError: there is neither at that place.
+    """
+    path = resolve_path(source)
+    inner = path / "tokenizer"
+    return inner.absolute() if inner.is_dir() else path.absolute()
+
+
 def save_tokenizer(
     directory: Path, weights: Mapping[str, Tensor], config: TokenizerConfig, image_size: int
 ) -> None:
-    """Write a tokenizer directory."""
+    """Write a tokenizer directory; where its training started from is the card's to say."""
     directory.mkdir(parents=True, exist_ok=True)
+    config = config.model_copy(update={"source": None})
     files = {WEIGHTS: _save_weights(directory / WEIGHTS, weights)}
     manifest = TokenizerManifest(image_size=image_size, tokenizer=config, files=files)
     (directory / "config.json").write_text(manifest.model_dump_json(indent=2))

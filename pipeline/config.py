@@ -157,6 +157,11 @@ class TokenizerConfig(Config):
         0.25, gt=0, le=1, description="of each batch that the perceptual term sees"
     )
     perceptual_features: str = Field("hed-vgg16", description="pretrained.VGG_SOURCES or a path")
+    source: str | None = Field(
+        None,
+        description="training goes on from its weights: a tokenizer's or bundle's directory, or "
+        "asset:base; None starts from scratch",
+    )
     data: PictureFilter = PictureFilter()
     train: TrainConfig = TrainConfig(optimizer="adamw", weight_decay=0.01)
 

@@ -19,11 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 import torch
+from torch import Tensor
 
 from pipeline.augment import Augment
 from pipeline.bundle import load_tokenizer
 from pipeline.config import CaptionEncoderConfig, EncodeConfig, PictureFilter
-from pipeline.feed import CaptionedDataset, CaptionStates, fixed_width, read_table
+from pipeline.feed import CaptionedDataset, CaptionStates, fixed_width, read_table, spread
 from pipeline.images import to_float
 from pipeline.progress import OnProgress, Progress
 from pipeline.runtime import autocast, available_cpus, choose_device
@@ -232,3 +233,9 @@ def captioned_dataset(
         style=np.array([styles.index(s) for s in table["style"].to_pylist()], np.int64),
         group=np.array([group_ids[g] for g in groups], np.int64),
     )
+
+
+def sample_captions(dataset: CaptionedDataset, count: int = 1_024) -> tuple[Tensor, Tensor]:
+    """States float (count, L, C) and mask bool (count, L) of captions spread over the rows."""
+    batch = dataset.batch(spread(len(dataset), count), None)
+    return batch["caption_states"], batch["caption_mask"]

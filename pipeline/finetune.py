@@ -9,13 +9,16 @@ Policies (TrainConfig.policy):
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.config import TrainConfig
 from pipeline.errors import RecipeError
+
+MUON_MODULES = (nn.Linear, nn.Conv2d)
+MIN_MUON_SIDE = 64  # narrower matrices gain nothing from orthogonal updates
 
 
 def apply_policy(model: nn.Module, policy: str) -> tuple[int, int]:
@@ -51,10 +54,18 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
 
     Weight decay is for matrices and kernels alone, never for norms, biases and embeddings.
     Every group keeps its peak in "peak_lr", which `set_learning_rate` scales.
+
+    Raises:
+        RecipeError: muon has nothing to do here.
     """
     hidden, decayed, plain = _sort_parameters(model)
     if config.optimizer == "muon":
-        muon = torch.optim.Muon(
+        if not hidden:
+            raise RecipeError(
+                f"train.optimizer=muon: {type(model).__name__} has nothing for muon, no trainable "
+                f"matrix of {MIN_MUON_SIDE} rows and columns or more; take adamw"
+            )
+        muon = KernelMuon(
             hidden,
             lr=config.muon_learning_rate,
             momentum=config.momentum,
@@ -72,6 +83,41 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+class KernelMuon(torch.optim.Muon):
+    """torch.optim.Muon, which takes matrices alone, for convolution kernels too.
+
+    A kernel (out, in, height, width) is seen as the matrix (out, in * height * width), as Jordan et
+    al. 2024 ("Muon: An optimizer for hidden layers in neural networks") do. The views share memory
+    with the weights, so those must stay where they are: build it after the model is on its device.
+    """
+
+    def __init__(
+        self, weights: list[nn.Parameter], *, lr: float, momentum: float, weight_decay: float
+    ) -> None:
+        self.weights = weights
+        self.matrices = [nn.Parameter(_as_matrix(weight.detach(), weight)) for weight in weights]
+        for weight, matrix in zip(weights, self.matrices, strict=True):
+            assert weight.data_ptr() == matrix.data_ptr(), "not a view"
+        super().__init__(self.matrices, lr=lr, momentum=momentum, weight_decay=weight_decay)
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        for weight, matrix in zip(self.weights, self.matrices, strict=True):
+            matrix.grad = None if weight.grad is None else _as_matrix(weight.grad, weight)
+        loss: float | None = super().step(closure)  # type: ignore[no-untyped-call]
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for weight in self.weights:
+            weight.grad = None
+
+
+def _as_matrix(tensor: Tensor, weight: Tensor) -> Tensor:
+    """(out, ...) -> (out, rest), in the order in which `weight` lies in memory."""
+    channels_last = weight.ndim == 4 and not weight.is_contiguous()
+    return (tensor.permute(0, 2, 3, 1) if channels_last else tensor).flatten(1)
 
 
 def _adamw(
@@ -96,8 +142,7 @@ def _sort_parameters(
 ) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
     """(hidden matrices, all that decays, all that does not), trainable parameters only.
 
-    A hidden matrix is the weight of a Linear that is not the model's output head; a module's
-    attribute `is_head = True` marks the head.
+    A hidden matrix is the weight of a Linear or Conv2d, MIN_MUON_SIDE rows and columns or more.
     """
     hidden, decayed, plain = [], [], []
     for module in model.modules():
@@ -108,7 +153,8 @@ def _sort_parameters(
                 plain.append(parameter)
                 continue
             decayed.append(parameter)
-            if isinstance(module, nn.Linear) and not getattr(module, "is_head", False):
+            wide = min(len(parameter), parameter[0].numel()) >= MIN_MUON_SIDE
+            if wide and isinstance(module, MUON_MODULES):
                 hidden.append(parameter)
     return hidden, decayed, plain
 

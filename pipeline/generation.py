@@ -20,15 +20,14 @@ from pipeline import registry
 from pipeline.bundle import load_bundle, load_tokenizer
 from pipeline.config import CaptionEncoderConfig, GeneratorConfig
 from pipeline.contracts import GenerationRequest
-from pipeline.encode import captioned_dataset
+from pipeline.encode import captioned_dataset, sample_captions
 from pipeline.errors import RecipeError
-from pipeline.feed import spread
 from pipeline.images import grid
 from pipeline.models._spec import ModelParts, ModelSpec
 from pipeline.text import load_caption_encoder
 from pipeline.train import Training
 
-CAPTIONS_TO_START_FROM = 1_024
+SHAPE_FIELDS = ("family", "width", "depth", "heads", "caption_depth", "num_styles")
 SAMPLE_PROMPTS = (
     "red apple", "dog face", "house", "fire engine", "rainbow", "pizza", "sailboat", "robot",
     "红苹果", "狗脸", "房子", "消防车", "彩虹", "披萨", "帆船", "机器人",
@@ -67,10 +66,27 @@ class GeneratorTask:
         if self.base is not None:
             start_from(model, self.base, self.spec)
         else:
-            some = train.batch(spread(len(train), CAPTIONS_TO_START_FROM), None)
-            model.standardise_captions(some["caption_states"], some["caption_mask"])
+            model.standardise_captions(*sample_captions(train))
         objective = family.Objective(model, self.config)
         return Training(objective, train, validation, sample=partial(draw_samples, task=self))
+
+
+def shape_of_base(config: GeneratorConfig, base: Path) -> GeneratorConfig:
+    """The recipe's generator section with what it leaves open of the network's shape from the base.
+
+    Raises:
+        RecipeError: the recipe sets a shape that is not the base's.
+        BundleError: the base cannot be read.
+    """
+    built = load_bundle(base).manifest.generator
+    for name in SHAPE_FIELDS:
+        wanted, given = getattr(config, name), getattr(built, name)
+        if name in config.model_fields_set and wanted != given:
+            raise RecipeError(
+                f"generator.{name}={wanted} is not the base's, which has {given}: leave it out to "
+                "take the base's, or train from scratch with base=null"
+            )
+    return config.model_copy(update={name: getattr(built, name) for name in SHAPE_FIELDS})
 
 
 def make_spec(
@@ -104,19 +120,9 @@ def make_spec(
 
 @torch.no_grad()
 def start_from(model: nn.Module, base: Path, spec: ModelSpec) -> None:
-    """Copy a base bundle's weights.
-
-    Raises:
-        RecipeError: the base is of another size or family.
-    """
+    """Copy a base bundle's weights; `model` has the base's shape (`shape_of_base`)."""
     bundle = load_bundle(base)
-    try:
-        model.load_state_dict(bundle.model.state_dict())
-    except RuntimeError as error:
-        raise RecipeError(
-            f"the base bundle {base} does not fit the recipe's generator section ({error}); use "
-            "the same width, depth and family as the base, or base=null"
-        ) from error
+    model.load_state_dict(bundle.model.state_dict())
     known = bundle.manifest.model_spec.styles
     style = getattr(model, "style", None)
     if known and isinstance(style, nn.Embedding):

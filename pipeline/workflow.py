@@ -27,6 +27,7 @@ from pipeline.bundle import (
     bundle_digest,
     load_generator,
     load_tokenizer,
+    resolve_tokenizer,
     save_bundle,
     save_tokenizer,
 )  # fmt: skip
@@ -86,6 +87,9 @@ class Chain:
         self.recipe, self.home, self.reporter = recipe, home, reporter
         self.cache = home / "pretrained"
         self.base = resolve_model(recipe.base, home=home).path if recipe.base else None
+        self.generator_config = (
+            generation.shape_of_base(recipe.generator, self.base) if self.base else recipe.generator
+        )
         self.manifests = {uri: read_manifest(uri) for uri in self.shard_sets}
         check_available(recipe.caption_encoder, cache=self.cache)
         check_disk(home, NEEDED_MB)
@@ -198,16 +202,20 @@ class Chain:
             return self.base / "tokenizer"
         recipe, config = self.recipe, self.recipe.tokenizer
         size = recipe.preprocess.image_size
+        source = resolve_tokenizer(config.source) if config.source else None
 
         def work(context: StepContext) -> dict[str, Any]:
             result = train.fit(
-                partial(autoencoding.build_training, self.pixels, config, size, cache=self.cache),
+                partial(
+                    autoencoding.build_training,
+                    self.pixels, config, size, cache=self.cache, source=source,
+                ),
                 config.train,
                 storage=context.path,
                 name="tokenizer",
                 run=context.run,
                 on_progress=context.on_progress,
-            )
+            )  # fmt: skip
             weights = best_weights(result.checkpoint)
             save_tokenizer(context.path / "bundle", weights, config, size)
             return result.metrics
@@ -216,7 +224,10 @@ class Chain:
             "tokenizer",
             work,
             settings={"tokenizer": config.model_dump(mode="json"), "image_size": size},
-            inputs={"pixels": self.preprocessed.digest},
+            inputs={
+                "pixels": self.preprocessed.digest,
+                "source": bundle_digest(source) if source else "",
+            },
         )
         return trained.path / "bundle"
 
@@ -259,7 +270,7 @@ class Chain:
     @cached_property
     def generator(self) -> StepResult:
         """The candidate: a bundle trained on image tokens and caption states."""
-        recipe, config = self.recipe, self.recipe.generator
+        recipe, config = self.recipe, self.generator_config
 
         def work(context: StepContext) -> dict[str, Any]:
             encoder = load_caption_encoder(recipe.caption_encoder, cache=self.cache)
@@ -292,7 +303,7 @@ class Chain:
         )
 
     def _generator_task(self, caption_width: int) -> generation.GeneratorTask:
-        recipe, config = self.recipe, self.recipe.generator
+        recipe, config = self.recipe, self.generator_config
         tokens = self.tokens.path / "data"
         found = set(pq.read_table(tokens, columns=["style"])["style"].to_pylist())
         wanted = set(config.data.styles or found) - set(config.data.exclude_styles)

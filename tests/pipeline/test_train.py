@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from pipeline.checkpoint import TrainState, best_weights, load_checkpoint, save_checkpoint
 from pipeline.config import AugmentConfig, TrainConfig
-from pipeline.errors import ResourceError, TrainingError
-from pipeline.finetune import EMA, build_optimizers, learning_rate_factor
+from pipeline.errors import RecipeError, ResourceError, TrainingError
+from pipeline.finetune import EMA, KernelMuon, build_optimizers, learning_rate_factor
 from pipeline.progress import Progress
 from pipeline.train import Training, fit, scaling_for
 
@@ -115,11 +115,11 @@ def test_a_checkpoint_restores_everything(optimizer: str, tmp_path: Path) -> Non
 
     def made() -> tuple[nn.Module, list[torch.optim.Optimizer], EMA]:
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+        model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 2))
         return model, build_optimizers(model, config), EMA(model, 0.9)
 
     def step(model: nn.Module, optimizers: list[torch.optim.Optimizer], ema: EMA) -> None:
-        model(torch.ones(3, 4)).square().sum().backward()
+        model(torch.ones(3, 64)).square().sum().backward()
         for each in optimizers:
             each.step()
             each.zero_grad()
@@ -141,6 +141,34 @@ def test_a_checkpoint_restores_everything(optimizer: str, tmp_path: Path) -> Non
         assert torch.equal(weight, other_ema.average[name]), name
     with pytest.raises(TrainingError, match="does not fit"):
         load_checkpoint(tmp_path, model=nn.Linear(3, 3), ema=None, optimizers=[])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_muon_takes_a_kernel_for_the_matrix_of_its_patches(layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 16, 3, bias=False).to(memory_format=layout)
+    picture = torch.randn(4, 8, 5, 5)
+    matrix = nn.Parameter(conv.weight.detach().clone().reshape(16, 72))
+    options = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1}
+    ours, theirs = KernelMuon([conv.weight], **options), torch.optim.Muon([matrix], **options)
+    for _ in range(3):
+        ours.zero_grad()
+        theirs.zero_grad()
+        conv(picture).square().sum().backward()
+        nn.functional.conv2d(picture, matrix.view(16, 8, 3, 3)).square().sum().backward()
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(conv.weight.reshape(16, 72), matrix, rtol=0.02, atol=1e-3)
+
+
+def test_muon_takes_wide_kernels_alone() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3), nn.Linear(64, 64))
+    muon, adamw = build_optimizers(model, TrainConfig(optimizer="muon"))
+    assert isinstance(muon, KernelMuon)
+    assert [id(w) for w in muon.weights] == [id(model[1].weight), id(model[2].weight)]
+    assert sum(len(g["params"]) for g in adamw.param_groups) == 4
+    with pytest.raises(RecipeError, match="nothing for muon"):
+        build_optimizers(nn.Linear(8, 8), TrainConfig(optimizer="muon"))
 
 
 def test_the_average_follows_and_swapping_twice_changes_nothing() -> None:

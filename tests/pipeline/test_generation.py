@@ -1,0 +1,50 @@
+"""What a fine-tune takes from its base, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import registry
+from pipeline.bundle import load_bundle, resolve_tokenizer
+from pipeline.config import GeneratorConfig
+from pipeline.errors import BundleError, RecipeError
+from pipeline.generation import make_spec, shape_of_base, start_from
+
+
+def test_the_shape_comes_from_the_base(tiny_bundle: Path) -> None:
+    built = load_bundle(tiny_bundle).manifest.generator
+    config = shape_of_base(GeneratorConfig(dropout=0.25), tiny_bundle)
+    assert (config.width, config.depth, config.heads) == (built.width, built.depth, built.heads)
+    assert config.dropout == 0.25, "what is no shape stays the recipe's"
+    again = shape_of_base(GeneratorConfig(width=built.width), tiny_bundle)
+    assert again.width == built.width
+
+
+def test_another_shape_than_the_bases_is_refused(tiny_bundle: Path) -> None:
+    with pytest.raises(RecipeError, match=r"generator\.width=96 is not the base's, which has"):
+        shape_of_base(GeneratorConfig(width=96), tiny_bundle)
+
+
+def test_a_new_style_starts_from_the_mean_of_the_known(tiny_bundle: Path) -> None:
+    bundle = load_bundle(tiny_bundle)
+    known = bundle.manifest.model_spec
+    config = shape_of_base(GeneratorConfig(), tiny_bundle)
+    spec = make_spec(
+        tiny_bundle / "tokenizer", known.caption_width, ["crayon"], tiny_bundle, config
+    )
+    assert spec.styles == (*known.styles, "crayon")
+    model = registry.load("models", config.family).build(config, spec)
+    start_from(model, tiny_bundle, spec)
+    table = bundle.model.style.weight[: len(known.styles)]
+    torch.testing.assert_close(model.style.weight[len(known.styles)], table.mean(0))
+    torch.testing.assert_close(model.style.weight[: len(known.styles)], table)
+
+
+def test_a_tokenizer_is_found_alone_or_in_a_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
+    inner = tiny_bundle.absolute() / "tokenizer"
+    assert resolve_tokenizer(tiny_bundle) == resolve_tokenizer(inner) == inner
+    with pytest.raises(BundleError, match="no bundle at"):
+        resolve_tokenizer(tmp_path)
