@@ -1,7 +1,8 @@
 """Training checkpoints as safetensors and JSON: nothing in them can execute.
 
-A checkpoint directory holds model.safetensors, ema.safetensors, optimizer-I.safetensors for each
-optimiser and state.json (step, elapsed seconds, best validation, EMA updates).
+A checkpoint directory holds model.safetensors, helpers.safetensors (networks that train beside the
+model, such as a discriminator), ema.safetensors, optimizer-I.safetensors for each optimiser and
+state.json (step, elapsed seconds, best validation, EMA updates).
 """
 
 from __future__ import annotations
@@ -42,12 +43,15 @@ def save_checkpoint(
     directory: Path,
     *,
     model: nn.Module,
+    helpers: nn.ModuleList | None = None,
     ema: EMA | None,
     optimizers: Sequence[torch.optim.Optimizer],
     state: TrainState,
 ) -> None:
     """Write everything a training needs to go on exactly here."""
     save_file(_contiguous(model.state_dict()), directory / "model.safetensors")
+    if helpers:
+        save_file(_contiguous(helpers.state_dict()), directory / "helpers.safetensors")
     if ema is not None:
         save_file(_contiguous(ema.average), directory / "ema.safetensors")
     for i, optimizer in enumerate(optimizers):
@@ -60,6 +64,7 @@ def load_checkpoint(
     directory: Path,
     *,
     model: nn.Module,
+    helpers: nn.ModuleList | None = None,
     ema: EMA | None,
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> TrainState:
@@ -70,6 +75,8 @@ def load_checkpoint(
     """
     try:
         model.load_state_dict(load_file(directory / "model.safetensors"))
+        if helpers:
+            helpers.load_state_dict(load_file(directory / "helpers.safetensors"))
     except RuntimeError as error:
         raise TrainingError(
             f"the checkpoint in {directory} does not fit the recipe's model ({error}); "

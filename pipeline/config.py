@@ -121,6 +121,9 @@ class TrainConfig(Config):
         description="seconds of training; the schedule ends at whichever limit comes first, so the "
         "learning rate has always come down when training stops",
     )
+    accumulate: int = Field(
+        1, ge=1, description="pieces a worker's share of the batch is computed in, to save memory"
+    )
     clip_norm: float = Field(1.0, gt=0, description="largest L2 norm of the gradient")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="0 switches the average off")
     validate_every: int = Field(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:  # the HTTP ingress imports this file and does without PyTorch
     from torch import Tensor
+    from torch.nn import Module
 
 MAX_SEED = 2**63 - 1
 
@@ -64,16 +65,34 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
+class Canvas:
+    """A picture to go on from, S = image_size pixels a side.
+
+    Attributes:
+        pixels: uint8 (S, S, 3), RGB, as bytes.
+        mask: uint8 (S, S) as bytes, not 0 where the picture is drawn anew; all else stays as it is.
+            None: a random `share` of its image tokens is drawn anew, chosen by the request's seed.
+        share: in (0, 1].
+    """
+
+    pixels: bytes = field(repr=False)
+    mask: bytes | None = field(default=None, repr=False)
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
     """One picture to draw. A picture depends on its own request alone, not on its batch.
 
     Attributes:
-        prompt: what to draw, in any language the caption encoder reads.
+        prompt: what to draw, in any language the caption encoder reads; empty with a canvas alone.
         seed: 0 <= seed <= MAX_SEED; the same request and seed give the same picture.
         style: one of the generator's styles, or None for whatever the model prefers.
         guidance_scale: classifier-free guidance, >= 1; 1 is off. None: the model's default.
         temperature: > 0 scales the sampling noise; 0 is greedy. None: the model's default.
         num_steps: decoding steps, >= 1. None: the model's default.
+        negative_prompt: what guidance leads away from. None: from a picture of anything.
+        canvas: a picture to go on from; for models with the task "completion".
     """
 
     prompt: str
@@ -82,6 +101,8 @@ class GenerationRequest:
     guidance_scale: float | None = None
     temperature: float | None = None
     num_steps: int | None = None
+    negative_prompt: str | None = None
+    canvas: Canvas | None = None
 
 
 OnStep = Callable[[int, int], None]
@@ -107,6 +128,42 @@ class ImageGenerator(Protocol):
         Raises:
             RequestError: a request is outside the model's limits; nothing was drawn.
         """
+
+
+class Drawing(Protocol):
+    """A batch in the making, one decoding step at a time; rows are the requests' positions."""
+
+    def step(self) -> bool:
+        """One decoding step of every row that is neither done nor dropped; False: none is left."""
+
+    def progress(self, row: int) -> tuple[int, int]:
+        """(steps done, steps in all) of a row."""
+
+    def drop(self, rows: Sequence[int]) -> None:
+        """Stop drawing these rows; the others gain their time."""
+
+    def images(self, rows: Sequence[int]) -> Tensor:
+        """These rows as they stand, uint8 (len(rows), 3, H, W)."""
+
+
+@dataclass(frozen=True)
+class TokenCount:
+    """What one picture cost: tokens of its captions and its canvas read, image tokens drawn."""
+
+    text: int
+    canvas: int
+    drawn: int
+
+
+@runtime_checkable
+class SteppedGenerator(ImageGenerator, Protocol):
+    """A generator that can be watched and interrupted between its decoding steps."""
+
+    def start(self, requests: Sequence[GenerationRequest]) -> Drawing:
+        """Begin what `generate` does in one go; raises as it does."""
+
+    def count_tokens(self, request: GenerationRequest) -> TokenCount:
+        """What a request that was drawn has cost."""
 
 
 @runtime_checkable
@@ -137,11 +194,18 @@ class CaptionEncoder(Protocol):
 class Objective(Protocol):
     """Model and losses in one small `torch.nn.Module`; the loop never asks which family it trains.
 
-    `phases` lists what one training step does in order (one optimiser each): a language model has
-    one, a GAN has ("discriminator", "generator").
+    `phases` lists what one training step does in order: a language model has one, a GAN has
+    ("discriminator", "generator"). `model` is what is averaged, saved and used afterwards.
+
+    Optional, for objectives with more than one network:
+        moves(phase): the network whose weights that phase moves, each with its own optimiser.
+        learning_rate_ratios: by phase, what its learning rate is multiplied with.
+        validate(batch): scalars of a validation batch, "loss" among them; otherwise the last
+            phase's losses are taken.
     """
 
     phases: tuple[str, ...]
+    model: Module
 
     def losses(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
         """Scalars of one phase by name; "loss" is the one that is minimised."""

@@ -49,11 +49,14 @@ def apply_policy(model: nn.Module, policy: str) -> tuple[int, int]:
     )
 
 
-def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    model: nn.Module, config: TrainConfig, *, ratio: float = 1.0
+) -> list[torch.optim.Optimizer]:
     """One optimiser, or with muon two: muon for hidden matrices, adamw for all else.
 
-    Weight decay is for matrices and kernels alone, never for norms, biases and embeddings.
-    Every group keeps its peak in "peak_lr", which `set_learning_rate` scales.
+    Learning rates are `ratio` times the recipe's. Weight decay is for matrices and kernels alone,
+    never for norms, biases and embeddings. Every group keeps its peak in "peak_lr", which
+    `set_learning_rate` scales.
 
     Raises:
         RecipeError: muon has nothing to do here.
@@ -81,7 +84,7 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
         optimizers = [kind(groups, lr=config.learning_rate, momentum=config.momentum)]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
+            group["peak_lr"] = group["lr"] = group["lr"] * ratio
     return optimizers
 
 

@@ -2,10 +2,10 @@
 
     result = fit(build, config, storage=home / "steps" / key, name="generator")
 
-`build()` runs on every worker and returns a `Training`: the objective (an nn.Module with `phases`,
-`losses` and a `model` that trains) and its data. A step's randomness is seeded by (seed, step,
-rank), its rows by (seed, step), so a training that is killed and started again with the same
-storage and name goes on exactly where its last checkpoint was.
+`build()` runs on every worker and returns a `Training`: the objective (contracts.Objective) and its
+data. A step's randomness is seeded by (seed, step, rank), its rows by (seed, step), so a training
+that is killed and started again with the same storage and name goes on exactly where its last
+checkpoint was.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +158,13 @@ def _first_cause(error: Exception) -> TesseraError:
     )
 
 
+def moved_by(objective: nn.Module, phase: str) -> nn.Module:
+    """The network that a phase's gradient moves: the objective's model unless it says otherwise."""
+    moves = getattr(objective, "moves", None)
+    module: nn.Module = objective.model if moves is None else moves(phase)
+    return module
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -181,12 +190,25 @@ class _Worker:
         self.training = build()
         self.objective: nn.Module = self.training.objective.to(self.device)
         self.trainable, self.total = apply_policy(self.objective.model, config.policy)
+        phases = self.objective.phases
         self.wrapped = ray.train.torch.prepare_model(
             self.objective,
-            # buffers are constants here (FSQ's levels, VGG's weights): nothing to send every step
-            parallel_strategy_kwargs={"broadcast_buffers": False},
+            parallel_strategy_kwargs={
+                # buffers are constants here (FSQ's levels, VGG's weights): nothing to send
+                "broadcast_buffers": False,
+                "find_unused_parameters": len(phases) > 1,
+            },
         )
-        self.optimizers = build_optimizers(self.objective.model, config)
+        self.moved = {phase: moved_by(self.objective, phase) for phase in phases}
+        self.helpers = nn.ModuleList(
+            {id(m): m for m in self.moved.values() if m is not self.objective.model}.values()
+        )
+        ratios = getattr(self.objective, "learning_rate_ratios", {})
+        self.phase_optimizers = {
+            phase: build_optimizers(module, config, ratio=ratios.get(phase, 1.0))
+            for phase, module in self.moved.items()
+        }
+        self.optimizers = [o for each in self.phase_optimizers.values() for o in each]
         self.ema = EMA(self.objective.model, config.ema_decay) if config.ema_decay else None
         self.augment = Augment(config.augment).to(self.device)
         self.state = TrainState()
@@ -202,6 +224,7 @@ class _Worker:
             self.state = load_checkpoint(
                 Path(directory),
                 model=self.objective.model,
+                helpers=self.helpers,
                 ema=self.ema,
                 optimizers=self.optimizers,
             )
@@ -252,23 +275,36 @@ class _Worker:
         self.wrapped.train()
         metrics: dict[str, Tensor] = {}
         for phase in self.objective.phases:
-            with autocast(self.device):
-                losses = self.wrapped(batch, phase)
-            losses["loss"].backward()
-            norm = nn.utils.clip_grad_norm_(self.objective.model.parameters(), config.clip_norm)
+            losses = self._backward(batch, phase)
+            norm = nn.utils.clip_grad_norm_(self.moved[phase].parameters(), config.clip_norm)
             if not torch.isfinite(norm):
                 raise TrainingError(
                     f"the gradient of phase {phase!r} is {norm.item()} at step {step} (loss "
                     f"{losses['loss'].item()}); lower train.learning_rate or train.clip_norm. The "
                     "last good checkpoint is kept"
                 )
-            for optimizer in self.optimizers:
+            for optimizer in self.phase_optimizers[phase]:
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            metrics |= {k: v.detach() for k, v in losses.items()} | {"grad_norm": norm}
+            self.objective.zero_grad(set_to_none=True)
+            metrics |= losses | {"grad_norm": norm}
         if self.ema is not None:
             self.ema.update(self.objective.model)
         return metrics
+
+    def _backward(self, batch: dict[str, Tensor], phase: str) -> dict[str, Tensor]:
+        """Gradients of one phase, gathered over config.accumulate pieces of the batch."""
+        pieces = self.config.accumulate
+        sums: dict[str, Tensor] = {}
+        for i in range(pieces):
+            piece = {name: tensor[i::pieces] for name, tensor in batch.items()}
+            last = i == pieces - 1
+            with nullcontext() if last or self.world_size == 1 else self.wrapped.no_sync():
+                with autocast(self.device):
+                    losses = self.wrapped(piece, phase)
+                (losses["loss"] / pieces).backward()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.detach() / pieces
+        return sums
 
     def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.device.type == "cuda":
@@ -321,6 +357,7 @@ class _Worker:
             save_checkpoint(
                 Path(directory),
                 model=self.objective.model,
+                helpers=self.helpers,
                 ema=self.ema,
                 optimizers=self.optimizers,
                 state=self.state,
@@ -332,6 +369,8 @@ class _Worker:
         """Mean losses over the validation rows and all ranks, with fixed randomness."""
         config, dataset = self.config, self.training.validation
         self.objective.eval()
+        last = self.objective.phases[-1]
+        validate = getattr(self.objective, "validate", partial(self.objective.losses, phase=last))
         sums: dict[str, float] = {}
         count = 0
         batches = feed.validation_rows(
@@ -345,7 +384,7 @@ class _Worker:
             torch.manual_seed(VALIDATION_SEED + i)
             batch = self._to_device(dataset.batch(rows, None))
             with autocast(self.device):
-                losses = self.objective.losses(batch, self.objective.phases[-1])
+                losses = validate(batch)
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(rows)
             count += len(rows)
