@@ -62,7 +62,7 @@ class BundleManifest(Config):
 
     @property
     def model_spec(self) -> ModelSpec:
-        spec = dict(self.spec)
+        spec = {"image_size": self.image_size, **self.spec}
         return ModelSpec(**spec | {k: tuple(spec[k]) for k in ("levels", "styles")})
 
 

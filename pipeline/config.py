@@ -177,6 +177,21 @@ class EncodeConfig(Config):
     batch_size: int = Field(64, ge=1, description="pictures an actor call")
 
 
+class GanConfig(Config):
+    """What the gan family has beyond the others."""
+
+    channels: int = Field(48, ge=8, description="at full resolution; coarser grids have up to 8x")
+    noise_width: int = Field(64, ge=1, description="dimensions of the noise")
+    penalty_weight: float = Field(2.0, ge=0, description="of the gradient penalty")
+    penalty_power: float = Field(6.0, gt=0, description="of the gradient's norm in the penalty")
+    discriminator_learning_rate_ratio: float = Field(
+        4.0, gt=0, description="the discriminator's learning rate over the generator's"
+    )
+    augment: bool = Field(
+        True, description="differentiable colour, shift and cut-out before the discriminator"
+    )
+
+
 class GeneratorConfig(Config):
     """The text-to-image model."""
 
@@ -194,6 +209,7 @@ class GeneratorConfig(Config):
     guidance_scale: float = Field(3.0, ge=1, description="default at generation")
     temperature: float = Field(1.0, ge=0, description="default at generation")
     num_steps: int = Field(12, ge=1, description="default at generation")
+    gan: GanConfig = GanConfig()
     data: PictureFilter = PictureFilter()
     train: TrainConfig = TrainConfig()
 

@@ -36,13 +36,16 @@ SAMPLE_PROMPTS = (
 
 @dataclass(frozen=True)
 class GeneratorTask:
-    """Everything a worker needs to build its training; small enough to travel."""
+    """Everything a worker needs to build its training; small enough to travel.
+
+    `pictures` holds what the family READS: image tokens or pixels.
+    """
 
     config: GeneratorConfig
     spec: ModelSpec
     caption_encoder: CaptionEncoderConfig
     tokenizer: Path
-    tokens: Path
+    pictures: Path
     captions: Path
     cache: Path
     base: Path | None
@@ -51,15 +54,20 @@ class GeneratorTask:
         """See pipeline.train.Training."""
         family = registry.load("models", self.config.family)
         model = family.build(self.config, self.spec)
+        sizes = (
+            {"num_tokens": self.spec.num_tokens}
+            if family.READS == "image_tokens"
+            else {"image_size": self.spec.image_size}
+        )
         train, validation = (
             captioned_dataset(
-                self.tokens,
+                self.pictures,
                 self.captions,
                 split=split,
                 styles=self.spec.styles,
                 max_tokens=self.caption_encoder.max_tokens,
                 only=self.config.data,
-                num_tokens=self.spec.num_tokens,
+                **sizes,
             )
             for split in ("train", "validation")
         )
@@ -110,6 +118,7 @@ def make_spec(
             f"{config.num_styles}; raise it or filter generator.data.styles"
         )
     return ModelSpec(
+        image_size=tokenizer.image_size,
         codebook_size=tokenizer.codebook_size,
         num_tokens=tokenizer.grid_size**2,
         levels=tuple(getattr(getattr(tokenizer, "config", None), "levels", ())),

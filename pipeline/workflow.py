@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pipeline import autoencoding, evaluate, generation, reports, train
+from pipeline import autoencoding, evaluate, generation, registry, reports, train
 from pipeline.aligner import Aligner
 from pipeline.aligning import build_aligner_training
 from pipeline.bundle import (
@@ -267,6 +267,16 @@ class Chain:
         )
         return trained.path / "bundle"
 
+    @property
+    def reads(self) -> str:
+        """What the generator's family trains on: "image_tokens" or "images"."""
+        reads: str = registry.load("models", self.generator_config.family).READS
+        return reads
+
+    @property
+    def pictures(self) -> StepResult:
+        return self.tokens if self.reads == "image_tokens" else self.preprocessed
+
     @cached_property
     def generator(self) -> StepResult:
         """The candidate: a bundle trained on image tokens and caption states."""
@@ -296,7 +306,7 @@ class Chain:
             work,
             settings={"generator": config.model_dump(mode="json")},
             inputs={
-                "tokens": self.tokens.digest,
+                self.reads: self.pictures.digest,
                 "captions": self.captions.digest,
                 "base": bundle_digest(self.base) if self.base else "",
             },
@@ -304,8 +314,7 @@ class Chain:
 
     def _generator_task(self, caption_width: int) -> generation.GeneratorTask:
         recipe, config = self.recipe, self.generator_config
-        tokens = self.tokens.path / "data"
-        found = set(pq.read_table(tokens, columns=["style"])["style"].to_pylist())
+        found = set(pq.read_table(self.pixels, columns=["style"])["style"].to_pylist())
         wanted = set(config.data.styles or found) - set(config.data.exclude_styles)
         spec = generation.make_spec(
             self.tokenizer, caption_width, sorted(found & wanted), self.base, config
@@ -315,7 +324,9 @@ class Chain:
             spec=spec,
             caption_encoder=recipe.caption_encoder,
             tokenizer=self.tokenizer,
-            tokens=tokens,
+            pictures=(
+                self.tokens.path / "data" if self.reads == "image_tokens" else self.pixels
+            ),
             captions=self.captions.path / "data",
             cache=self.cache,
             base=self.base,

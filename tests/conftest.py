@@ -14,9 +14,9 @@ import ray
 import torch
 from hypothesis import settings
 
+from pipeline import registry
 from pipeline.bundle import save_bundle, save_tokenizer
-from pipeline.config import CaptionEncoderConfig, GeneratorConfig, TokenizerConfig
-from pipeline.models import masked
+from pipeline.config import CaptionEncoderConfig, GanConfig, GeneratorConfig, TokenizerConfig
 from pipeline.models._spec import ModelSpec
 from pipeline.runtime import start_ray
 from pipeline.text import HFCaptionEncoder, identify, load_caption_encoder
@@ -28,7 +28,9 @@ settings.load_profile("shared-machine")
 TINY_TOKENIZER = TokenizerConfig(
     levels=(5, 5, 5), widths=(16, 32), encoder_depths=(1, 1), decoder_depths=(1, 1)
 )
-TINY_GENERATOR = GeneratorConfig(width=32, depth=2, heads=2, caption_depth=1, num_steps=4)
+TINY_GENERATOR = GeneratorConfig(
+    width=32, depth=2, heads=2, caption_depth=1, num_steps=4, gan=GanConfig(channels=8)
+)
 
 
 @pytest.fixture(scope="session")
@@ -53,27 +55,38 @@ def encoder(pretrained_cache: Path) -> HFCaptionEncoder:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, encoder: HFCaptionEncoder) -> Path:
-    """A bundle with random weights: everything real but the training."""
-    directory = tmp_path_factory.mktemp("bundle")
+def tiny_bundles(
+    tmp_path_factory: pytest.TempPathFactory, encoder: HFCaptionEncoder
+) -> dict[str, Path]:
+    """A bundle with random weights for every family: everything real but the training."""
+    directory = tmp_path_factory.mktemp("bundles")
     torch.manual_seed(0)
     tokenizer = fsq.build(TINY_TOKENIZER, 64)
-    save_tokenizer(directory / "made", tokenizer.state_dict(), TINY_TOKENIZER, 64)
+    save_tokenizer(directory / "tokenizer", tokenizer.state_dict(), TINY_TOKENIZER, 64)
     spec = ModelSpec(
+        image_size=64,
         codebook_size=tokenizer.codebook_size,
         num_tokens=64,
         levels=TINY_TOKENIZER.levels,
         caption_width=encoder.width,
         styles=("noto", "twemoji"),
     )
-    save_bundle(
-        directory / "tiny",
-        weights=masked.build(TINY_GENERATOR, spec).state_dict(),
-        tokenizer=directory / "made",
-        image_size=64,
-        config=TINY_GENERATOR,
-        spec=spec,
-        caption_encoder=CaptionEncoderConfig(),
-        identity=identify(encoder),
-    )
-    return directory / "tiny"
+    for family in registry.names("models"):
+        config = TINY_GENERATOR.model_copy(update={"family": family})
+        save_bundle(
+            directory / family,
+            weights=registry.load("models", family).build(config, spec).state_dict(),
+            tokenizer=directory / "tokenizer",
+            image_size=64,
+            config=config,
+            spec=spec,
+            caption_encoder=CaptionEncoderConfig(),
+            identity=identify(encoder),
+        )
+    return {family: directory / family for family in registry.names("models")}
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_bundles: dict[str, Path]) -> Path:
+    """That of the masked family."""
+    return tiny_bundles["masked"]

@@ -15,6 +15,7 @@ class ModelSpec:
     """Sizes a network is built by; part of a bundle's config.json.
 
     Attributes:
+        image_size: pixels a side.
         codebook_size: values of an image token.
         num_tokens: tokens a picture, N.
         levels: FSQ levels of a token's dimensions, empty for other tokenizers.
@@ -22,6 +23,7 @@ class ModelSpec:
         styles: names by style id; at most GeneratorConfig.num_styles.
     """
 
+    image_size: int
     codebook_size: int
     num_tokens: int
     levels: tuple[int, ...]

@@ -27,6 +27,8 @@ from pipeline.models._spec import ModelParts, ModelSpec, level_digits
 from pipeline.runtime import autocast
 from pipeline.text import masked_mean, standardise
 
+READS = "image_tokens"
+
 
 class TokenTable(nn.Module):
     """One vector a token: its own, plus one for the level of each of its FSQ dimensions.

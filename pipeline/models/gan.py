@@ -1,0 +1,363 @@
+"""Text-conditional GAN: a caption and noise become a picture in one pass.
+
+Sources: Tao et al. 2022, DF-GAN (arXiv 2008.05865): deep affine fusion of the caption, the
+matching-aware hinge loss and its gradient penalty (equations 1 and 2); Zhao et al. 2020,
+"Differentiable Augmentation for Data-Efficient GAN Training" (arXiv 2006.10738); Brock et al. 2019,
+BigGAN (arXiv 1809.11096): truncation, which a request's temperature is here; KID of the validation
+(Binkowski et al. 2018, arXiv 1801.01401) on plain pixels, so that no judge's features are used up.
+
+Shapes: B pictures, H = W = image_size, L caption tokens, C caption width, D condition width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import kornia.augmentation as K
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.config import GeneratorConfig
+from pipeline.contracts import GenerationRequest, OnStep
+from pipeline.errors import RecipeError, RequestError
+from pipeline.images import to_float, to_uint8
+from pipeline.models._captions import CaptionReader
+from pipeline.models._requests import check_requests
+from pipeline.models._spec import ModelParts, ModelSpec
+from pipeline.runtime import autocast
+from pipeline.text import masked_mean, standardise
+
+READS = "images"
+SMALLEST = 4  # pixels a side where the generator starts and the discriminator ends
+
+
+class CaptionCondition(nn.Module):
+    """A caption's states and a style -> one vector; without a caption a learned one."""
+
+    def __init__(self, spec: ModelSpec, num_styles: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(spec.caption_width)
+        self.read = nn.Linear(spec.caption_width, width)
+        self.no_caption = nn.Parameter(torch.zeros(width))
+        self.style = nn.Embedding(num_styles + 1, width)
+        nn.init.normal_(self.style.weight, std=0.02)
+
+    def forward(self, states: Tensor, mask: Tensor, style: Tensor) -> Tensor:
+        """(B, L, C), bool (B, L), int64 (B,) -> (B, D)."""
+        pooled = self.read(self.norm(masked_mean(states.float(), mask)))
+        given = mask.any(1, keepdim=True)
+        return torch.where(given, pooled, self.no_caption.to(pooled.dtype)) + self.style(style)
+
+
+class FusionBlock(nn.Module):
+    """Twice the resolution; two convolutions, before each of which the condition scales and
+    shifts every channel."""
+
+    def __init__(self, inside: int, outside: int, condition: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(
+            [nn.Conv2d(inside, outside, 3, padding=1), nn.Conv2d(outside, outside, 3, padding=1)]
+        )
+        self.affines = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(condition, condition), nn.SiLU(), nn.Linear(condition, 2 * w)
+            )
+            for w in (inside, outside)
+        )  # fmt: skip
+        self.skip = (
+            nn.Conv2d(inside, outside, 1, bias=False) if inside != outside else nn.Identity()
+        )
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2.0)
+        h = x
+        for affine, conv in zip(self.affines, self.convs, strict=True):
+            scale, shift = affine(condition)[:, :, None, None].chunk(2, 1)
+            h = conv(F.leaky_relu(h * (1 + scale) + shift, 0.2))
+        return self.skip(x) + h
+
+
+class OnePassGenerator(nn.Module):
+    """Noise, caption and style -> picture."""
+
+    def __init__(self, config: GeneratorConfig, spec: ModelSpec) -> None:
+        super().__init__()
+        gan, doublings = config.gan, _doublings(spec.image_size)
+        widths = _widths(gan.channels, doublings)[::-1]
+        self.spec, self.no_style, self.noise_width = spec, config.num_styles, gan.noise_width
+        self.caption = CaptionCondition(spec, config.num_styles, config.width)
+        condition = config.width + gan.noise_width
+        self.first = nn.Linear(gan.noise_width, widths[0] * SMALLEST**2)
+        self.blocks = nn.ModuleList(
+            FusionBlock(inside, outside, condition)
+            for inside, outside in zip(widths, [*widths[1:], widths[-1]], strict=True)
+        )
+        self.last = nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.to(memory_format=torch.channels_last)
+
+    def text_modules(self) -> list[nn.Module]:
+        """What reads the caption; the policy `frozen` leaves it alone."""
+        return [self.caption.norm, self.caption.read]
+
+    def head_modules(self) -> list[nn.Module]:
+        """What the policy `head` trains: styles, the last block, the way to colours."""
+        return [self.caption.style, self.blocks[-1], self.last]
+
+    def standardise_captions(self, states: Tensor, mask: Tensor) -> None:
+        """Start from these captions' statistics; states (B, L, C), mask bool (B, L)."""
+        standardise(self.caption.norm, masked_mean(states.float(), mask))
+
+    def forward(self, noise: Tensor, condition: Tensor) -> Tensor:
+        """noise (B, noise_width), condition (B, D) -> float (B, 3, H, W) in [-1, 1]."""
+        x = self.first(noise).view(len(noise), -1, SMALLEST, SMALLEST)
+        both = torch.cat([condition, noise], 1)
+        for block in self.blocks:
+            x = block(x, both)
+        return torch.tanh(self.last(F.leaky_relu(x, 0.2)).float())
+
+
+class Discriminator(nn.Module):
+    """Picture and caption -> one number: real and matching, or not."""
+
+    def __init__(self, config: GeneratorConfig, spec: ModelSpec) -> None:
+        super().__init__()
+        widths = _widths(config.gan.channels, _doublings(spec.image_size))
+        self.caption = CaptionCondition(spec, config.num_styles, config.width)
+        self.first = nn.Conv2d(3, widths[0], 3, padding=1)
+        pairs = zip(widths, [*widths[1:], widths[-1]], strict=True)
+        self.blocks = nn.ModuleList(_DownBlock(inside, outside) for inside, outside in pairs)
+        self.judge = nn.Sequential(
+            nn.Conv2d(widths[-1] + config.width, widths[-1], 3, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(widths[-1], 1, SMALLEST),
+        )
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor, condition: Tensor) -> Tensor:
+        """float (B, 3, H, W), (B, D) -> (B,)."""
+        x = self.first(images)
+        for block in self.blocks:
+            x = block(x)
+        spread = condition[:, :, None, None].expand(-1, -1, SMALLEST, SMALLEST)
+        return self.judge(torch.cat([x, spread], 1)).flatten()
+
+
+class _DownBlock(nn.Module):
+    """Half the resolution, residual."""
+
+    def __init__(self, inside: int, outside: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inside, outside, 4, stride=2, padding=1)
+        self.conv2 = nn.Conv2d(outside, outside, 3, padding=1)
+        self.skip = (
+            nn.Conv2d(inside, outside, 1, bias=False) if inside != outside else nn.Identity()
+        )
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv2(F.leaky_relu(self.conv1(F.leaky_relu(x, 0.2)), 0.2))
+        return self.skip(F.avg_pool2d(x, 2)) + self.gate * h
+
+
+class Objective(nn.Module):
+    """Matching-aware hinge losses (DF-GAN, equation 2), on differentiably augmented pictures."""
+
+    phases = ("discriminator", "generator")
+
+    def __init__(self, model: OnePassGenerator, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        self.discriminator = Discriminator(config, model.spec)
+        self.discriminator.caption.norm.load_state_dict(model.caption.norm.state_dict())
+        self.learning_rate_ratios = {"discriminator": config.gan.discriminator_learning_rate_ratio}
+        self.augment = K.AugmentationSequential(
+            K.ColorJitter(0.25, 0.25, 0.5, 0.0, p=1.0),
+            K.RandomAffine(0.0, translate=(0.125, 0.125), p=1.0),
+            K.RandomErasing((0.05, 0.2), (0.5, 2.0), p=0.5),
+            data_keys=["input"],
+        ) if config.gan.augment else nn.Identity()  # fmt: skip
+
+    def moves(self, phase: str) -> nn.Module:
+        """See contracts.Objective."""
+        return self.discriminator if phase == "discriminator" else self.model
+
+    def forward(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
+        return self.losses(batch, phase)
+
+    def losses(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
+        """ "loss" of the phase and its parts."""
+        if phase == "discriminator":
+            return self._judge(batch)
+        fake = self._draw(batch)
+        said = self.discriminator(self._changed(fake), self._condition(batch, self.discriminator))
+        return {"loss": -said.float().mean()}
+
+    def _judge(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        judge, images = self.discriminator, to_float(batch["images"])
+        with torch.no_grad():
+            fake = self._draw(batch)
+        condition = self._condition(batch, judge)
+        real = judge(self._changed(images), condition).float()
+        wrong = judge(self._changed(images), _mismatched(condition, batch["group"])).float()
+        drawn = judge(self._changed(fake), condition).float()
+        parts = {
+            "real": F.relu(1 - real).mean(),
+            "mismatched": F.relu(1 + wrong).mean() / 2,
+            "fake": F.relu(1 + drawn).mean() / 2,
+            "penalty": self._penalty(images, condition),
+        }
+        return {"loss": torch.stack(list(parts.values())).sum(), **parts}
+
+    def _penalty(self, images: Tensor, condition: Tensor) -> Tensor:
+        """weight * |gradient of D at real, matching pairs| ** power (DF-GAN, equation 1)."""
+        gan = self.config.gan
+        images = images.detach().requires_grad_()
+        condition = condition.float()
+        with torch.autocast(images.device.type, enabled=False):
+            said = self.discriminator(images, condition)
+            gradients = torch.autograd.grad(said.sum(), (images, condition), create_graph=True)
+        squared = sum(g.flatten(1).square().sum(1) for g in gradients)
+        assert isinstance(squared, Tensor)
+        return gan.penalty_weight * ((squared + 1e-12) ** (gan.penalty_power / 2)).mean()
+
+    def validate(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """ "loss" is the KID of drawn against real pictures, on pixels shrunk to 16 x 16."""
+        small = [
+            F.adaptive_avg_pool2d(x.float(), 16).flatten(1)
+            for x in (to_float(batch["images"]), self._draw(batch))
+        ]
+        return {"loss": _kid(*small)}
+
+    def _draw(self, batch: Mapping[str, Tensor]) -> Tensor:
+        mask, style = batch["caption_mask"], batch["style"]
+        if self.training:
+            keep = torch.rand(len(mask), device=mask.device) >= self.config.caption_dropout
+            mask = mask & keep[:, None]
+            keep = torch.rand(len(mask), device=mask.device) >= self.config.style_dropout
+            style = torch.where(keep, style, self.model.no_style)
+        condition = self.model.caption(batch["caption_states"], mask, style)
+        noise = torch.randn(len(mask), self.model.noise_width, device=mask.device)
+        drawn: Tensor = self.model(noise, condition)
+        return drawn
+
+    @staticmethod
+    def _condition(batch: Mapping[str, Tensor], network: Discriminator) -> Tensor:
+        condition: Tensor = network.caption(
+            batch["caption_states"], batch["caption_mask"], batch["style"]
+        )
+        return condition
+
+    def _changed(self, images: Tensor) -> Tensor:
+        if not self.training:
+            return images
+        changed: Tensor = self.augment((images.float() + 1) / 2)
+        return changed * 2 - 1
+
+
+def _mismatched(condition: Tensor, group: Tensor) -> Tensor:
+    """Each row's condition replaced by a neighbour's of another group; (B, D), int64 (B,)."""
+    B = len(group)
+    other = torch.arange(B, device=group.device)
+    for shift in range(1, B):
+        rolled = (torch.arange(B, device=group.device) + shift) % B
+        same = group[other] == group
+        other = torch.where(same, rolled, other)
+        if not bool((group[other] == group).any()):
+            break
+    return condition[other]
+
+
+def _kid(x: Tensor, y: Tensor) -> Tensor:
+    """Unbiased squared MMD with the kernel (x . y / d + 1) ** 3; (B, d), (B, d) -> ()."""
+    n = len(x)
+    if n < 2:
+        raise RecipeError("the gan's validation needs at least 2 pictures a worker and batch")
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def within(a: Tensor) -> Tensor:
+        k = kernel(a, a)
+        return (k.sum() - k.diagonal().sum()) / (n * (n - 1))
+
+    return within(x) + within(y) - 2 * kernel(x, y).mean()
+
+
+def _doublings(image_size: int) -> int:
+    doublings = (image_size // SMALLEST).bit_length() - 1
+    if SMALLEST * 2**doublings != image_size:
+        raise RecipeError(
+            f"preprocess.image_size={image_size}: the gan family doubles from {SMALLEST}, so the "
+            "size must be a power of two from 8 on; choose 32, 64 or 128"
+        )
+    return doublings
+
+
+def _widths(channels: int, doublings: int) -> list[int]:
+    """Channels from the finest grid to the coarsest: doubling, at most eightfold."""
+    return [channels * min(2**i, 8) for i in range(doublings)]
+
+
+class Generator:
+    """contracts.ImageGenerator in one pass."""
+
+    tasks = frozenset({"text_to_image"})
+
+    def __init__(
+        self, model: OnePassGenerator, config: GeneratorConfig, spec: ModelSpec, parts: ModelParts
+    ) -> None:
+        self.model = model.to(parts.device).eval()
+        self.config, self.spec, self.parts = config, spec, parts
+        self.read_captions = CaptionReader(parts.encoder)
+        self.styles, self.image_size = spec.styles, spec.image_size
+
+    @torch.inference_mode()
+    def generate(
+        self, requests: Sequence[GenerationRequest], *, on_step: OnStep | None = None
+    ) -> Tensor:
+        """See contracts.ImageGenerator.generate.
+
+        temperature truncates: the noise is scaled by it. guidance_scale moves the condition away
+        from that of no caption; 1, which is off, is what the network was trained for.
+
+        Raises:
+            RequestError: also for num_steps other than 1: there is one pass.
+        """
+        for request in requests:
+            if request.num_steps not in (None, 1):
+                raise RequestError(
+                    f"num_steps={request.num_steps}: this model draws in one pass; leave it out",
+                    param="num_steps",
+                )
+        settings, device = check_requests(requests, self.config, self.styles), self.parts.device
+        noise = torch.stack(
+            [
+                torch.randn(self.model.noise_width, generator=torch.Generator().manual_seed(seed))
+                for seed in settings.seeds
+            ]
+        )
+        temperature, scale = (
+            torch.tensor(values)[:, None]
+            for values in (settings.temperatures, settings.guidance_scales)
+        )
+        states, mask = self.read_captions(settings.prompts)
+        style = torch.tensor([self.model.no_style if s is None else s for s in settings.styles])
+        states, mask, style = states.to(device), mask.to(device), style.to(device)
+        with autocast(device):
+            with_caption = self.model.caption(states, mask, style)
+            without = self.model.caption(states, torch.zeros_like(mask), style)
+            condition = without + scale.to(device) * (with_caption - without)
+            # one by one: a convolution's last bits depend on what else is in its batch
+            images = [
+                self.model(n[None].to(device), c[None])
+                for n, c in zip(noise * temperature, condition, strict=True)
+            ]
+        if on_step is not None:
+            on_step(1, 1)
+        return to_uint8(torch.cat(images)).cpu()
+
+
+def build(config: GeneratorConfig, spec: ModelSpec) -> OnePassGenerator:
+    """A freshly initialised network."""
+    return OnePassGenerator(config, spec)

@@ -1,0 +1,106 @@
+"""The GAN family: losses against their formulas, and colours learned from captions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.config import GanConfig, GeneratorConfig
+from pipeline.contracts import GenerationRequest
+from pipeline.errors import RecipeError, RequestError
+from pipeline.models import gan
+from pipeline.models._spec import ModelSpec
+
+SPEC = ModelSpec(
+    image_size=16, codebook_size=8, num_tokens=4, levels=(8,), caption_width=12, styles=("a",)
+)
+CONFIG = GeneratorConfig(
+    family="gan", width=32, caption_dropout=0, style_dropout=0, num_styles=2,
+    gan=GanConfig(channels=16, noise_width=8, augment=False),
+)  # fmt: skip
+COLOURS = torch.tensor([[230, 20, 20], [20, 200, 30], [20, 30, 220], [240, 230, 20]])
+
+
+def colour_batch() -> dict[str, torch.Tensor]:
+    """Four pictures of one colour each, every one with a caption and a group of its own."""
+    generator = torch.Generator().manual_seed(0)
+    images = COLOURS.to(torch.uint8)[:, :, None, None].expand(-1, -1, 16, 16)
+    return {
+        "images": images.repeat(4, 1, 1, 1),
+        "caption_states": torch.randn(4, 3, 12, generator=generator).repeat(4, 1, 1),
+        "caption_mask": torch.ones(16, 3, dtype=torch.bool),
+        "style": torch.zeros(16, dtype=torch.long),
+        "group": torch.arange(4).repeat(4),
+    }
+
+
+def objective(config: GeneratorConfig = CONFIG) -> gan.Objective:
+    torch.manual_seed(0)
+    return gan.Objective(gan.build(config, SPEC), config)
+
+
+def test_captions_become_their_colours() -> None:
+    made, batch = objective(), colour_batch()
+    optimizers = {
+        phase: torch.optim.Adam(made.moves(phase).parameters(), lr=lr, betas=(0.0, 0.9))
+        for phase, lr in (("discriminator", 2e-3), ("generator", 1e-3))
+    }
+    for step in range(150):
+        torch.manual_seed(step)
+        for phase in made.phases:
+            made.zero_grad()
+            made.losses(batch, phase)["loss"].backward()
+            optimizers[phase].step()
+    made.eval()
+    with torch.no_grad():
+        drawn = made._draw(batch).mean((2, 3))[:4]
+    wanted = COLOURS / 127.5 - 1
+    nearest = torch.cdist(drawn, wanted).argmin(1)
+    assert nearest.tolist() == [0, 1, 2, 3], drawn
+    assert made.validate(batch)["loss"] < 0.1
+
+
+def test_the_penalty_is_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For D(x, c) = a . x + b . c the gradient's norm is |(a, b)|, whatever x and c are."""
+    made = objective()
+    a, b = torch.randn(3, 16, 16) / 50, torch.randn(32) / 5
+    monkeypatch.setattr(
+        made.discriminator, "forward", lambda x, c: (x * a).sum((1, 2, 3)) + (c * b).sum(1)
+    )
+    expected = 2.0 * (a.square().sum() + b.square().sum()).sqrt() ** 6
+    found = made._penalty(torch.rand(5, 3, 16, 16), torch.randn(5, 32, requires_grad=True))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_mismatched_captions_are_of_other_groups() -> None:
+    group = torch.tensor([0, 0, 1, 1, 1, 2])
+    wrong = gan._mismatched(torch.nn.functional.one_hot(group).float(), group).argmax(1)
+    assert not (wrong == group).any()
+
+
+def test_kid_is_unbiased_and_sees_a_difference() -> None:
+    torch.manual_seed(0)
+    same = torch.stack([gan._kid(torch.randn(64, 8), torch.randn(64, 8)) for _ in range(200)])
+    assert abs(same.mean()) < 3 * same.std() / 200**0.5
+    assert gan._kid(torch.randn(64, 8), torch.randn(64, 8) + 0.7) > same.max()
+    with pytest.raises(RecipeError, match="at least 2"):
+        gan._kid(torch.randn(1, 8), torch.randn(1, 8))
+
+
+def test_each_phase_moves_its_own_network() -> None:
+    made, batch = objective(), colour_batch()
+    assert made.moves("generator") is made.model
+    assert made.moves("discriminator") is made.discriminator
+    made.losses(batch, "discriminator")["loss"].backward()
+    assert all(p.grad is None for p in made.model.parameters())
+
+
+def test_sizes_that_do_not_double_and_steps_are_refused() -> None:
+    with pytest.raises(RecipeError, match="image_size=48"):
+        gan.build(CONFIG, ModelSpec(48, 8, 4, (8,), 12, ("a",)))
+    made = objective()
+    drawer = object.__new__(gan.Generator)
+    nn.Module.eval(made.model)
+    with pytest.raises(RequestError, match="one pass"):
+        drawer.generate([GenerationRequest("x", num_steps=4)])
