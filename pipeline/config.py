@@ -143,8 +143,12 @@ class TokenizerConfig(Config):
 
     name: str = Field("fsq", description="a file of pipeline/tokenizers")
     levels: tuple[int, ...] = Field(
-        (8, 8, 5, 5, 5), description="FSQ levels a channel; the codebook size is their product"
+        (8, 8, 5, 5, 5), description="fsq: levels a channel; the codebook size is their product"
     )
+    codebook_size: int = Field(4_096, ge=2, le=65_536, description="vq")
+    code_width: int = Field(8, ge=2, description="vq: dimensions of a code")
+    commitment_weight: float = Field(0.25, ge=0, description="vq: draws latents to their codes")
+    entropy_weight: float = Field(0.1, ge=0, description="vq: keeps all codes in use")
     downsample: int = Field(8, ge=2, description="pixels a token, a side")
     patch: int = Field(4, ge=1, description="pixels a patch, a side: the encoder's first step")
     widths: tuple[int, int] = Field((128, 256), description="channels at the patch and token grids")

@@ -168,9 +168,13 @@ class SteppedGenerator(ImageGenerator, Protocol):
 
 @runtime_checkable
 class ImageTokenizer(Protocol):
-    """An image <-> a grid of discrete tokens."""
+    """An image <-> a grid of discrete tokens.
+
+    `levels` are the FSQ levels of a token's dimensions, empty for other tokenizers.
+    """
 
     codebook_size: int
+    levels: tuple[int, ...]
     grid_size: int
     image_size: int
 

@@ -121,7 +121,7 @@ def make_spec(
         image_size=tokenizer.image_size,
         codebook_size=tokenizer.codebook_size,
         num_tokens=tokenizer.grid_size**2,
-        levels=tuple(getattr(getattr(tokenizer, "config", None), "levels", ())),
+        levels=tokenizer.levels,
         caption_width=caption_width,
         styles=names,
     )

@@ -14,9 +14,14 @@ from pipeline.bundle import load_tokenizer, save_tokenizer
 from pipeline.config import TokenizerConfig
 from pipeline.contracts import ImageTokenizer
 from pipeline.tokenizers.fsq import FSQ
+from pipeline.tokenizers.vq import CosineVQ
 
 CONFIG = TokenizerConfig(
-    levels=(5, 4, 3), widths=(16, 32), encoder_depths=(1, 1), decoder_depths=(1, 1)
+    levels=(5, 4, 3),
+    codebook_size=64,
+    widths=(16, 32),
+    encoder_depths=(1, 1),
+    decoder_depths=(1, 1),
 )
 tokenizers = pytest.mark.parametrize("name", registry.names("tokenizers"))
 
@@ -84,14 +89,53 @@ def test_fsq_matches_the_reference_formula(levels: tuple[int, ...]) -> None:
     offset = np.where(sizes % 2 == 1, 0.0, 0.5)
     bounded = np.tanh(latents + np.arctanh(offset / half_l)) * half_l - offset
     expected = np.round(bounded) / (sizes // 2)
-    found = FSQ(levels)(torch.tensor(latents, dtype=torch.float32))
+    found, loss = FSQ(levels)(torch.tensor(latents, dtype=torch.float32))
+    assert loss == 0
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
 
 
 def test_fsq_passes_gradients_straight_through() -> None:
     latents = torch.zeros(1, 2, requires_grad=True)
-    FSQ((5, 5))(latents).sum().backward()
+    FSQ((5, 5))(latents)[0].sum().backward()
     assert latents.grad is not None and (latents.grad > 0).all()
+
+
+def vq(**settings: float) -> CosineVQ:
+    torch.manual_seed(0)
+    return CosineVQ(CONFIG.model_copy(update={"codebook_size": 32, "code_width": 4, **settings}))
+
+
+def test_vq_matches_the_reference_formula() -> None:
+    """numpy, after sections 3.1 of the sources: nearest by cosine, squared distances both ways."""
+    quantizer = vq(commitment_weight=0.5).eval()
+    latents = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    unit = latents / np.linalg.norm(latents, axis=1, keepdims=True)
+    table = quantizer.codebook.weight.detach().numpy()
+    table = table / np.linalg.norm(table, axis=1, keepdims=True)
+    nearest = ((unit[:, None] - table[None]) ** 2).sum(2).argmin(1)
+    codes, loss = quantizer(torch.from_numpy(latents))
+    np.testing.assert_allclose(codes.detach().numpy(), table[nearest], atol=1e-6)
+    assert quantizer.to_indices(codes).tolist() == nearest.tolist()
+    expected = 1.5 * ((unit - table[nearest]) ** 2).mean()
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_entropy_term_keeps_codes_in_use() -> None:
+    used = {}
+    for weight in (0.0, 0.5):
+        quantizer, encoder = vq(entropy_weight=weight), torch.nn.Linear(4, 4)
+        torch.nn.init.zeros_(encoder.weight)  # all latents fall on one code
+        parameters = [*quantizer.parameters(), *encoder.parameters()]
+        optimizer = torch.optim.Adam(parameters, lr=0.03)
+        inputs = torch.randn(256, 4)
+        for _ in range(100):
+            _, loss = quantizer(encoder(inputs))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        quantizer.eval()
+        used[weight] = quantizer.to_indices(quantizer(encoder(inputs))[0]).unique().numel()
+    assert used[0.5] > 24 > 8 > used[0.0]
 
 
 def test_gradient_l1_sees_edges_and_not_brightness() -> None:
