@@ -36,9 +36,11 @@ class Sample:
 
     Attributes:
         key: unique name within a shard set; letters, digits, "-" and "_" only.
-        image: the encoded picture (PNG, WebP or JPEG).
+        image: the encoded picture (PNG, WebP or JPEG); empty where the source has none, which
+            preprocessing quarantines.
         extension: the picture's file name extension without the dot: "png", "webp", "jpg".
         captions: what it shows; the first caption of a language is the shortest, canonical one.
+            None for pictures to train a tokenizer on.
         group: what the picture is of; a split never parts a group (for emoji: the code point).
         style: who drew it, or in which manner; a condition the generator can be given.
         source: where it came from, name and version.

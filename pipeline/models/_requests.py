@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.config import GeneratorConfig
-from pipeline.contracts import MAX_SEED, GenerationRequest
+from pipeline.contracts import MAX_SEED, Canvas, GenerationRequest
 from pipeline.errors import RequestError
 
 MAX_GUIDANCE = 20.0
@@ -25,17 +25,28 @@ class Settings:
     guidance_scales: list[float]
     temperatures: list[float]
     num_steps: list[int]
+    negative_prompts: list[str | None]
+    canvases: list[Canvas | None]
 
 
 def check_requests(
-    requests: Sequence[GenerationRequest], config: GeneratorConfig, styles: Sequence[str]
+    requests: Sequence[GenerationRequest],
+    config: GeneratorConfig,
+    styles: Sequence[str],
+    *,
+    negative_prompts: bool = False,
+    canvas_size: int | None = None,
 ) -> Settings:
     """Fill in defaults and check every limit before anything is drawn.
+
+    Args:
+        negative_prompts: whether the family can be led away from one.
+        canvas_size: pixels a side of the canvas it can go on from; None if it cannot.
 
     Raises:
         RequestError: names the field, the value and what is allowed.
     """
-    settings = Settings([], [], [], [], [], [])
+    settings = Settings([], [], [], [], [], [], [], [])
     for request in requests:
         guidance = (
             config.guidance_scale if request.guidance_scale is None else request.guidance_scale
@@ -46,12 +57,14 @@ def check_requests(
         _within("guidance_scale", guidance, 1.0, MAX_GUIDANCE)
         _within("temperature", temperature, 0.0, MAX_TEMPERATURE)
         _within("num_steps", num_steps, 1, MAX_STEPS)
-        settings.prompts.append(_prompt(request.prompt))
+        settings.prompts.append(_prompt(request))
         settings.seeds.append(request.seed)
         settings.styles.append(_style(request.style, styles))
         settings.guidance_scales.append(guidance)
         settings.temperatures.append(temperature)
         settings.num_steps.append(num_steps)
+        settings.negative_prompts.append(_negative(request.negative_prompt, negative_prompts))
+        settings.canvases.append(_canvas(request.canvas, canvas_size))
     return settings
 
 
@@ -60,10 +73,40 @@ def _within(name: str, value: float, low: float, high: float) -> None:
         raise RequestError(f"{name}={value} is outside {low} to {high}", param=name)
 
 
-def _prompt(prompt: str) -> str:
-    if not prompt.strip():
+def _prompt(request: GenerationRequest) -> str:
+    """Empty stands for no caption at all: a canvas alone may say enough."""
+    if not request.prompt.strip() and request.canvas is None:
         raise RequestError("the prompt is empty; say what to draw", param="prompt")
-    return prompt.strip()
+    return request.prompt.strip()
+
+
+def _negative(prompt: str | None, able: bool) -> str | None:
+    if prompt is not None and not able:
+        raise RequestError(
+            "this model has no guidance to lead away from a negative_prompt; leave it out",
+            param="negative_prompt",
+        )
+    return prompt.strip() or None if prompt else None
+
+
+def _canvas(canvas: Canvas | None, size: int | None) -> Canvas | None:
+    if canvas is None:
+        return None
+    if size is None:
+        raise RequestError("this model cannot go on from a picture", param="image")
+    if len(canvas.pixels) != 3 * size * size:
+        raise RequestError(
+            f"the canvas has {len(canvas.pixels)} bytes, not {size}x{size}x3", param="image"
+        )
+    if canvas.mask is not None and len(canvas.mask) != size * size:
+        raise RequestError(
+            f"the mask has {len(canvas.mask)} bytes, not {size}x{size}", param="mask"
+        )
+    if canvas.mask is not None and not any(canvas.mask):
+        raise RequestError("the mask leaves nothing to draw", param="mask")
+    if not 0 < canvas.share <= 1:
+        raise RequestError(f"share={canvas.share} is outside 0 to 1", param="share")
+    return canvas
 
 
 def _style(style: str | None, styles: Sequence[str]) -> int | None:

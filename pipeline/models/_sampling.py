@@ -50,6 +50,12 @@ def _rectangles(area: Tensor, grid_size: int) -> Tensor:
     return (rows[:, :, None] & columns[:, None, :]).flatten(1)
 
 
+def touched_cells(mask: Tensor, grid_size: int) -> Tensor:
+    """Which tokens of a picture a mask of its pixels, bool (S, S), touches: bool (N,)."""
+    cell = mask.shape[0] // grid_size
+    return mask.view(grid_size, cell, grid_size, cell).any(3).any(1).flatten()
+
+
 def classifier_free_guidance(conditional: Tensor, unconditional: Tensor, scale: Tensor) -> Tensor:
     """Logits (B, N, V) away from unconditional ones by scale (B,) (Ho & Salimans 2022, eq. 6)."""
     return unconditional + scale[:, None, None] * (conditional - unconditional)

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config import GeneratorConfig
-from pipeline.contracts import GenerationRequest, OnStep
-from pipeline.images import to_uint8
+from pipeline.contracts import GenerationRequest, OnStep, TokenCount
 from pipeline.models import _sampling as sampling
 from pipeline.models._attention import attention
 from pipeline.models._captions import CaptionReader
+from pipeline.models._parallel import ParallelDrawing
 from pipeline.models._requests import Settings, check_requests
 from pipeline.models._spec import ModelParts, ModelSpec, level_digits
 from pipeline.runtime import autocast
@@ -243,9 +243,9 @@ def _coin(like: Tensor, probability: float) -> Tensor:
 
 
 class Generator:
-    """contracts.ImageGenerator: parallel decoding with classifier-free guidance."""
+    """contracts.SteppedGenerator: parallel decoding with classifier-free guidance."""
 
-    tasks = frozenset({"text_to_image"})
+    tasks = frozenset({"text_to_image", "completion"})
 
     def __init__(
         self, model: MaskedTransformer, config: GeneratorConfig, spec: ModelSpec, parts: ModelParts
@@ -256,54 +256,65 @@ class Generator:
         self.styles = spec.styles
         self.image_size = parts.tokenizer.image_size
 
-    @torch.inference_mode()
     def generate(
         self, requests: Sequence[GenerationRequest], *, on_step: OnStep | None = None
     ) -> Tensor:
         """See contracts.ImageGenerator.generate."""
-        settings = check_requests(requests, self.config, self.styles)
-        with autocast(self.parts.device):
-            image_tokens = self._decode(settings, self._read(settings), on_step)
-            return to_uint8(self.parts.tokenizer.decode(image_tokens)).cpu()
+        drawing = self.start(requests)
+        rows = range(len(requests))
+        while drawing.step():
+            if on_step is not None:
+                slowest = max(rows, key=lambda row: drawing.progress(row)[1])
+                on_step(*drawing.progress(slowest))
+        return drawing.images(rows)
+
+    @torch.inference_mode()
+    def start(self, requests: Sequence[GenerationRequest]) -> ParallelDrawing:
+        """See contracts.SteppedGenerator.start."""
+        settings = check_requests(
+            requests,
+            self.config,
+            self.styles,
+            negative_prompts=True,
+            canvas_size=self.image_size,
+        )
+        device = self.parts.device
+        with autocast(device):
+            reading = self._read(settings)
+
+        def guess(rows: Tensor, tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            both = torch.cat([rows, rows + len(requests)])
+            read = tuple(part[both] for part in reading)
+            features, table = self.model(tokens.repeat(2, 1), hidden.repeat(2, 1), read)
+            conditional, unconditional = self.model.logits(features, table).chunk(2)
+            return conditional, unconditional
+
+        return ParallelDrawing(guess, self.parts.tokenizer, settings, self.spec.num_tokens, device)
+
+    def count_tokens(self, request: GenerationRequest) -> TokenCount:
+        """See contracts.SteppedGenerator.count_tokens."""
+        captions = [text for text in (request.prompt, request.negative_prompt) if text]
+        text = int(self.read_captions(captions)[1].sum()) if captions else 0
+        canvas = self.spec.num_tokens if request.canvas else 0
+        return TokenCount(text=text, canvas=canvas, drawn=self.spec.num_tokens)
 
     def _read(self, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
-        """Conditional rows first, then the same rows without their captions."""
-        states, mask = self.read_captions(settings.prompts)
-        states, mask = states.to(self.parts.device), mask.to(self.parts.device)
+        """Conditional rows first, then the same rows with what guidance leads away from."""
+        states, mask = self._captions(settings.prompts)
+        away_states, away_mask = self._captions([text or "" for text in settings.negative_prompts])
         style = torch.tensor(
             [self.model.no_style if s is None else s for s in settings.styles],
             device=self.parts.device,
         )
-        states, style = states.repeat(2, 1, 1), style.repeat(2)
-        return self.model.read(states, torch.cat([mask, torch.zeros_like(mask)]), style)
+        return self.model.read(
+            torch.cat([states, away_states]), torch.cat([mask, away_mask]), style.repeat(2)
+        )
 
-    def _decode(
-        self, settings: Settings, reading: tuple[Tensor, Tensor, Tensor], on_step: OnStep | None
-    ) -> Tensor:
-        """int64 (B, N); every row follows its own schedule and its own noise."""
-        B, N = len(settings.prompts), self.spec.num_tokens
-        device = self.parts.device
-        generators = [torch.Generator().manual_seed(seed) for seed in settings.seeds]
-        scale = torch.tensor(settings.guidance_scales, device=device)
-        temperature = torch.tensor(settings.temperatures, device=device)
-        steps = torch.tensor(settings.num_steps, device=device)
-        tokens = torch.zeros(B, N, dtype=torch.long, device=device)
-        known = torch.zeros(B, N, dtype=torch.bool, device=device)
-        for step in range(int(steps.max())):
-            progress = ((step + 1) / steps).clamp(max=1)
-            features, table = self.model(tokens.repeat(2, 1), ~known.repeat(2, 1), reading)
-            conditional, unconditional = self.model.logits(features, table).chunk(2)
-            logits = sampling.classifier_free_guidance(conditional, unconditional, scale)
-            noise = sampling.gumbel_noise((N, self.spec.codebook_size + 1), generators).to(device)
-            drawn = (logits + temperature[:, None, None] * noise[:, :, 1:]).argmax(-1)
-            tokens = torch.where(known, tokens, drawn)
-            log_p = logits.log_softmax(-1).gather(-1, drawn[:, :, None])[:, :, 0]
-            doubt = (temperature * 4.5 * (1 - progress))[:, None] * noise[:, :, 0]
-            num_hidden = (sampling.cosine_mask_ratio(progress) * N).floor().long()
-            known = sampling.keep_most_confident(log_p + doubt, known, num_hidden)
-            if on_step is not None:
-                on_step(step + 1, int(steps.max()))
-        return tokens
+    def _captions(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """States (B, L, C) and mask bool (B, L); an empty caption stands for none."""
+        states, mask = self.read_captions(captions)
+        given = torch.tensor([caption != "" for caption in captions])
+        return states.to(self.parts.device), (mask & given[:, None]).to(self.parts.device)
 
 
 def build(config: GeneratorConfig, spec: ModelSpec) -> MaskedTransformer:

@@ -1,0 +1,145 @@
+"""Parallel decoding, one step at a time: hidden image tokens are guessed, the surest guesses stay.
+
+MaskGIT (Chang et al. 2022, arXiv 2202.04200), sec. 3.2. Every row follows its own schedule and its
+own noise, so rows may end, or be dropped, while the others go on.
+
+Shapes: B pictures, N image tokens, S pixels a side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.contracts import Canvas, ImageTokenizer
+from pipeline.images import to_float, to_uint8
+from pipeline.models import _sampling as sampling
+from pipeline.models._requests import Settings
+from pipeline.runtime import autocast
+
+Guess = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(rows int64 (R,), tokens (R, N), hidden bool (R, N)) -> logits with and without the caption."""
+
+
+@dataclass
+class Start:
+    """What is known of B pictures before the first step.
+
+    Attributes:
+        tokens: int64 (B, N), meaningless where hidden.
+        hidden: bool (B, N).
+        pixels: uint8 (B, 3, S, S), kept where `redrawn` is False.
+        redrawn: bool (B, 1, S, S).
+    """
+
+    tokens: Tensor
+    hidden: Tensor
+    pixels: Tensor
+    redrawn: Tensor
+
+
+class ParallelDrawing:
+    """contracts.Drawing.
+
+    Args:
+        guess: the network's opinion of some rows.
+        tokenizer: decodes the rows, and encodes their canvases.
+        settings: of the B rows.
+        num_tokens: N.
+        device: where to compute.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        guess: Guess,
+        tokenizer: ImageTokenizer,
+        settings: Settings,
+        num_tokens: int,
+        device: torch.device,
+    ) -> None:
+        self._guess, self._tokenizer, self._device = guess, tokenizer, device
+        self._noise = [torch.Generator().manual_seed(seed) for seed in settings.seeds]
+        self._scale = torch.tensor(settings.guidance_scales, device=device)
+        self._temperature = torch.tensor(settings.temperatures, device=device)
+        self._steps = torch.tensor(settings.num_steps, device=device)
+        self._done = torch.zeros_like(self._steps)
+        self._dropped = torch.zeros_like(self._steps, dtype=torch.bool)
+        with autocast(device):
+            self._start = self._prepare(settings.canvases, num_tokens)
+        self._tokens, self._known = self._start.tokens, ~self._start.hidden
+
+    def progress(self, row: int) -> tuple[int, int]:
+        return int(self._done[row]), int(self._steps[row])
+
+    @torch.inference_mode()
+    def drop(self, rows: Sequence[int]) -> None:
+        self._dropped[list(rows)] = True
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        rows = ((self._done < self._steps) & ~self._dropped).nonzero()[:, 0]
+        if not len(rows):
+            return False
+        with autocast(self._device):
+            tokens, known = self._advance(rows)
+        self._tokens[rows], self._known[rows] = tokens, known
+        self._done[rows] += 1
+        return True
+
+    def _advance(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens int64 (R, N) and which of them are known after one more step of these rows."""
+        tokens, known = self._tokens[rows], self._known[rows]
+        progress = (self._done[rows] + 1) / self._steps[rows]
+        temperature = self._temperature[rows]
+        conditional, unconditional = self._guess(rows, tokens, ~known)
+        logits = sampling.classifier_free_guidance(conditional, unconditional, self._scale[rows])
+        shape = (logits.shape[1], logits.shape[2] + 1)
+        noise = sampling.gumbel_noise(shape, [self._noise[row] for row in rows]).to(self._device)
+        drawn = (logits + temperature[:, None, None] * noise[:, :, 1:]).argmax(-1)
+        tokens = torch.where(known, tokens, drawn)
+        log_p = logits.log_softmax(-1).gather(-1, drawn[:, :, None])[:, :, 0]
+        doubt = (temperature * 4.5 * (1 - progress))[:, None] * noise[:, :, 0]
+        at_first = self._start.hidden[rows].sum(1)
+        num_hidden = (sampling.cosine_mask_ratio(progress) * at_first).floor().long()
+        return tokens, sampling.keep_most_confident(log_p + doubt, known, num_hidden)
+
+    @torch.inference_mode()
+    def images(self, rows: Sequence[int]) -> Tensor:
+        index = torch.tensor(list(rows), device=self._device)
+        with autocast(self._device):
+            drawn = to_uint8(self._tokenizer.decode(self._tokens[index]))
+        kept = self._start.pixels[index]
+        return torch.where(self._start.redrawn[index], drawn, kept).cpu()
+
+    def _prepare(self, canvases: Sequence[Canvas | None], num_tokens: int) -> Start:
+        B, S = len(canvases), self._tokenizer.image_size
+        at = {"device": self._device}
+        start = Start(
+            tokens=torch.zeros(B, num_tokens, dtype=torch.long, **at),
+            hidden=torch.ones(B, num_tokens, dtype=torch.bool, **at),
+            pixels=torch.zeros(B, 3, S, S, dtype=torch.uint8, **at),
+            redrawn=torch.ones(B, 1, S, S, dtype=torch.bool, **at),
+        )
+        for row, canvas in enumerate(canvases):
+            if canvas is not None:
+                self._lay(canvas, start, row)
+        return start
+
+    def _lay(self, canvas: Canvas, start: Start, row: int) -> None:
+        """One at a time: a batch's size must not move the last bits of anybody's tokens."""
+        S, N = self._tokenizer.image_size, start.hidden.shape[1]
+        pixels = torch.frombuffer(bytearray(canvas.pixels), dtype=torch.uint8)
+        start.pixels[row] = pixels.view(S, S, 3).permute(2, 0, 1)
+        start.tokens[row] = self._tokenizer.encode(to_float(start.pixels[row : row + 1]))[0]
+        if canvas.mask is None:
+            order = torch.rand(N, generator=self._noise[row]).argsort()
+            start.hidden[row] = False
+            start.hidden[row, order[: max(1, round(canvas.share * N))]] = True
+            return
+        mask = torch.frombuffer(bytearray(canvas.mask), dtype=torch.uint8).view(S, S) != 0
+        start.redrawn[row, 0] = mask
+        start.hidden[row] = sampling.touched_cells(mask, round(N**0.5))

@@ -1,0 +1,118 @@
+"""Drawing step by step: pictures to go on from, what guidance leads away from, rows that leave."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.bundle import load_generator
+from pipeline.contracts import Canvas, GenerationRequest, SteppedGenerator
+from pipeline.errors import RequestError
+from pipeline.models._sampling import touched_cells
+
+REQUEST = GenerationRequest("红苹果", seed=7, style="noto")
+RAMP = torch.arange(64 * 64 * 3).remainder(251).to(torch.uint8).view(64, 64, 3)
+CORNER = torch.zeros(64, 64, dtype=torch.uint8)
+CORNER[40:, 40:] = 1
+
+
+@pytest.fixture(scope="module")
+def generator(tiny_bundle: Path, pretrained_cache: Path) -> Any:
+    """Random weights, enlarged so that captions and noise matter."""
+    loaded = load_generator(tiny_bundle, pretrained_cache=pretrained_cache, device="cpu")
+    torch.manual_seed(1)
+    for parameter in loaded.model.parameters():  # type: ignore[attr-defined]
+        nn.init.normal_(parameter, std=0.15)
+    return loaded
+
+
+def canvas(mask: Tensor | None = CORNER, **settings: Any) -> Canvas:
+    return Canvas(
+        RAMP.numpy().tobytes(), None if mask is None else mask.numpy().tobytes(), **settings
+    )
+
+
+def test_a_mask_touches_whole_tokens() -> None:
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[3, 3] = True
+    assert touched_cells(mask, 4).nonzero().flatten().tolist() == [5]
+
+
+def test_what_is_not_masked_stays_and_the_rest_is_drawn(generator: Any) -> None:
+    edit = replace(REQUEST, canvas=canvas())
+    first, second = generator.generate([edit, replace(edit, seed=8)])
+    original, outside = RAMP.permute(2, 0, 1), CORNER == 0
+    for picture in (first, second):
+        assert torch.equal(picture[:, outside], original[:, outside])
+    assert not torch.equal(first[:, ~outside], original[:, ~outside])
+    assert not torch.equal(first, second)
+    assert torch.equal(generator.generate([REQUEST, edit])[1], first), "whatever the batch"
+
+
+def test_kept_tokens_are_seen(generator: Any) -> None:
+    """The hole is filled otherwise when its surroundings are others."""
+    bright = Canvas(bytes([255]) * (64 * 64 * 3), canvas().mask)
+    there, elsewhere = generator.generate(
+        [replace(REQUEST, canvas=canvas()), replace(REQUEST, canvas=bright)]
+    )
+    assert not torch.equal(there[:, CORNER == 1], elsewhere[:, CORNER == 1])
+
+
+def test_a_variation_keeps_a_share_of_the_tokens_and_needs_no_prompt(generator: Any) -> None:
+    asked = [GenerationRequest("", seed, canvas=canvas(None, share=0.25)) for seed in (1, 2)]
+    drawing = generator.start(asked)
+    assert (~drawing._known).sum(1).tolist() == [16, 16]
+    assert not torch.equal(drawing._known[0], drawing._known[1])
+    pictures = generator.generate(asked)
+    assert not torch.equal(pictures[0], pictures[1])
+
+
+def test_a_negative_prompt_matters_when_guided(generator: Any) -> None:
+    away = replace(REQUEST, negative_prompt="a blue dog")
+    plain, led = generator.generate([REQUEST, away])
+    assert not torch.equal(plain, led)
+    unguided = [replace(request, guidance_scale=1.0) for request in (REQUEST, away)]
+    plain, led = generator.generate(unguided)
+    assert torch.equal(plain, led)
+
+
+def test_rows_that_leave_do_not_change_the_others(generator: Any) -> None:
+    assert isinstance(generator, SteppedGenerator)
+    alone = generator.generate([REQUEST])[0]
+    drawing = generator.start([replace(REQUEST, seed=1), REQUEST, replace(REQUEST, num_steps=2)])
+    assert drawing.step() and drawing.step()
+    assert [drawing.progress(row) for row in range(3)] == [(2, 4), (2, 4), (2, 2)]
+    midway = drawing.images([1])[0]
+    drawing.drop([0])
+    while drawing.step():
+        pass
+    assert [drawing.progress(row) for row in range(3)] == [(2, 4), (4, 4), (2, 2)]
+    assert torch.equal(drawing.images([1])[0], alone)
+    assert not torch.equal(midway, alone)
+
+
+def test_tokens_are_counted(generator: Any) -> None:
+    plain = generator.count_tokens(REQUEST)
+    assert plain.text > 2 and (plain.canvas, plain.drawn) == (0, 64)
+    edit = generator.count_tokens(replace(REQUEST, negative_prompt="dog", canvas=canvas()))
+    assert edit.text > plain.text and edit.canvas == 64
+
+
+@pytest.mark.parametrize(
+    ("made", "param"),
+    [
+        (Canvas(b"123"), "image"),
+        (Canvas(canvas().pixels, b"1"), "mask"),
+        (canvas(torch.zeros_like(CORNER)), "mask"),
+        (canvas(None, share=0.0), "share"),
+    ],
+)
+def test_a_canvas_that_does_not_fit_is_refused(generator: Any, made: Canvas, param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        generator.generate([replace(REQUEST, canvas=made)])
+    assert caught.value.param == param
