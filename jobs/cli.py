@@ -16,6 +16,8 @@ import typer
 from rich.console import Console
 
 from jobs.console import ConsoleReporter, time_table
+from jobs.data_cli import data_app, ingest_app
+from jobs.options import DEFAULT_HOME, AsJson, Debug, Home, Overrides, RecipeName
 from pipeline.errors import TesseraError
 
 app = typer.Typer(
@@ -24,23 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Captioned pictures in, an autoscaled text-to-image API out. Start with `tessera demo`.",
 )
-ingest_app = typer.Typer(no_args_is_help=True, help="Captioned pictures from a source into shards.")
 app.add_typer(ingest_app, name="ingest")
+app.add_typer(data_app, name="data")
 console = Console(stderr=True)
-
-Home = Annotated[
-    Path, typer.Option("--home", envvar="TESSERA_HOME", help="Everything a run writes lies here.")
-]
-RecipeName = Annotated[
-    str, typer.Argument(help="A shipped recipe (`tessera recipes`) or a YAML file.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="Settings to change, e.g. generator.train.learning_rate=3e-4"),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show logs, and tracebacks of errors.")]
-DEFAULT_HOME = Path(".tessera")
 
 
 @app.command()
@@ -207,35 +195,6 @@ def generate(
     )  # fmt: skip
     names = [str(path) for path in paths]
     typer.echo(json.dumps(names) if as_json else "\n".join(names))
-
-
-@ingest_app.command("emoji")
-def ingest_emoji(
-    out: Annotated[str, typer.Option(help="Directory, URI or home:NAME.")] = "home:emoji",
-    vendor: Annotated[
-        list[str] | None, typer.Option(help="noto, twemoji, fluent, openmoji.")
-    ] = None,
-    language: Annotated[list[str] | None, typer.Option(help="Caption languages.")] = None,
-    skin_tones: Annotated[bool, typer.Option(help="Skin-tone variants too.")] = False,
-    everything: Annotated[
-        bool, typer.Option("--all", help="All vendors, with skin tones.")
-    ] = False,
-    home: Home = DEFAULT_HOME,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Openly licensed emoji with English and Chinese captions, fetched with npm."""
-    from jobs.ingest import ingest_emoji as run
-    from pipeline.shards import locate
-    from pipeline.sources.emoji import SHIPPED_VENDORS, VENDORS
-
-    vendors = tuple(VENDORS) if everything else tuple(vendor or SHIPPED_VENDORS)
-    target = locate(out, home)
-    manifest = run(
-        target, cache=home / "downloads", vendors=vendors,
-        languages=tuple(language or ("en", "zh")), skin_tones=skin_tones or everything,
-    )  # fmt: skip
-    typer.echo(manifest.model_dump_json() if as_json else target)
 
 
 @app.command()

@@ -149,9 +149,10 @@ def _write_shard(
 def _write_tar(stream: Any, batch: list[Sample]) -> None:
     with TarWriter(stream, user="tessera", group="tessera", mtime=0, encoder=False) as tar:
         for sample in batch:
-            tar.write(
-                {"__key__": sample.key, sample.extension: sample.image, "json": _record(sample)}
-            )
+            files = {"json": _record(sample)}
+            if sample.image:
+                files[sample.extension] = sample.image
+            tar.write({"__key__": sample.key, **files})
 
 
 def _record(sample: Sample) -> bytes:
@@ -164,7 +165,16 @@ def _record(sample: Sample) -> bytes:
         "license": sample.license,
         "attribution": sample.attribution,
     }
-    return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
+    text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "surrogatepass")  # half a character: quarantined as bad_utf8
+
+
+def write_index(manifest: Manifest, output: str | Path) -> None:
+    """Write the manifest of tars that stay where they are, replacing the set `output` held."""
+    fs, root = open_uri(str(output))
+    fs.create_dir(root, recursive=True)
+    _put(fs, f"{root}/{MANIFEST}", manifest.model_dump_json(indent=1).encode() + b"\n")
+    _remove_others(fs, root, {shard.file for shard in manifest.shards})
 
 
 def _put(fs: pyarrow.fs.FileSystem, path: str, content: bytes | IO[bytes]) -> None:

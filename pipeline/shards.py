@@ -1,7 +1,8 @@
 """Shard sets: WebDataset tars beside a manifest that counts, credits and checks them.
 
 A sample is KEY.webp (or .png, .jpg) and KEY.json. Sets lie in a local folder or wherever pyarrow.fs
-reaches (s3://, gs://). Written by pipeline/shard_writer.py.
+reaches (s3://, gs://). Written by pipeline/shard_writer.py. A manifest may also stand for tars that
+someone else wrote and that are read where they are (pipeline/sources/webdataset.py).
 
     print(read_manifest("shards/emoji").licenses)
     assert verify("shards/emoji") == []
@@ -10,21 +11,27 @@ reaches (s3://, gs://). Written by pipeline/shard_writer.py.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import pyarrow.fs
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import DataError
+from pipeline.records import Credits
+from pipeline.storage import open_patiently
+from pipeline.tars import TAR_SUFFIXES
 
 SCHEMA_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 SHARD_NAME = r"^\d{5}-[0-9a-f]{12}\.tar(\.gz)?$"
 ASSETS = Path(__file__).parent / "assets"
 CHUNK = 1 << 20  # bytes read at once
+CHECKED_AT_ONCE = 8  # shards, when a set is verified
 
 
 class _Record(BaseModel):
@@ -32,12 +39,26 @@ class _Record(BaseModel):
 
 
 class Shard(_Record):
-    """One tar of a set."""
+    """One tar of a set.
 
-    file: str = Field(pattern=SHARD_NAME)
+    Attributes:
+        file: path below the set's folder, or below InPlace.root.
+    """
+
+    file: str
     samples: int = Field(ge=1)
     bytes: int = Field(ge=1)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class InPlace(Credits):
+    """Tars that someone else wrote, read where they are.
+
+    Attributes:
+        root: the folder or URI they are in; "." is the manifest's own.
+    """
+
+    root: str = Field(min_length=1)
 
 
 class Manifest(_Record):
@@ -46,6 +67,7 @@ class Manifest(_Record):
     Attributes:
         digest: SHA-256 over the schema version and the shards' digests; names the data set.
         languages: captions, not samples, by language.
+        in_place: where the shards are, if they are not ours.
     """
 
     schema_version: Literal[1]
@@ -57,6 +79,18 @@ class Manifest(_Record):
     sources: dict[str, int]
     languages: dict[str, int]
     shards: tuple[Shard, ...]
+    in_place: InPlace | None = Field(None, exclude_if=lambda value: value is None)
+
+    @model_validator(mode="after")
+    def _names_are_safe(self) -> Manifest:
+        for shard in self.shards:
+            if self.in_place is None:
+                fits = re.match(SHARD_NAME, shard.file) is not None
+            else:
+                fits = shard.file.endswith(TAR_SUFFIXES) and ".." not in shard.file.split("/")
+            if not fits or shard.file.startswith("/"):
+                raise ValueError(f"{shard.file!r} is no shard's name")
+        return self
 
 
 @dataclass(frozen=True)
@@ -97,6 +131,12 @@ def open_uri(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     return pyarrow.fs.LocalFileSystem(), str(Path(uri).resolve())
 
 
+def open_shards(uri: str, manifest: Manifest) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The file system and the folder in it that the shards of the set at `uri` lie in."""
+    there = manifest.in_place
+    return open_uri(uri if there is None or there.root == "." else there.root)
+
+
 def read_manifest(uri: str) -> Manifest:
     """The manifest of a shard set.
 
@@ -117,7 +157,7 @@ def read_manifest(uri: str) -> Manifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise DataError(f"{uri}/{MANIFEST} is damaged: {where}: {first['msg']}") from error
-    if manifest.digest != dataset_digest(manifest.shards):
+    if manifest.digest != dataset_digest(manifest.shards, manifest.in_place):
         raise DataError(f"{uri}/{MANIFEST} is damaged: its digest is not that of its shards")
     return manifest
 
@@ -128,13 +168,21 @@ def verify(uri: str) -> list[Problem]:
     Raises:
         DataError: the manifest itself cannot be read.
     """
-    fs, root = open_uri(uri)
     manifest = read_manifest(uri)
-    problems = [p for shard in manifest.shards if (p := _check(fs, root, shard))]
+    fs, root = open_shards(uri, manifest)
+    with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
+        checked = pool.map(lambda shard: _check(fs, root, shard), manifest.shards)
+        problems = [problem for problem in checked if problem is not None]
     known = {shard.file for shard in manifest.shards}
-    names = sorted(info.base_name for info in fs.get_file_info(pyarrow.fs.FileSelector(root)))
-    surplus = [n for n in names if n.endswith((".tar", ".tar.gz", ".tgz")) and n not in known]
+    surplus = [name for name in list_tars(fs, root) if name not in known]
     return [*problems, *(Problem(name, "surplus", "not in the manifest") for name in surplus)]
+
+
+def list_tars(fs: pyarrow.fs.FileSystem, root: str) -> list[str]:
+    """Names below root of every tar in it and its folders, sorted; none if there is no folder."""
+    selector = pyarrow.fs.FileSelector(root, recursive=True, allow_not_found=True)
+    paths = (info.path for info in fs.get_file_info(selector))
+    return sorted(p.removeprefix(f"{root}/") for p in paths if p.endswith(TAR_SUFFIXES))
 
 
 def _check(fs: pyarrow.fs.FileSystem, root: str, shard: Shard) -> Problem | None:
@@ -145,7 +193,7 @@ def _check(fs: pyarrow.fs.FileSystem, root: str, shard: Shard) -> Problem | None
     if info.size < shard.bytes:
         return Problem(shard.file, "truncated", f"{info.size} of {shard.bytes} bytes")
     digest = hashlib.sha256()
-    with fs.open_input_stream(path, compression=None) as stream:
+    with open_patiently(fs, path) as stream:
         while chunk := stream.read(CHUNK):
             digest.update(chunk)
     if digest.hexdigest() != shard.sha256:
@@ -153,7 +201,12 @@ def _check(fs: pyarrow.fs.FileSystem, root: str, shard: Shard) -> Problem | None
     return None
 
 
-def dataset_digest(shards: Iterable[Shard]) -> str:
-    """The name of a data set: SHA-256 over the schema version and its shards' digests."""
-    text = "\n".join([f"schema {SCHEMA_VERSION}", *(shard.sha256 for shard in shards)])
-    return hashlib.sha256(text.encode()).hexdigest()
+def dataset_digest(shards: Iterable[Shard], in_place: InPlace | None = None) -> str:
+    """The name of a data set: SHA-256 over the schema version and its shards' digests.
+
+    Of tars read in place also over what is said of them, but not over where they are.
+    """
+    lines = [f"schema {SCHEMA_VERSION}", *(shard.sha256 for shard in shards)]
+    if in_place is not None:
+        lines.append(in_place.model_dump_json(exclude={"root"}))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,0 +1,135 @@
+"""What a sample says of itself beside its picture, whatever way it says it.
+
+Tables, COCO files and foreign tars name things alike: `caption`, `text` or `captions`,
+`caption_zh` for a language, `group`, `style`, `source`, `license`, `attribution` (or `author`).
+What a sample does not say, its source's `Credits` say for it.
+
+    record_of("000000012", {"jpg": ..., "txt": b"a dog"}, credits)["captions"]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.captions import BadCaption
+from pipeline.contracts import Caption
+
+TEXTS = ("group", "style", "source", "license", "attribution")
+_CAPTION_FIELD = re.compile(r"^(?:captions?|text)(?:_(?P<language>[A-Za-z]{2,3}(?:[-_]\w+)*))?$")
+_CAPTION_FILE = re.compile(r"^(?:(?P<language>[a-z]{2,3}(?:-\w+)*)\.)?txt$")
+
+
+class Credits(BaseModel):
+    """What is true of all samples of a source that do not say otherwise themselves."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    style: str = Field(min_length=1, description="who drew the pictures, or in which manner")
+    source: str = Field(min_length=1, description="where they come from")
+    license: str = Field(min_length=1, description="SPDX identifier; NOASSERTION if unknown")
+    attribution: str = Field("", description="the credit the licence asks for")
+    language: str = Field("en", min_length=2, description="of captions that name none, BCP 47")
+
+    def fill(self, said: Mapping[str, Any], *, group: str) -> dict[str, str]:
+        """TEXTS as `said` has them, else these; `group` if it names none."""
+        author = {"attribution": said.get("author")}
+        found = {name: said.get(name) or author.get(name) for name in TEXTS}
+        known = {"group": group, **self.model_dump(include=set(TEXTS))}
+        return {name: _text(value) or known[name] for name, value in found.items()}
+
+
+def _text(value: Any) -> str:
+    """Text and whole numbers (a group's id) are said; anything else is not."""
+    is_said = isinstance(value, str | int) and not isinstance(value, bool)
+    return str(value).strip() if is_said else ""
+
+
+def captions_in(said: Mapping[str, Any], language: str) -> list[Caption]:
+    """The captions of a row or JSON object; blank ones are none, and cleaning comes later."""
+    captions = []
+    for name, value in said.items():
+        match = _CAPTION_FIELD.match(str(name))
+        if match is not None:
+            tongue = (match["language"] or language).replace("_", "-")
+            captions += _captions(value, tongue)
+    return captions
+
+
+def _captions(value: Any, language: str) -> Iterator[Caption]:
+    """A text, a {"text", "language"} object, or a list of either."""
+    if isinstance(value, str) and value.strip():
+        yield Caption(value.strip(), language)
+    elif isinstance(value, Mapping):
+        yield from _captions(value.get("text"), str(value.get("language") or language))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _captions(item, language)
+
+
+def canonical(captions: Iterable[Caption]) -> tuple[Caption, ...]:
+    """Language by language, each once, a language's shortest caption first."""
+    by_language: dict[str, list[Caption]] = {}
+    for caption in dict.fromkeys(captions):
+        by_language.setdefault(caption.language, []).append(caption)
+    ordered: list[Caption] = []
+    for those in by_language.values():
+        shortest = min(those, key=lambda caption: len(caption.text))
+        ordered += [shortest, *(caption for caption in those if caption is not shortest)]
+    return tuple(ordered)
+
+
+def record_of(key: str, files: Mapping[str, bytes], credits: Credits) -> dict[str, Any]:
+    """The record of a foreign tar's sample: KEY.json, KEY.txt and KEY.zh.txt, whichever there are.
+
+    Raises:
+        BadCaption: bad_json, bad_utf8 or failed_download (img2dataset's status).
+    """
+    said = _parsed(files["json"]) if "json" in files else {}
+    if said.get("status", "success") != "success":
+        raise BadCaption("failed_download")
+    captions = []
+    for name, content in files.items():
+        match = _CAPTION_FILE.match(name)
+        if match is not None:
+            captions += _captions(_decoded(content), match["language"] or credits.language)
+    captions += captions_in(said, credits.language)
+    return {
+        "captions": [{"text": c.text, "language": c.language} for c in canonical(captions)],
+        **credits.fill(said, group=_text(said.get("url")) or key),
+    }
+
+
+def _parsed(encoded: bytes) -> dict[str, Any]:
+    try:
+        said = json.loads(_decoded(encoded))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise BadCaption("bad_json") from error
+    if not isinstance(said, dict):
+        raise BadCaption("bad_json")
+    return said
+
+
+def _decoded(encoded: bytes) -> str:
+    try:
+        return encoded.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadCaption("bad_utf8") from error
+
+
+def plain_key(text: str) -> str:
+    """A name as a sample key: letters, digits, "-" and "_"; a hash keeps changed names apart.
+
+    >>> plain_key("img_0001"), plain_key("cats/tom 1")
+    ('img_0001', 'cats-tom-1-d4b76fe1')
+    """
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "-", text)
+    if plain == text:
+        return text
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{plain.strip('-')[:80]}-{digest[:8]}".lstrip("-")

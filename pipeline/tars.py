@@ -1,0 +1,120 @@
+"""WebDataset tars read as a stream, whoever wrote them: nothing is extracted, nothing is trusted.
+
+Members of one name up to the first dot of its file name, one after another, are a sample; a member
+that comes a second time begins another sample of the same key. What cannot be used keeps its place
+with the reason, so that every sample of a tar is counted.
+
+    with open_patiently(fs, path) as stream:
+        for sample in read_samples(stream):
+            print(sample.key, sorted(sample.files))        # 000000012 ['jpg', 'json', 'txt']
+"""
+
+from __future__ import annotations
+
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from pipeline.errors import DataError
+
+PICTURES = ("webp", "png", "jpg", "jpeg")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+MAX_MEMBER_BYTES = 256_000_000
+_MEMBER = re.compile(r"^(?P<key>(?:.*/)?[^./][^./]*)\.(?P<extension>[^/]+)$", re.DOTALL)
+_CHUNK = 1 << 20  # bytes
+
+
+@dataclass
+class TarSample:
+    """Files of one name in a tar.
+
+    Attributes:
+        key: their common path, up to the first dot of the file name.
+        files: contents by extension, lower case: "jpg", "json", "zh.txt".
+        problem: why the sample cannot be used: unsafe_name, link, too_large or scattered_key
+            (its members lie apart in the tar).
+    """
+
+    key: str
+    files: dict[str, bytes] = field(default_factory=dict)
+    problem: str | None = None
+
+    @property
+    def picture(self) -> bytes | None:
+        """The encoded picture, if there is one."""
+        return next((self.files[name] for name in PICTURES if name in self.files), None)
+
+
+def read_samples(stream: IO[bytes], *, name: str = "the tar") -> Iterator[TarSample]:
+    """Every sample of a tar, plain or gzipped, in its order.
+
+    Raises:
+        DataError: the tar is no tar, is damaged, or ends early; `name` says which.
+        OSError: the stream cannot be read.
+    """
+    seen: set[str] = set()
+    sample: TarSample | None = None
+    for member, content in _members(stream, name):
+        match = _MEMBER.match(member.name)
+        if match is None:  # a README, a hidden file: no part of any sample
+            continue
+        key, extension = match["key"], match["extension"].lower()
+        if sample is None or sample.key != key or extension in sample.files:
+            if sample is not None:
+                yield _finished(sample, seen)
+            sample = TarSample(key)
+        sample.files[extension] = content
+        sample.problem = sample.problem or _problem(member)
+    if sample is not None:
+        yield _finished(sample, seen)
+
+
+def _finished(sample: TarSample, seen: set[str]) -> TarSample:
+    """Judge a sample that lacks its picture or its text and had members before."""
+    partial = sample.picture is None or len(sample.files) == 1
+    if sample.key in seen and partial and sample.problem is None:
+        sample.problem = "scattered_key"
+    seen.add(sample.key)
+    return sample
+
+
+def _problem(member: tarfile.TarInfo) -> str | None:
+    parts = member.name.split("/")
+    if member.name.startswith("/") or ".." in parts or "\0" in member.name:
+        return "unsafe_name"
+    if not member.isreg():
+        return "link"
+    return "too_large" if member.size > MAX_MEMBER_BYTES else None
+
+
+def _members(stream: IO[bytes], name: str) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
+    """Every member but folders, with its content; nothing for links and what is too large."""
+    try:
+        with tarfile.open(fileobj=stream, mode="r|*") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # tarfile keeps every header otherwise
+                if member.isdir():
+                    continue
+                content = b""
+                if member.isreg() and member.size <= MAX_MEMBER_BYTES:
+                    file = tar.extractfile(member)
+                    assert file is not None, "a regular member has a stream"
+                    content = file.read()
+                yield member, content
+            _check_end(tar, name)
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise DataError(f"{name} is no whole tar: {error}; write or fetch it again") from error
+
+
+def _check_end(tar: Any, name: str) -> None:
+    """A tar ends in zeros; tarfile stops without a word where it is cut or damaged."""
+    found = False
+    while chunk := tar.fileobj.read(_CHUNK):
+        found = True
+        if chunk.strip(b"\0"):
+            raise DataError(f"{name} is damaged: no header at a member; write or fetch it again")
+    if not found:
+        raise DataError(f"{name} is cut: it ends without tar's end mark; write or fetch it again")
