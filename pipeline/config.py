@@ -30,6 +30,12 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _later(default: Any, **options: Any) -> Any:
+    """A setting younger than the steps' content keys: at its default it stays out of them, so that
+    what was done before there was such a setting stays done."""
+    return Field(default, exclude_if=lambda value: value == default, **options)
+
+
 class PictureFilter(Config):
     """Which pictures of the preprocessed data a step sees."""
 
@@ -58,15 +64,30 @@ class PreprocessConfig(Config):
     """How an encoded picture becomes image_size x image_size uint8 RGB."""
 
     image_size: int = Field(64, ge=16, le=1024, description="pixels a side")
-    square: Literal["pad", "center_crop"] = Field(
+    square: Literal["pad", "center_crop", "random_crop"] = Field(
         "pad", description="how a picture that is not square is made so"
     )
+    crop_seed: int = _later(0, ge=0, description="random_crop depends on (key, seed) alone")
     min_side: int = Field(16, ge=1, description="pixels; smaller pictures are quarantined")
     max_aspect: float = Field(4.0, ge=1, description="long side / short side")
     max_pixels: int = Field(64_000_000, ge=1, description="width * height; more is a bomb")
     max_caption_chars: int = Field(1_000, ge=1, description="longer captions are quarantined")
     max_bad_fraction: float = Field(
         0.05, ge=0, le=1, description="quarantined / promised; above it the job fails"
+    )
+    require_captions: bool = _later(
+        True, description="false keeps pictures without captions, to train a tokenizer on"
+    )
+    languages: tuple[str, ...] = _later(
+        (), description="captions to keep; zh keeps zh-hant too; empty keeps all"
+    )
+    deduplicate: Literal["no", "exact", "perceptual"] = _later(
+        "no",
+        description="keep one of pictures with equal pixels (exact), or of pictures whose perceptual "
+        "hashes nearly agree; held-out pictures stay before training ones",
+    )
+    perceptual_distance: int = _later(
+        4, ge=0, le=12, description="of the 64 bits of perceptual hashes that may differ"
     )
 
 
@@ -96,6 +117,8 @@ class TrainConfig(Config):
     policy: Literal["full", "head", "lora", "frozen"] = Field(
         "full", description="what trains: everything, the head, adapters, or all but the text side"
     )
+    lora_rank: int = Field(8, ge=1, description="of the adapters, with policy lora")
+    lora_alpha: float = Field(16, gt=0, description="adapters count lora_alpha / lora_rank")
     optimizer: Literal["adamw", "sgd", "rmsprop", "muon"] = Field(
         "adamw",
         description="muon orthogonalises the updates of hidden matrices (torch.optim.Muon); "

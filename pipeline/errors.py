@@ -25,6 +25,13 @@ class PretrainedNotFoundError(TesseraError, FileNotFoundError):
     """A pretrained model that is neither on disk, in an installed package nor on a hub."""
 
 
+class MissingExtraError(TesseraError, ImportError):
+    """A part of Tessera that needs packages which are not installed."""
+
+    def __init__(self, part: str, extra: str) -> None:
+        super().__init__(f"{part} needs more packages: pip install 'tessera[{extra}]'")
+
+
 class ResourceError(TesseraError, RuntimeError):
     """The machine or the cluster cannot do this: memory, disk, CPUs, a port."""
 

@@ -2,51 +2,115 @@
 
 Policies (TrainConfig.policy):
     full    everything
-    head    the objective's `head_modules()`: new embeddings, output head, last blocks
-    frozen  everything but the objective's `text_modules()`
+    head    the model's `head_modules()`: new embeddings, output head, last blocks
+    lora    low-rank adapters (peft) beside the matrices and kernels of all the rest; the head
+            modules train in full
+    frozen  everything but the model's `text_modules()`
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.config import TrainConfig
-from pipeline.errors import RecipeError
+from pipeline.errors import MissingExtraError, RecipeError
 
+_ADAPTER = ".lora_"  # in the names that peft gives its weights
 MUON_MODULES = (nn.Linear, nn.Conv2d)
 MIN_MUON_SIDE = 64  # narrower matrices gain nothing from orthogonal updates
 
 
-def apply_policy(model: nn.Module, policy: str) -> tuple[int, int]:
-    """Set requires_grad as the policy says.
+def apply_policy(model: nn.Module, config: TrainConfig) -> tuple[int, int]:
+    """Set requires_grad as config.policy says; lora also adds its adapters to the model, in place.
 
     Returns:
         (trainable, total) parameter counts.
 
     Raises:
         RecipeError: the model offers no such policy.
+        MissingExtraError: lora without peft.
     """
-    if policy == "full":
-        chosen = set(model.parameters())
-    elif policy == "head" and hasattr(model, "head_modules"):
-        chosen = {p for m in model.head_modules() for p in m.parameters()}
-    elif policy == "frozen" and hasattr(model, "text_modules"):
-        text = {p for m in model.text_modules() for p in m.parameters()}
-        chosen = set(model.parameters()) - text
-    else:
-        raise RecipeError(
-            f"train.policy={policy!r} is not offered by {type(model).__name__}; 'full' always is"
-        )
+    check_policy(model, config.policy)
+    if config.policy == "lora":
+        _add_adapters(model, config)
+    head, text = (
+        {p for m in getattr(model, name, list)() for p in m.parameters()}
+        for name in ("head_modules", "text_modules")
+    )
+    everything = set(model.parameters())
+    adapters = {p for name, p in model.named_parameters() if _ADAPTER in name}
+    chosen = {
+        "full": everything, "head": head, "lora": head | adapters, "frozen": everything - text,
+    }[config.policy]  # fmt: skip
     for parameter in model.parameters():
         parameter.requires_grad_(parameter in chosen)
-    return (
-        sum(p.numel() for p in model.parameters() if p.requires_grad),
-        sum(p.numel() for p in model.parameters()),
-    )
+    return sum(p.numel() for p in chosen), sum(p.numel() for p in everything)
+
+
+def check_policy(model: nn.Module, policy: str) -> None:
+    """Refuse a policy that the model does not offer.
+
+    Raises:
+        RecipeError: names those that it does.
+    """
+    needs = {"full": (), "head": ("head_modules",), "lora": ("head_modules",)}
+    offered = [
+        name
+        for name, methods in {**needs, "frozen": ("text_modules",)}.items()
+        if all(hasattr(model, method) for method in methods)
+    ]
+    if policy not in offered:
+        raise RecipeError(
+            f"train.policy={policy!r} is not offered by {type(model).__name__}, which offers: "
+            f"{', '.join(offered)}"
+        )
+
+
+def merged_weights(
+    model: nn.Module, config: TrainConfig, weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The weights a training ended with, as the plain model has them: adapters are merged.
+
+    Args:
+        model: as it was before `apply_policy`; changed in place where there are adapters.
+    """
+    if config.policy != "lora":
+        return dict(weights)
+    _add_adapters(model, config)
+    model.load_state_dict(weights)
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "base_layer"):
+            module.merge()
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, module.base_layer)
+    return model.state_dict()
+
+
+def adapter_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapters alone; empty for other policies than lora."""
+    return {name: tensor for name, tensor in weights.items() if _ADAPTER in name}
+
+
+def _add_adapters(model: nn.Module, config: TrainConfig) -> None:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise MissingExtraError("train.policy=lora", "lora") from error
+    head = {id(inner) for module in model.head_modules() for inner in module.modules()}
+    # its fused path reads the plain weights past any adapter
+    fused = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
+    fixed = head | {id(inner) for module in fused for inner in module.modules()}
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and id(module) not in fixed
+    ]
+    settings = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=targets)
+    inject_adapter_in_model(settings, model)
 
 
 def build_optimizers(

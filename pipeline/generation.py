@@ -50,10 +50,17 @@ class GeneratorTask:
     cache: Path
     base: Path | None
 
+    def model(self) -> nn.Module:
+        """The network that training starts from: the base's, or a fresh one."""
+        model: nn.Module = registry.load("models", self.config.family).build(self.config, self.spec)
+        if self.base is not None:
+            start_from(model, self.base, self.spec)
+        return model
+
     def build(self) -> Training:
         """See pipeline.train.Training."""
         family = registry.load("models", self.config.family)
-        model = family.build(self.config, self.spec)
+        model = self.model()
         sizes = (
             {"num_tokens": self.spec.num_tokens}
             if family.READS == "image_tokens"
@@ -71,9 +78,7 @@ class GeneratorTask:
             )
             for split in ("train", "validation")
         )
-        if self.base is not None:
-            start_from(model, self.base, self.spec)
-        else:
+        if self.base is None:
             model.standardise_captions(*sample_captions(train))
         objective = family.Objective(model, self.config)
         return Training(objective, train, validation, sample=partial(draw_samples, task=self))

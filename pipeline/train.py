@@ -189,7 +189,7 @@ class _Worker:
         torch.manual_seed(config.seed)  # every rank starts from the same weights
         self.training = build()
         self.objective: nn.Module = self.training.objective.to(self.device)
-        self.trainable, self.total = apply_policy(self.objective.model, config.policy)
+        self.trainable, self.total = apply_policy(self.objective.model, config)
         phases = self.objective.phases
         self.wrapped = ray.train.torch.prepare_model(
             self.objective,

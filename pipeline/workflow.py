@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from safetensors.torch import save_file
 
 from pipeline import autoencoding, evaluate, generation, registry, reports, train
 from pipeline.aligner import Aligner
@@ -37,6 +38,7 @@ from pipeline.config import Recipe
 from pipeline.contracts import Decision, EvalReport
 from pipeline.encode import encode_captions, encode_pictures
 from pipeline.evalset import EvalSet
+from pipeline.finetune import adapter_weights, merged_weights
 from pipeline.metrics import ImageNetFeatures
 from pipeline.preprocess import preprocess
 from pipeline.promotion import decide
@@ -289,9 +291,12 @@ class Chain:
                 task.build, config.train, storage=context.path, name="generator", run=context.run,
                 on_progress=context.on_progress,
             )  # fmt: skip
+            weights = best_weights(result.checkpoint)
+            if adapters := adapter_weights(weights):
+                save_file(adapters, context.path / "adapters.safetensors")
             save_bundle(
                 context.path / "bundle",
-                weights=best_weights(result.checkpoint),
+                weights=merged_weights(task.model(), config.train, weights),
                 tokenizer=self.tokenizer,
                 image_size=recipe.preprocess.image_size,
                 config=config,

@@ -11,10 +11,10 @@ from torch import nn
 
 from pipeline import registry
 from pipeline.bundle import load_bundle, load_generator
-from pipeline.config import GanConfig, GeneratorConfig
+from pipeline.config import GanConfig, GeneratorConfig, TrainConfig
 from pipeline.contracts import GenerationRequest, ImageGenerator
 from pipeline.errors import BundleError, RecipeError, RequestError
-from pipeline.finetune import apply_policy
+from pipeline.finetune import adapter_weights, apply_policy, merged_weights
 from pipeline.models._spec import ModelSpec
 
 SPEC = ModelSpec(
@@ -97,10 +97,10 @@ def test_captions_and_styles_change_the_loss(family: str) -> None:
 
 
 @families
-@pytest.mark.parametrize("policy", ["full", "head", "frozen"])
+@pytest.mark.parametrize("policy", ["full", "head", "lora", "frozen"])
 def test_only_what_the_policy_chooses_moves(family: str, policy: str) -> None:
     made = objective(family)
-    trainable, total = apply_policy(made.model, policy)
+    trainable, total = apply_policy(made.model, TrainConfig(policy=policy, lora_rank=2))
     before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
     optimizer = torch.optim.SGD([p for p in made.model.parameters() if p.requires_grad], lr=0.1)
     for step in range(2):
@@ -117,7 +117,30 @@ def test_an_unknown_policy_or_family_lists_what_exists() -> None:
     with pytest.raises(RecipeError, match=r"maskd.*masked"):
         registry.load("models", "maskd")
     with pytest.raises(RecipeError, match="full"):
-        apply_policy(nn.Linear(2, 2), "head")
+        apply_policy(nn.Linear(2, 2), TrainConfig(policy="head"))
+
+
+@families
+def test_merged_adapters_do_what_adapters_did(family: str) -> None:
+    config = TrainConfig(policy="lora", lora_rank=2)
+    trained, plain = objective(family), objective(family)
+    apply_policy(trained.model, config)
+    for parameter in trained.model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    weights = trained.model.state_dict()
+    assert adapter_weights(weights) and not adapter_weights(plain.model.state_dict())
+    merged = merged_weights(objective(family).model, config, weights)
+    assert merged.keys() == plain.model.state_dict().keys()
+
+    def loss(made: nn.Module) -> float:
+        made.eval()
+        torch.manual_seed(3)
+        return made.losses(toy_batch(), made.phases[-1])["loss"].item()  # type: ignore[no-any-return]
+
+    before = loss(plain)
+    plain.model.load_state_dict(merged)
+    assert loss(plain) == pytest.approx(loss(trained), rel=1e-4) != pytest.approx(before, rel=1e-2)
 
 
 class TestBundle:
