@@ -107,18 +107,42 @@ def _step_command(name: str, help_text: str) -> None:
         as_json: AsJson = False,
         debug: Debug = False,
     ) -> None:
-        from pipeline.config import load_recipe
-
-        loaded = load_recipe(recipe, overrides or ())
-        from jobs.steps import run_step
-
-        result = run_step(name, loaded, home, ConsoleReporter(console), debug=debug)
-        typer.echo(json.dumps(result) if as_json else result["path"])
+        _run_step(name, recipe, overrides or [], home, as_json, debug)
 
     app.command(name=name, help=help_text)(command)
 
 
-_step_command("preprocess", "Shards to pixels: check, decode, square, resize, quarantine.")
+@app.command()
+def preprocess(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    max_bad_fraction: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Quarantined / promised; above it the job fails."),
+    ] = None,
+    home: Home = DEFAULT_HOME,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Shards to pixels: check, decode, square, resize, quarantine."""
+    settings = list(overrides or ())
+    if max_bad_fraction is not None:
+        settings.append(f"preprocess.max_bad_fraction={max_bad_fraction}")
+    _run_step("preprocess", recipe, settings, home, as_json, debug)
+
+
+def _run_step(
+    name: str, recipe: str, overrides: list[str], home: Path, as_json: bool, debug: bool
+) -> None:
+    from pipeline.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    from jobs.steps import run_step
+
+    result = run_step(name, loaded, home, ConsoleReporter(console), debug=debug)
+    typer.echo(json.dumps(result) if as_json else result["path"])
+
+
 _step_command("pretrain", "Train a recipe's image tokenizer on pictures alone.")
 _step_command("align", "Train a recipe's aligner, which evaluation retrieves captions with.")
 _step_command("train", "Train a recipe's generator and print the candidate bundle's path.")

@@ -1,23 +1,29 @@
-"""Where every sample went: outcomes of preprocessing, two rules over all rows, and the report.
+"""Where every sample went: outcomes of preprocessing, rules over all rows, and the report.
 
-duplicate_key    a key that an earlier shard holds already; the first one stays
-held_out_twin    a training picture equal, pixel by pixel, to a held-out one (vendors draw some
-                 flags and families alike); kept, it would leak what evaluation judges by
+duplicate_key      a key that came before; the first one stays
+held_out_twin      a training picture equal, pixel by pixel, to a held-out one (vendors draw some
+                   flags and families alike); kept, it would leak what evaluation judges by
+duplicate_picture  with preprocess.deduplicate: pixels that another picture has already
+near_duplicate     with preprocess.deduplicate=perceptual: it looks like another picture
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.config import PreprocessConfig
 from pipeline.decoding import ACCEPTED, LEFT_OUT
 from pipeline.errors import DataError
 
 DUPLICATE, TWIN = "duplicate_key", "held_out_twin"
+EQUAL, ALIKE = "duplicate_picture", "near_duplicate"
+HASH_BITS = 64
 
 
 @dataclass(frozen=True)
@@ -52,18 +58,19 @@ class PreprocessReport:
     stats: str
 
 
-def settle(rows: pa.Table, order: Mapping[str, int]) -> pa.Table:
-    """Apply both rules to the outcomes.
+def settle(rows: pa.Table, order: Mapping[str, int], config: PreprocessConfig) -> pa.Table:
+    """Apply the rules to the outcomes.
 
     Args:
-        rows: key, shard, split, digest, outcome of every sample.
+        rows: key, shard, number, split, digest, looks, outcome of every sample.
         order: a shard's place; rows are taken shard by shard, by key.
+        config: which duplicates go.
 
     Returns:
         The rows in that order with their final outcomes.
     """
     places = pa.array([order[shard] for shard in rows["shard"].to_pylist()], pa.int64())
-    by_place = [("place", "ascending"), ("key", "ascending")]
+    by_place = [(name, "ascending") for name in ("place", "key", "number")]
     rows = rows.append_column("place", places).sort_by(by_place).drop_columns(["place"])
     keys, splits, digests, outcomes = (
         rows[name].to_pylist() for name in ("key", "split", "digest", "outcome")
@@ -81,8 +88,47 @@ def settle(rows: pa.Table, order: Mapping[str, int]) -> pa.Table:
     for i, (digest, split) in enumerate(zip(digests, splits, strict=True)):
         if outcomes[i] == ACCEPTED and split == "train" and digest in held_out:
             outcomes[i] = TWIN
+    if config.deduplicate != "no":
+        # stable: held-out pictures first, so that what goes is a training picture
+        first = sorted(range(len(rows)), key=lambda i: splits[i] == "train")
+        chosen = [i for i in first if outcomes[i] == ACCEPTED]
+        _drop_equal(chosen, digests, outcomes)
+    if config.deduplicate == "perceptual":
+        chosen = [i for i in chosen if outcomes[i] == ACCEPTED]
+        _drop_alike(chosen, rows["looks"].to_pylist(), outcomes, config.perceptual_distance)
     column = rows.schema.get_field_index("outcome")
     return rows.set_column(column, "outcome", pa.array(outcomes, pa.string()))
+
+
+def _drop_equal(chosen: Sequence[int], digests: Sequence[bytes], outcomes: list[str]) -> None:
+    """Of the chosen rows the first of every digest stays."""
+    seen: set[bytes] = set()
+    for i in chosen:
+        if digests[i] in seen:
+            outcomes[i] = EQUAL
+        seen.add(digests[i])
+
+
+def _drop_alike(
+    chosen: Sequence[int], looks: Sequence[int], outcomes: list[str], distance: int
+) -> None:
+    """Of the chosen rows those within `distance` bits of one that stays go.
+
+    Hashes that differ in at most d bits agree in one of d + 1 bands: only those are compared.
+    """
+    edges = [HASH_BITS * i // (distance + 1) for i in range(distance + 2)]
+    bands = [(low, (1 << (high - low)) - 1) for low, high in pairwise(edges)]
+    kept: list[dict[int, set[int]]] = [{} for _ in bands]
+    for i in chosen:
+        look = looks[i]
+        places = [(look >> low) & mask for low, mask in bands]
+        near = (other for band, place in zip(kept, places, strict=True)
+                for other in band.get(place, ()))  # fmt: skip
+        if any((look ^ other).bit_count() <= distance for other in near):
+            outcomes[i] = ALIKE
+            continue
+        for band, place in zip(kept, places, strict=True):
+            band.setdefault(place, set()).add(look)
 
 
 def check_counts(rows: pa.Table, promised: Mapping[str, int]) -> None:
@@ -100,13 +146,16 @@ def check_counts(rows: pa.Table, promised: Mapping[str, int]) -> None:
         )
 
 
-def check_fraction(quarantined: pa.Table, promised: int, limit: float) -> None:
-    """Raises DataError if more than `limit` of the promised samples are quarantined."""
-    if len(quarantined) > limit * promised:
-        reasons = Counter(quarantined["reason"].to_pylist()).most_common(5)
-        listed = ", ".join(f"{reason} {count}" for reason, count in reasons)
+def check_fraction(reasons: Mapping[str, int], promised: int, limit: float) -> None:
+    """Raises DataError if more than `limit` of the promised samples are quarantined.
+
+    `reasons`: quarantined samples by reason, so far.
+    """
+    bad = sum(reasons.values())
+    if bad > limit * promised:
+        listed = ", ".join(f"{reason} {n}" for reason, n in Counter(reasons).most_common(5))
         raise DataError(
-            f"{len(quarantined)} of {promised} samples are bad ({listed}), more than "
+            f"{bad} of {promised} samples are bad ({listed}), more than "
             f"preprocess.max_bad_fraction={limit}; mend the source, or raise the limit"
         )
 

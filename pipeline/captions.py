@@ -18,7 +18,8 @@ class BadCaption(ValueError):  # noqa: N818 - a verdict on one row, not a failur
     """A caption that cannot be used.
 
     Attributes:
-        reason: bad_json, bad_utf8, empty_caption or long_caption.
+        reason: bad_json, bad_utf8, empty_caption, long_caption, other_language or
+            failed_download.
     """
 
     def __init__(self, reason: str) -> None:
@@ -44,6 +45,16 @@ def captions_of(raw: Any, max_chars: int) -> tuple[Caption, ...]:
     if not captions:
         raise BadCaption("empty_caption")
     return captions
+
+
+def speaks(language: str, wanted: Sequence[str]) -> bool:
+    """Whether a BCP 47 tag is one of those wanted, or a kind of one (zh-hant of zh).
+
+    >>> speaks("zh-Hant", ["en", "zh"]), speaks("zho", ["zh"])
+    (True, False)
+    """
+    tag = language.lower()
+    return any(tag == w.lower() or tag.startswith(f"{w.lower()}-") for w in wanted)
 
 
 def _caption(item: Any, max_chars: int) -> Caption:

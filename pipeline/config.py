@@ -29,6 +29,12 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        """Unpickle; settings that the sender's version did not know yet have their defaults."""
+        super().__setstate__(state)
+        for name, field in type(self).model_fields.items():
+            self.__dict__.setdefault(name, field.get_default(call_default_factory=True))
+
 
 def _later(default: Any, **options: Any) -> Any:
     """A setting younger than the steps' content keys: at its default it stays out of them, so that
@@ -83,8 +89,8 @@ class PreprocessConfig(Config):
     )
     deduplicate: Literal["no", "exact", "perceptual"] = _later(
         "no",
-        description="keep one of pictures with equal pixels (exact), or of pictures whose perceptual "
-        "hashes nearly agree; held-out pictures stay before training ones",
+        description="keep one of pictures with equal pixels (exact), or also of pictures whose "
+        "perceptual hashes nearly agree; held-out pictures stay before training ones",
     )
     perceptual_distance: int = _later(
         4, ge=0, le=12, description="of the 64 bits of perceptual hashes that may differ"
@@ -109,6 +115,35 @@ class AugmentConfig(Config):
     swap_channels: float = Field(0.0, ge=0, le=1, description="probability of permuting R, G, B")
     blur: float = Field(0.0, ge=0, le=1, description="probability of a Gaussian blur")
     noise: float = Field(0.0, ge=0, le=1, description="largest sigma of Gaussian noise")
+    rotate: float = _later(0.0, ge=0, le=180, description="turn by up to so many degrees")
+    random_crop: float = _later(
+        0.0, ge=0, le=1, description="enlarge a random part of at least this share of the area"
+    )
+    ten_crop: float = _later(
+        0.0,
+        ge=0,
+        le=1,
+        description="enlarge one of ten crops (corners, centre, and these mirrored) whose side has "
+        "this share of the picture's",
+    )
+    cutout: float = _later(
+        0.0, ge=0, le=1, description="whiten a square with up to this share of the side"
+    )
+    mixup: float = _later(
+        0.0, ge=0, le=1, description="probability of blending with another picture of the batch"
+    )
+    cutmix: float = _later(
+        0.0, ge=0, le=1, description="probability of a square from another picture of the batch"
+    )
+
+    @model_validator(mode="after")
+    def _one_crop(self) -> AugmentConfig:
+        if self.random_crop and self.ten_crop:
+            raise ValueError(
+                f"augment.random_crop={self.random_crop} and augment.ten_crop={self.ten_crop} "
+                "exclude each other: set one to 0"
+            )
+        return self
 
 
 class TrainConfig(Config):
@@ -339,6 +374,15 @@ class Recipe(Config):
                 f"preprocess.image_size={size} must be a multiple of tokenizer.downsample={down}, "
                 f"and that of tokenizer.patch={patch}"
             )
+        for name, augment in (
+            ("aligner.train", self.aligner.train.augment),
+            ("encode", self.encode.augment),
+        ):
+            if augment.mixup or augment.cutmix:
+                raise ValueError(
+                    f"{name}.augment mixes pictures (mixup={augment.mixup}, cutmix="
+                    f"{augment.cutmix}), and a mixture has no caption: set both to 0"
+                )
         for section in (self.tokenizer, self.generator, self.aligner):
             train = section.train
             if train.batch_size % train.num_workers:

@@ -1,9 +1,9 @@
-"""One sample of a shard -> one row of pixels, or the reason why not.
+"""One encoded sample -> one row of pixels, or the reason why not.
 
 Ray Data has no error handling by row (one bad picture costs its whole block), so `Decoder` catches
 what a bad sample raises and writes it down as the row's outcome.
 
-    rows = dataset.map_batches(Decoder(labels, None, data, config), batch_format="pandas")
+    row = Decoder(None, data, config).row({"key": "k", "shard": "s", "number": 0, ...})
 """
 
 from __future__ import annotations
@@ -11,20 +11,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from pipeline.captions import BadCaption, captions_of
+from pipeline.captions import BadCaption, captions_of, speaks
 from pipeline.config import DataConfig, PreprocessConfig
-from pipeline.images import BadPicture, decode
+from pipeline.contracts import Caption
+from pipeline.errors import ResourceError
+from pipeline.images import BadPicture, decode, to_pil
+from pipeline.records import TEXTS
 from pipeline.splits import split_of
 
 ACCEPTED, LEFT_OUT = "accepted", "left_out"
-EXTENSIONS = ("webp", "png", "jpg", "jpeg")
-TEXTS = ("group", "style", "source", "license", "attribution")
 
 _CAPTION = pa.struct([("text", pa.string()), ("language", pa.string())])
 PIXELS = pa.schema(
@@ -41,46 +44,57 @@ PIXELS = pa.schema(
         ("shard", pa.string()),
     ]
 )
-# digest: of the pixels; outcome: accepted, left_out, or why the row is quarantined
-STAGED = PIXELS.append(pa.field("digest", pa.binary())).append(pa.field("outcome", pa.string()))
+STAGED = pa.schema(
+    [
+        *PIXELS,
+        ("number", pa.int64()),  # place in the shard
+        ("digest", pa.binary()),  # of the pixels
+        ("looks", pa.uint64()),  # perceptual hash; null unless pictures are deduplicated by it
+        ("outcome", pa.string()),  # accepted, left_out, or why the row is quarantined
+    ]
+)
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A batch of encoded samples -> a STAGED table, a row a sample.
+    """Encoded samples -> STAGED rows.
 
     Attributes:
-        labels: a shard's name in the tables, by the path Ray Data reports.
         groups: the groups that are wanted; None wants all.
         data: how groups are split.
         config: what a picture becomes and what is refused.
     """
 
-    labels: Mapping[str, str]
     groups: frozenset[str] | None
     data: DataConfig
     config: PreprocessConfig
 
-    def __call__(self, batch: Any) -> pa.Table:
-        """`batch`: a pandas frame of `read_webdataset(decoder=None)`."""
-        rows = [self.row(sample) for sample in batch.to_dict("records")]
-        return pa.Table.from_pylist(rows, schema=STAGED)
+    def table(self, samples: Sequence[Mapping[str, Any]]) -> pa.Table:
+        """reading.ENCODED rows -> a STAGED table."""
+        return pa.Table.from_pylist([self.row(sample) for sample in samples], schema=STAGED)
 
     def row(self, sample: Mapping[str, Any]) -> dict[str, Any]:
         """One sample's row; columns that its outcome leaves unknown are absent."""
-        found = {"key": sample["__key__"], "shard": self.labels[sample["__url__"]]}
+        found = {name: sample[name] for name in ("key", "shard", "number")}
+        config = self.config
         try:
-            record = parse_record(sample.get("json"))
+            if sample["problem"] is not None:
+                raise BadPicture(sample["problem"])
+            record = parse_record(sample["record"])
             if self.groups is not None and record["group"] not in self.groups:
                 return found | {"outcome": LEFT_OUT}
-            captions = captions_of(record.get("captions"), self.config.max_caption_chars)
-            image = decode(picture_of(sample), self.config).tobytes()
+            captions = self._captions(record.get("captions"))
+            if sample["picture"] is None:
+                raise BadPicture("no_picture")
+            pixels = decode(sample["picture"], config, key=sample["key"])
         except (BadCaption, BadPicture) as error:
             return found | {"outcome": error.reason}
+        image = pixels.tobytes()
         return found | {
             "outcome": ACCEPTED,
             "image": image,
             "digest": hashlib.blake2b(image, digest_size=16).digest(),
+            "looks": perceptual_hash(pixels) if config.deduplicate == "perceptual" else None,
             "captions": [dataclasses.asdict(caption) for caption in captions],
             "split": split_of(
                 record["group"],
@@ -91,9 +105,47 @@ class Decoder:
             **{name: record[name] for name in TEXTS},
         }
 
+    def _captions(self, raw: Any) -> tuple[Caption, ...]:
+        """The captions in the languages that are wanted.
+
+        Raises:
+            BadCaption: as `captions_of`; other_language if none is left.
+        """
+        config = self.config
+        if raw == [] and not config.require_captions:
+            return ()
+        captions = captions_of(raw, config.max_caption_chars)
+        if config.languages:
+            captions = tuple(c for c in captions if speaks(c.language, config.languages))
+        if not captions and config.require_captions:
+            raise BadCaption("other_language")
+        return captions
+
+
+def perceptual_hash(pixels: NDArray[np.uint8]) -> int:
+    """uint8 (3, S, S) -> 64 bits that nearly agree where pictures look alike (pHash)."""
+    imagehash = load_imagehash()
+    bits = imagehash.phash(to_pil(pixels)).hash
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def load_imagehash() -> Any:
+    """The library of perceptual hashes.
+
+    Raises:
+        ResourceError: it is not installed.
+    """
+    try:
+        import imagehash
+    except ImportError as error:
+        raise ResourceError(
+            "preprocess.deduplicate=perceptual needs ImageHash: pip install 'tessera[dedup]'"
+        ) from error
+    return imagehash
+
 
 def parse_record(encoded: Any) -> dict[str, Any]:
-    """A sample's JSON with every text field present.
+    """A sample's JSON with every text field present, and none but the attribution empty.
 
     Raises:
         BadCaption: bad_utf8 or bad_json.
@@ -103,7 +155,8 @@ def parse_record(encoded: Any) -> dict[str, Any]:
     try:
         record = json.loads(encoded.decode("utf-8"))
         valid = isinstance(record, dict) and all(
-            isinstance(record.get(name), str) and record[name].encode() for name in TEXTS
+            isinstance(record.get(name), str) and (record[name].encode() or name == "attribution")
+            for name in TEXTS
         )
     except UnicodeError as error:
         raise BadCaption("bad_utf8") from error
@@ -112,19 +165,6 @@ def parse_record(encoded: Any) -> dict[str, Any]:
     if not valid:
         raise BadCaption("bad_json")
     return dict(record)
-
-
-def picture_of(sample: Mapping[str, Any]) -> bytes:
-    """The encoded picture; a pandas batch fills other samples' columns with None or NaN.
-
-    Raises:
-        BadPicture: there is none.
-    """
-    for extension in EXTENSIONS:
-        encoded = sample.get(extension)
-        if isinstance(encoded, bytes):
-            return encoded
-    raise BadPicture("no_picture")
 
 
 def group_of(encoded: Any) -> str | None:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pipeline.config import PreprocessConfig
 from pipeline.labels import draw_label, load_font
+from pipeline.splits import hash_fraction
 
 FORMATS = ("PNG", "WEBP", "JPEG")
 WHITE = (255, 255, 255)
@@ -41,14 +42,22 @@ class BadPicture(ValueError):  # noqa: N818 - a verdict on one row, not a failur
         self.reason = reason
 
 
-def decode(encoded: bytes, config: PreprocessConfig) -> NDArray[np.uint8]:
-    """An encoded PNG, WebP or JPEG -> uint8 (3, S, S) RGB on white.
+def decode(encoded: bytes, config: PreprocessConfig, *, key: str = "") -> NDArray[np.uint8]:
+    """An encoded PNG, WebP or JPEG (an animation's first frame) -> uint8 (3, S, S) RGB on white.
+
+    Args:
+        encoded: the file, whatever its name says it is.
+        config: size and limits.
+        key: where square="random_crop" cuts depends on it and config.crop_seed alone.
 
     Raises:
         BadPicture: it cannot be decoded, or breaks one of the config's limits.
     """
-    image = open_checked(encoded, config)
-    square = resize(make_square(on_white(image), config.square), config.image_size)
+    image = on_white(open_checked(encoded, config))
+    where = 0.5
+    if config.square == "random_crop":
+        where = hash_fraction("crop", key, config.crop_seed)
+    square = resize(make_square(image, config.square, where=where), config.image_size)
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
 
@@ -102,15 +111,21 @@ def on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(ground, picture).convert("RGB")
 
 
-def make_square(image: Image.Image, how: str) -> Image.Image:
-    """Pad with white to the long side ("pad") or cut to the short one ("center_crop")."""
+def make_square(image: Image.Image, how: str, *, where: float = 0.5) -> Image.Image:
+    """Pad with white to the long side ("pad") or cut to the short one.
+
+    Args:
+        image: of any size.
+        how: PreprocessConfig.square.
+        where: the cut along the long side, from 0 (left, top) to 1; 0.5 is the centre.
+    """
     if image.width == image.height:
         return image
     if how == "pad":
         side = max(image.size)
         return ImageOps.pad(image, (side, side), color=WHITE)
     side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
+    left, top = (int((length - side) * where) for length in image.size)
     return image.crop((left, top, left + side, top + side))
 
 

@@ -8,7 +8,9 @@ nothing: so shards are verified against their SHA-256 before, and rows counted a
         ["asset:emoji"], Path("pixels"), data=DataConfig(), config=PreprocessConfig()
     )
 
-writes, in one move, replacing what was there; the same shards give the same bytes:
+Killed at any moment and run again, it goes on: what was decoded lies beside the output, shard by
+shard, until the job is done. It writes, in one move, replacing what was there; the same shards give
+the same bytes, however often it was killed:
 
     pixels/*.parquet       key, group, style, split, image (CHW uint8 bytes, 3 * S * S), captions,
                            source, license, attribution, shard; one file a shard, sorted by key
@@ -23,10 +25,9 @@ import errno
 import json
 import logging
 import shutil
-import tarfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
+import pyarrow.fs
 import pyarrow.parquet as pq
 import ray
 import ray.data
@@ -48,14 +50,26 @@ from pipeline.accounting import (
     settle,
 )
 from pipeline.config import DataConfig, PreprocessConfig
-from pipeline.decoding import ACCEPTED, LEFT_OUT, PIXELS, STAGED, Decoder, group_of
+from pipeline.decoding import (
+    ACCEPTED,
+    LEFT_OUT,
+    PIXELS,
+    STAGED,
+    Decoder,
+    group_of,
+    load_imagehash,
+)
 from pipeline.errors import DataError, ResourceError, TesseraError
-from pipeline.shards import Problem, locate, open_uri, read_manifest, verify
+from pipeline.progress import OnProgress, Progress
+from pipeline.reading import ShardFile, read_shards
+from pipeline.shards import Problem, locate, open_shards, read_manifest, verify
 from pipeline.splits import hash_fraction
 
 LOG = logging.getLogger(__name__)
-BATCH = 128  # samples a call of the decoder
-ROW_GROUP_BYTES = 64_000_000  # of pixels
+ROW_GROUP_BYTES = 64_000_000  # of pixels, in the final tables and decoded at once
+SETTLED = ("key", "shard", "number", "group", "style", "split", "digest", "looks", "outcome")
+RESUMABLE, FINAL = "plan.json", "final"  # within the folder beside the output
+STAGING_FORMAT = 1  # of what lies there while the job runs
 
 
 @dataclass(frozen=True)
@@ -63,23 +77,26 @@ class _Plan:
     """The shards to read, and what they promise.
 
     Attributes:
-        labels: SET/FILE by the path Ray Data reports, in reading order.
-        promised: samples by label, of the shards that are read.
+        shards: in reading order.
         lost: samples in damaged shards.
         problems: the damaged shards.
         digests: of the sets.
     """
 
-    filesystem: pa.fs.FileSystem
-    labels: dict[str, str]
-    promised: dict[str, int]
+    filesystem: pyarrow.fs.FileSystem
+    shards: tuple[ShardFile, ...]
     lost: int
     problems: tuple[Problem, ...]
     digests: tuple[str, ...]
 
     @property
     def total(self) -> int:
-        return self.lost + sum(self.promised.values())
+        return self.lost + sum(shard.samples for shard in self.shards)
+
+    @property
+    def order(self) -> dict[str, int]:
+        """A shard's place by its label."""
+        return {shard.label: place for place, shard in enumerate(self.shards)}
 
 
 def preprocess(
@@ -88,6 +105,7 @@ def preprocess(
     *,
     data: DataConfig,
     config: PreprocessConfig,
+    on_progress: OnProgress | None = None,
 ) -> PreprocessReport:
     """Shard sets -> pixels, quarantine and report under `output`. Ray must be running.
 
@@ -96,41 +114,65 @@ def preprocess(
         output: folder, on a disk that every Ray node sees.
         data: split, limit, and whether damaged shards are tolerated (`data.shards` is not read).
         config: the picture's size and what is quarantined.
+        on_progress: told after every block.
 
     Raises:
         DataError: a damaged shard, too many bad samples, none left, or samples unaccounted for.
-        ResourceError: the disk is full.
+        ResourceError: the disk is full, or a library that config asks for is missing.
     """
+    if config.deduplicate == "perceptual":
+        load_imagehash()
     plan = _plan(shard_sets, data)
     output = output.resolve()
     staging = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    _prepare(staging, plan, data, config)
     try:
-        report = _run(plan, staging, data, config)
+        report = _run(plan, staging, data, config, on_progress)
         text = json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False)
-        (staging / "report.json").write_text(text + "\n", encoding="utf-8")
-        _swap(staging, output)
+        (staging / FINAL / "report.json").write_text(text + "\n", encoding="utf-8")
+        _swap(staging / FINAL, output)
+        shutil.rmtree(staging)
     except (ray.exceptions.RayError, OSError) as error:
         explained = _explained(error)
         if explained is None:
             raise
         raise explained from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return report
 
 
-def _explained(error: Exception) -> TesseraError | None:
-    """A full disk or a malformed tar, here or in a worker; None for what no user can mend."""
-    cause = getattr(error, "cause", error)
-    if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
-        return ResourceError("no space is left on the output's disk; free some, or move --home")
-    # webdataset's reader: members of one sample apart, the same member twice, no tar at all
-    if isinstance(error, ray.exceptions.RayError) and isinstance(
-        cause, ValueError | tarfile.TarError
-    ):
-        return DataError(f"a shard is no valid WebDataset tar: {cause}; write the set again")
+def _prepare(staging: Path, plan: _Plan, data: DataConfig, config: PreprocessConfig) -> None:
+    """Keep what an interrupted run of the same job left in staging, and nothing else.
+
+    The limit of bad samples is no part of the job: raised, it does not redo anything.
+    """
+    job = {
+        "format": STAGING_FORMAT,
+        "shards": [[shard.label, shard.samples] for shard in plan.shards],
+        "digests": plan.digests,
+        "data": data.model_dump(mode="json", exclude={"shards"}),
+        "config": config.model_dump(mode="json", exclude={"max_bad_fraction"}),
+    }
+    text = json.dumps(job)
+    record = staging / RESUMABLE
+    if record.is_file() and record.read_text(encoding="utf-8") == text:
+        LOG.info("going on with what an interrupted run left in %s", staging)
+        return
+    shutil.rmtree(staging, ignore_errors=True)
+    (staging / "staged").mkdir(parents=True)
+    partial = record.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(record)
+
+
+def _explained(error: BaseException) -> TesseraError | None:
+    """A mistake of ours or a full disk, here or in a worker; None for what no user can mend."""
+    cause: BaseException | None = getattr(error, "cause", error)
+    while cause is not None:
+        if isinstance(cause, TesseraError):
+            return cause
+        if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+            return ResourceError("no space is left on the output's disk; free some, or move --home")
+        cause = cause.__cause__
     return None
 
 
@@ -138,16 +180,16 @@ def _plan(shard_sets: Sequence[str], data: DataConfig) -> _Plan:
     """Read the manifests and verify every shard."""
     if not shard_sets:
         raise DataError("no shard set given; data.shards names them")
-    labels: dict[str, str] = {}
-    promised: dict[str, int] = {}
-    problems: list[Problem] = []
-    digests, systems, lost = [], [], 0
     if len(set(shard_sets)) < len(shard_sets):
         raise DataError(f"a shard set is named twice: {', '.join(shard_sets)}")
+    shards: dict[str, ShardFile] = {}
+    problems: list[Problem] = []
+    digests, systems, lost = [], [], 0
     for number, uri in enumerate(map(locate, shard_sets)):
-        fs, root = open_uri(uri)
+        manifest = read_manifest(uri)
+        fs, root = open_shards(uri, manifest)
+        name = root.rpartition("/")[2]
         systems.append(fs)
-        manifest, name = read_manifest(uri), root.rpartition("/")[2]
         damaged = {p.file: p for p in verify(uri) if p.kind != "surplus"}
         digests.append(manifest.digest)
         for shard in manifest.shards:
@@ -156,13 +198,13 @@ def _plan(shard_sets: Sequence[str], data: DataConfig) -> _Plan:
                 lost += shard.samples
             else:
                 label = f"{name}/{shard.file}"
-                if label in promised:  # two sets of one name
+                if label in shards:  # two sets of one name
                     label = f"{name}-{number}/{shard.file}"
-                labels[f"{root}/{shard.file}"] = label
-                promised[label] = shard.samples
+                path = f"{root}/{shard.file}"
+                shards[label] = ShardFile(label, path, shard.samples, manifest.in_place)
     if any(fs != systems[0] for fs in systems):
         raise DataError(f"shard sets on several file systems at once: {', '.join(shard_sets)}")
-    plan = _Plan(systems[0], labels, promised, lost, tuple(problems), tuple(digests))
+    plan = _Plan(systems[0], tuple(shards.values()), lost, tuple(problems), tuple(digests))
     _check_problems(plan, data)
     return plan
 
@@ -176,27 +218,31 @@ def _check_problems(plan: _Plan, data: DataConfig) -> None:
             f"{listed}. Write the shards again, or set data.allow_missing_shards=true to go on "
             "without them"
         )
-    if not plan.labels:
+    if not plan.shards:
         raise DataError(f"{listed}. No shard is left to read: write them again")
     LOG.warning("going on although %s", listed)
 
 
 def _run(
-    plan: _Plan, staging: Path, data: DataConfig, config: PreprocessConfig
+    plan: _Plan,
+    staging: Path,
+    data: DataConfig,
+    config: PreprocessConfig,
+    on_progress: OnProgress | None,
 ) -> PreprocessReport:
     """Decode with Ray Data, settle the outcomes, write the final tables."""
     started = time.monotonic()
-    stats = _decode(plan, staging / "staged", data, config)
-    columns = ["key", "shard", "group", "style", "split", "digest", "outcome"]
-    staged = pads.dataset(staging / "staged", schema=STAGED).to_table(columns)
-    check_counts(staged, plan.promised)
-    order = {label: place for place, label in enumerate(plan.promised)}
-    rows = settle(staged, order)
+    decoded, stats = _decode(plan, staging / "staged", data, config, on_progress)
+    staged = pads.dataset(staging / "staged", schema=STAGED).to_table(list(SETTLED))
+    check_counts(staged, {shard.label: shard.samples for shard in plan.shards})
+    order = plan.order
+    rows = settle(staged, order, config)
     quarantine = quarantine_table(rows)
-    check_fraction(quarantine, plan.total, config.max_bad_fraction)
+    reasons = dict(Counter(quarantine["reason"].to_pylist()).most_common())
+    check_fraction(reasons, plan.total, config.max_bad_fraction)
     accepted = rows.filter(pc.equal(rows["outcome"], ACCEPTED))
     if not len(accepted):
-        raise DataError(f"none of {plan.total} samples can be used")
+        raise DataError(f"none of {plan.total} samples can be used: {reasons}")
     _write_tables(staging, accepted, quarantine, order, config)
     seconds = time.monotonic() - started
     return PreprocessReport(
@@ -205,45 +251,102 @@ def _run(
         quarantined=len(quarantine),
         left_out=Counter(rows["outcome"].to_pylist())[LEFT_OUT],
         missing=plan.lost,
-        reasons=dict(Counter(quarantine["reason"].to_pylist()).most_common()),
+        reasons=reasons,
         splits=by_split_and_style(accepted),
         split_groups=groups_by_split(accepted),
         digests=plan.digests,
         damaged_shards=tuple(map(str, plan.problems)),
         seconds=round(seconds, 2),
-        images_per_s=round(len(rows) / seconds, 1),
+        images_per_s=round(decoded / seconds, 1),
         stats=stats,
     )
 
 
-def _decode(plan: _Plan, target: Path, data: DataConfig, config: PreprocessConfig) -> str:
-    """The Ray Data pipeline: read, decode, write STAGED rows. Returns its statistics."""
+@dataclass(frozen=True)
+class _Stager:
+    """Decodes a block of encoded samples and puts the rows into their shard's folder."""
+
+    decoder: Decoder
+    folders: Mapping[str, str]
+    rows_a_file: int
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """ENCODED -> one row a file written: how many samples, and the outcomes."""
+        told = []
+        samples = batch.to_pylist()
+        for piece in _pieces(samples, self.rows_a_file):
+            table = self.decoder.table(piece)
+            folder = Path(self.folders[piece[0]["shard"]])
+            folder.mkdir(exist_ok=True)
+            name = f"{piece[0]['number']:09d}.parquet"
+            partial = folder / f".{name}.partial"
+            pq.write_table(table, partial, compression="lz4")
+            partial.rename(folder / name)  # never half a file under its name
+            told.append({"outcomes": table["outcome"].to_pylist()})
+        return pa.Table.from_pylist(told)
+
+
+def _pieces(samples: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    """Samples in files of up to `size`, each of one shard."""
+    start = 0
+    for end in range(1, len(samples) + 1):
+        full = end == len(samples) or end - start == size
+        if full or samples[end]["shard"] != samples[start]["shard"]:
+            yield samples[start:end]
+            start = end
+
+
+def _decode(
+    plan: _Plan,
+    target: Path,
+    data: DataConfig,
+    config: PreprocessConfig,
+    on_progress: OnProgress | None,
+) -> tuple[int, str]:
+    """Read, decode and stage the shards that are not staged yet.
+
+    Returns:
+        How many samples that were, and Ray Data's statistics.
+    """
+    folders = {s.label: str(target / f"{place:05d}") for place, s in enumerate(plan.shards)}
+    waiting = [shard for shard in plan.shards if not _is_staged(Path(folders[shard.label]), shard)]
+    if not waiting:
+        return 0, "every shard was decoded before"
+    for shard in waiting:
+        shutil.rmtree(folders[shard.label], ignore_errors=True)
     groups = None if data.limit is None else _first_groups(plan, data.limit, data.split_seed)
-    decoder = Decoder(plan.labels, groups, data, config)
-    dataset = _read(plan).map_batches(decoder, batch_size=BATCH, batch_format="pandas")
-    dataset.write_parquet(str(target), compression="lz4")
-    return str(dataset.stats())
-
-
-def _read(plan: _Plan, suffixes: list[str] | None = None) -> ray.data.Dataset:
-    """Encoded samples, a read task a shard."""
-    return ray.data.read_webdataset(
-        list(plan.labels),
-        filesystem=plan.filesystem,
-        decoder=None,
-        suffixes=suffixes,
-        override_num_blocks=len(plan.labels),
+    rows_a_file = max(1, ROW_GROUP_BYTES // (3 * config.image_size**2))
+    stager = _Stager(Decoder(groups, data, config), folders, rows_a_file)
+    dataset = read_shards(waiting, plan.filesystem).map_batches(
+        stager, batch_size=None, batch_format="pyarrow"
     )
+    before = sum(s.samples for s in plan.shards) - sum(s.samples for s in waiting)
+    done, reasons = 0, Counter[str]()
+    for told in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for outcomes in told["outcomes"].to_pylist():
+            done += len(outcomes)
+            reasons.update(outcome for outcome in outcomes if outcome not in (ACCEPTED, LEFT_OUT))
+        check_fraction(reasons, plan.total, config.max_bad_fraction)  # a poisoned run ends here
+        if on_progress is not None:
+            on_progress(Progress(share=(before + done) / plan.total, step=before + done))
+    return done, str(dataset.stats())
+
+
+def _is_staged(folder: Path, shard: ShardFile) -> bool:
+    """Whether an earlier run decoded the whole shard."""
+    rows = sum(pq.read_metadata(path).num_rows for path in folder.glob("[0-9]*.parquet"))
+    return rows == shard.samples
 
 
 def _first_groups(plan: _Plan, limit: int, seed: int) -> frozenset[str]:
     """The first `limit` groups by hash: a random choice that more data hardly changes."""
 
-    def groups(batch: Any) -> pa.Table:
-        found = {group for group in map(group_of, batch.get("json", ())) if group is not None}
+    def groups(batch: pa.Table) -> pa.Table:
+        found = {group for group in map(group_of, batch["record"].to_pylist()) if group is not None}
         return pa.table({"group": pa.array(sorted(found), pa.string())})
 
-    rows = _read(plan, ["json"]).map_batches(groups, batch_format="pandas").take_all()
+    dataset = read_shards(plan.shards, plan.filesystem, pictures=False)
+    rows = dataset.map_batches(groups, batch_format="pyarrow").take_all()
     found = {row["group"] for row in rows}
     return frozenset(sorted(found, key=lambda g: (hash_fraction("limit", g, seed), g))[:limit])
 
@@ -255,26 +358,28 @@ def _write_tables(
     order: Mapping[str, int],
     config: PreprocessConfig,
 ) -> None:
-    """Final tables from the staged rows, a Ray task a shard, then drop the staged ones."""
+    """Final tables from the staged rows, a Ray task a shard."""
+    final = staging / FINAL
+    shutil.rmtree(final, ignore_errors=True)
     for name in ("pixels", "quarantine"):
-        (staging / name).mkdir()
-    pq.write_table(quarantine, staging / "quarantine" / "00000.parquet")
+        (final / name).mkdir(parents=True)
+    pq.write_table(quarantine, final / "quarantine" / "00000.parquet")
     group_rows = max(1, ROW_GROUP_BYTES // (3 * config.image_size**2))
     write = ray.remote(_write_pixels)
     tasks = []
     for label, place in order.items():
-        keys = accepted.filter(pc.equal(accepted["shard"], label))["key"].combine_chunks()
-        if len(keys):
-            target = staging / "pixels" / f"{place:05d}.parquet"
-            tasks.append(write.remote(staging / "staged", label, keys, target, group_rows))
+        here = accepted.filter(pc.equal(accepted["shard"], label))["number"].combine_chunks()
+        if len(here):
+            folder = staging / "staged" / f"{place:05d}"
+            target = final / "pixels" / f"{place:05d}.parquet"
+            tasks.append(write.remote(folder, here, target, group_rows))
     ray.get(tasks)
-    shutil.rmtree(staging / "staged")
 
 
-def _write_pixels(staged: Path, label: str, keys: pa.Array, target: Path, group_rows: int) -> None:
+def _write_pixels(folder: Path, numbers: pa.Array, target: Path, group_rows: int) -> None:
     """The accepted rows of one shard, sorted by key."""
-    wanted = (pc.field("shard") == label) & pc.field("key").isin(keys)
-    table = pads.dataset(staged, schema=STAGED).to_table(PIXELS.names, filter=wanted)
+    wanted = pc.field("number").isin(numbers)
+    table = pads.dataset(folder, schema=STAGED).to_table(PIXELS.names, filter=wanted)
     table = table.sort_by("key").combine_chunks()
     repeated = [name for name in PIXELS.names if name not in ("key", "image")]
     pq.write_table(
@@ -286,11 +391,11 @@ def _write_pixels(staged: Path, label: str, keys: pa.Array, target: Path, group_
     )
 
 
-def _swap(staging: Path, output: Path) -> None:
+def _swap(final: Path, output: Path) -> None:
     """Put the finished folder in the place of the old one."""
     old = output.with_name(f".{output.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if output.exists():
         output.rename(old)
-    staging.rename(output)
+    final.rename(output)
     shutil.rmtree(old, ignore_errors=True)

@@ -15,6 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from jobs.cli import app
+from pipeline.config import Recipe
 from pipeline.errors import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -78,6 +79,23 @@ def test_show_the_shipped_set(tmp_path: Path) -> None:
     said = run("data", "show", "asset:emoji", "--out", str(tmp_path / "sheet.png"))
     assert "noto 1911, twemoji 1911" in said and "Apache-2.0 1911" in said
     assert Image.open(tmp_path / "sheet.png").width > 8 * 96
+
+
+def test_the_limit_of_bad_samples_is_an_option(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = []
+
+    def run_step(name: str, recipe: Recipe, home: Path, *_: object, **__: object) -> dict:
+        found.append((name, recipe.preprocess.max_bad_fraction, recipe.data.limit))
+        return {"path": "there"}
+
+    monkeypatch.setattr("jobs.steps.run_step", run_step)
+    run(
+        "preprocess", "smoke", "data.limit=40", "--max-bad-fraction", "0.2", "--home", str(tmp_path)
+    )
+    run("preprocess", "smoke", "--home", str(tmp_path))
+    assert found == [("preprocess", 0.2, 40), ("preprocess", 0.05, 120)]
 
 
 def test_every_command_of_the_guide_parses() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Recipe, load_recipe, recipe_names
+from pipeline.config import PreprocessConfig, Recipe, load_recipe, recipe_names
 from pipeline.errors import RecipeError
 
 
@@ -68,3 +68,14 @@ def test_every_setting_beyond_the_obvious_is_described() -> None:
         for name, field in fields.items():
             nested = hasattr(field.annotation, "model_fields")
             assert field.description or nested or name in obvious or "weight" in name, name
+
+
+def test_settings_younger_than_the_content_keys_stay_out_of_them_at_their_default() -> None:
+    old = {
+        "image_size", "square", "min_side", "max_aspect", "max_pixels", "max_caption_chars",
+        "max_bad_fraction",
+    }  # fmt: skip
+    assert set(PreprocessConfig().model_dump(mode="json")) == old
+    changed = PreprocessConfig(languages=("zh",), deduplicate="exact")
+    assert set(changed.model_dump(mode="json")) == old | {"languages", "deduplicate"}
+    assert PreprocessConfig.model_validate(changed.model_dump()) == changed

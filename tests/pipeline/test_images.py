@@ -85,6 +85,52 @@ def test_padding_is_white_and_cropping_keeps_the_centre() -> None:
     assert cropped[1].min() == 255 and cropped[0].max() == 0
 
 
+def test_a_random_crop_depends_on_key_and_seed_alone() -> None:
+    image = Image.fromarray(np.tile(np.arange(128, dtype=np.uint8)[None, :, None], (32, 1, 3)))
+    picture = encoded(image)
+
+    def left(key: str, seed: int = 0) -> int:
+        config = PreprocessConfig(image_size=32, square="random_crop", crop_seed=seed)
+        found = decode(picture, config, key=key)
+        assert (np.diff(found[0, 0].astype(int)) == 1).all(), "32 neighbouring columns"
+        return int(found[0, 0, 0])
+
+    places = [left(f"k{i}") for i in range(60)]
+    assert min(places) < 10 and max(places) > 86 and len(set(places)) > 30
+    assert [left(f"k{i}") for i in range(60)] == places and left("k1", seed=1) != left("k1")
+
+
+def test_an_animation_is_its_first_frame_and_palettes_keep_their_transparency() -> None:
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    for kind in ("PNG", "WEBP"):
+        found = decode(encoded(frames[0], kind, save_all=True, append_images=frames[1:]), CONFIG)
+        assert found[0].min() > 240 and found[2].max() < 15
+    palette = Image.new("P", (32, 32), 0)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    palette.paste(1, (0, 0, 16, 32))
+    found = decode(encoded(palette, transparency=0), CONFIG)
+    assert found[:, 5, 5].tolist() == [255, 0, 0] and found[:, 5, 25].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_is_undone(orientation: int) -> None:
+    upright = Image.new("RGB", (32, 32), "white")
+    upright.paste("red", (0, 0, 16, 16))
+    upright.paste("blue", (16, 0, 32, 16))
+    turns = Image.Transpose
+    stored = {
+        1: [], 2: [turns.FLIP_LEFT_RIGHT], 3: [turns.ROTATE_180], 4: [turns.FLIP_TOP_BOTTOM],
+        5: [turns.TRANSPOSE], 6: [turns.ROTATE_90], 7: [turns.TRANSVERSE], 8: [turns.ROTATE_270],
+    }[orientation]  # fmt: skip
+    image = upright
+    for turn in stored:
+        image = image.transpose(turn)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    found = decode(encoded(image, "PNG", exif=exif), CONFIG)
+    np.testing.assert_array_equal(found, np.asarray(upright).transpose(2, 0, 1))
+
+
 def test_shrinking_is_antialiased() -> None:
     checkers = (np.indices((128, 128)).sum(0) % 2 * 255).astype(np.uint8)
     found = decode(encoded(Image.fromarray(checkers)), CONFIG)

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
-import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import corpus
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from corpus import record
+from hypothesis import given
+from hypothesis import strategies as st
+from layouts import img2dataset
 from PIL import Image
 
 from pipeline.accounting import check_counts, check_fraction, quarantine_table, settle
 from pipeline.config import DataConfig, PreprocessConfig
 from pipeline.contracts import Caption, Sample
-from pipeline.decoding import PIXELS, Decoder
-from pipeline.errors import DataError
+from pipeline.decoding import PIXELS, Decoder, perceptual_hash
+from pipeline.errors import DataError, ResourceError
+from pipeline.images import decode
 from pipeline.preprocess import preprocess
-from pipeline.shard_writer import write_shards
+from pipeline.records import Credits
+from pipeline.shard_writer import write_index, write_shards
 from pipeline.shards import MANIFEST, dataset_digest, read_manifest
+from pipeline.sources.webdataset import WebDatasetSource
 from pipeline.splits import split_of
 
 DATA = DataConfig(validation_fraction=0.1, test_fraction=0.2)
@@ -51,19 +60,11 @@ def sample(i: int, style: str = "noto") -> Sample:
     )
 
 
-def encoded(**changes: object) -> dict[str, object]:
-    """A sample as Ray Data's reader hands it over."""
-    record = {
-        "captions": [{"text": "apple", "language": "en"}],
-        "group": "g",
-        "style": "noto",
-        "source": "s",
-        "license": "MIT",
-        "attribution": "a",
-    }
-    row = {"__key__": "k", "__url__": "/set/0.tar", "webp": picture(0)}
-    row |= {"json": json.dumps(record | changes.pop("record", {})).encode()}  # type: ignore[arg-type]
-    return row | changes
+def encoded(**changes: Any) -> dict[str, Any]:
+    """A sample as pipeline/reading.py hands it over."""
+    said = record("g") | changes.pop("said", {})
+    row = {"shard": "set/0.tar", "number": 0, "key": "k", "picture": picture(0), "problem": None}
+    return row | {"record": json.dumps(said).encode()} | changes
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -78,25 +79,35 @@ def files(folder: Path) -> dict[str, str]:
     ("row", "outcome"),
     [
         (encoded(), "accepted"),
-        (encoded(webp=None, png=picture(1)), "accepted"),
-        (encoded(webp=float("nan")), "no_picture"),
-        (encoded(webp=b"GIF89a and so on"), "undecodable"),
-        (encoded(json=None), "bad_json"),
-        (encoded(json=b"[1]"), "bad_json"),
-        (encoded(json=b"{" * 100_000), "bad_json"),
-        (encoded(json=b'{"group": "\xff"}'), "bad_utf8"),
-        (encoded(record={"style": "\ud800"}), "bad_utf8"),
-        (encoded(record={"license": None}), "bad_json"),
-        (encoded(record={"captions": []}), "empty_caption"),
-        (encoded(record={"captions": [{"text": "x" * 2000, "language": "en"}]}), "long_caption"),
-        (encoded(record={"group": "other"}), "left_out"),
+        (encoded(picture=None), "no_picture"),
+        (encoded(problem="link"), "link"),
+        (encoded(said={"group": "other"}), "left_out"),
+        (encoded(said={"attribution": ""}), "accepted"),
+        (encoded(said={"license": ""}), "bad_json"),
+        *((encoded(picture=content), outcome) for content, outcome in corpus.pictures().values()),
+        *((encoded(record=content), outcome) for content, outcome in corpus.records().values()),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_one_row_never_raises(row: dict[str, object], outcome: str) -> None:
-    decoder = Decoder({"/set/0.tar": "set/0.tar"}, frozenset({"g"}), DATA, CONFIG)
-    found = decoder.row(row)
+def test_one_row_never_raises(row: dict[str, Any], outcome: str) -> None:
+    found = Decoder(frozenset({"g", "x"}), DATA, CONFIG).row(row)
     assert (found["outcome"], found["key"], found["shard"]) == (outcome, "k", "set/0.tar")
     assert ("image" in found) == (outcome == "accepted")
+
+
+def test_captions_by_language_and_pictures_without_any() -> None:
+    def row(**settings: Any) -> dict[str, Any]:
+        captions = settings.pop("captions")
+        config = CONFIG.model_copy(update=settings)
+        return Decoder(None, DATA, config).row(encoded(said={"captions": captions}))
+
+    both = [{"text": "apple", "language": "en"}, {"text": "蘋果", "language": "zh-Hant"}]
+    assert [c["language"] for c in row(captions=both, languages=("zh",))["captions"]] == ["zh-Hant"]
+    assert row(captions=both, languages=("fr",))["outcome"] == "other_language"
+    free = {"languages": ("fr",), "require_captions": False}
+    assert row(captions=both, **free)["captions"] == []
+    assert row(captions=[], require_captions=False)["outcome"] == "accepted"
+    assert row(captions=[{"text": "", "language": "en"}], **free)["outcome"] == "empty_caption"
 
 
 def table(*rows: tuple[str, str, str, bytes]) -> pa.Table:
@@ -105,6 +116,8 @@ def table(*rows: tuple[str, str, str, bytes]) -> pa.Table:
     return pa.table(
         {
             "key": list(keys),
+            "number": list(range(len(rows))),
+            "looks": pa.array([int.from_bytes(d, "big") for d in digests], pa.uint64()),
             "shard": list(shards),
             "split": list(splits),
             "digest": list(digests),
@@ -115,7 +128,7 @@ def table(*rows: tuple[str, str, str, bytes]) -> pa.Table:
 
 def test_the_first_of_equal_keys_stays() -> None:
     rows = table(("k", "b", "train", b"1"), ("k", "a", "train", b"2"), ("j", "b", "test", b"3"))
-    found = quarantine_table(settle(rows, {"a": 0, "b": 1})).to_pylist()
+    found = quarantine_table(settle(rows, {"a": 0, "b": 1}, CONFIG)).to_pylist()
     assert found == [{"shard": "b", "key": "k", "reason": "duplicate_key"}]
 
 
@@ -127,8 +140,69 @@ def test_a_training_picture_equal_to_a_held_out_one_goes() -> None:
         ("d", "s", "train", b"2"),
         ("e", "s", "train", b"2"),
     )
-    found = quarantine_table(settle(rows, {"s": 0})).to_pylist()
+    found = quarantine_table(settle(rows, {"s": 0}, CONFIG)).to_pylist()
     assert found == [{"shard": "s", "key": "a", "reason": "held_out_twin"}]
+
+
+def test_of_equal_or_similar_pictures_one_stays_and_a_held_out_one_first() -> None:
+    rows = table(
+        ("a", "s", "train", b"\x00\x01"),
+        ("b", "s", "train", b"\x00\x01"),
+        ("c", "s", "train", b"\xff\xf0"),
+        ("d", "s", "test", b"\xff\xf1"),
+        ("e", "s", "train", b"\x00\x06"),
+        ("f", "s", "train", b"\x0f\x0f"),
+    )
+
+    def gone(how: str, distance: int = 4) -> dict[str, str]:
+        config = CONFIG.model_copy(update={"deduplicate": how, "perceptual_distance": distance})
+        found = quarantine_table(settle(rows, {"s": 0}, config)).to_pylist()
+        return {row["key"]: row["reason"] for row in found}
+
+    assert gone("no") == {}
+    assert gone("exact") == {"b": "duplicate_picture"}
+    assert gone("perceptual", 0) == {"b": "duplicate_picture"}
+    assert gone("perceptual", 1) == {"b": "duplicate_picture", "c": "near_duplicate"}
+    assert gone("perceptual", 3) == {
+        "b": "duplicate_picture",
+        "c": "near_duplicate",
+        "e": "near_duplicate",
+    }
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=20), st.data())
+def test_near_duplicates_are_found_as_by_comparing_all(looks: list[int], data: Any) -> None:
+    distance = data.draw(st.integers(0, 12))
+    for _ in range(10):  # neighbours within and beyond the distance
+        look = data.draw(st.sampled_from(looks))
+        for bit in data.draw(st.sets(st.integers(0, 63), max_size=distance + 2)):
+            look ^= 1 << bit
+        looks.append(look)
+    rows = table(*((f"{i:03d}", "s", "train", bytes([i])) for i in range(len(looks))))
+    place = rows.schema.get_field_index("looks")
+    rows = rows.set_column(place, "looks", pa.array(looks, pa.uint64()))
+    config = CONFIG.model_copy(
+        update={"deduplicate": "perceptual", "perceptual_distance": distance}
+    )
+    found = settle(rows, {"s": 0}, config)["outcome"].to_pylist()
+    kept: list[int] = []
+    for look, outcome in zip(looks, found, strict=True):
+        near = any((look ^ other).bit_count() <= distance for other in kept)
+        assert outcome == ("near_duplicate" if near else "accepted")
+        kept += [] if near else [look]
+
+
+def test_a_perceptual_hash_survives_compression_and_tells_pictures_apart() -> None:
+    def look(image: Image.Image, kind: str, **options: Any) -> int:
+        return perceptual_hash(decode(corpus.encode(image, kind, **options), PreprocessConfig()))
+
+    smooth = [
+        corpus.noise(5, 5, seed).resize((200, 200), Image.Resampling.BICUBIC) for seed in (1, 2)
+    ]
+    one, other = (look(image, "PNG") for image in smooth)
+    assert (one ^ look(smooth[0], "JPEG", quality=40)).bit_count() <= 4
+    assert (one ^ look(smooth[0].resize((90, 90)), "WEBP")).bit_count() <= 4
+    assert (one ^ other).bit_count() > 12
 
 
 def test_counts_and_fractions_are_enforced() -> None:
@@ -136,10 +210,9 @@ def test_counts_and_fractions_are_enforced() -> None:
     check_counts(rows, {"s": 1})
     with pytest.raises(DataError, match=r"s: 1 of 2; .*write the set again"):
         check_counts(rows, {"s": 2})
-    bad = pa.table({"reason": ["bomb", "bomb", "bad_json"]})
-    check_fraction(bad, 10, 0.3)
+    check_fraction({"bomb": 2, "bad_json": 1}, 10, 0.3)
     with pytest.raises(DataError, match=r"3 of 10 .*bomb 2, bad_json 1.*max_bad_fraction=0\.2"):
-        check_fraction(bad, 10, 0.2)
+        check_fraction({"bomb": 2, "bad_json": 1}, 10, 0.2)
 
 
 def mixed() -> Iterator[Sample]:
@@ -180,7 +253,7 @@ class TestThroughRay:
         }
         self.check_row(rows, report.splits, report.split_groups)
         saved = json.loads((tmp_path / "a" / "report.json").read_text())
-        assert saved["reasons"] == report.reasons and "ReadWebDataset" in saved["stats"]
+        assert saved["reasons"] == report.reasons and "_Stager" in saved["stats"]
         preprocess([str(tmp_path / "set")], tmp_path / "b", **arguments)
         assert files(tmp_path / "a") == files(tmp_path / "b"), "the same bytes again"
         assert {p.name for p in tmp_path.iterdir()} == {"set", "a", "b"}, "nothing half done stays"
@@ -225,29 +298,89 @@ class TestThroughRay:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "old").touch()
         config = CONFIG.model_copy(update={"max_bad_fraction": 0.01})
-        with pytest.raises(DataError, match=r"4 of 84 samples are bad .*max_bad_fraction=0\.01"):
+        with pytest.raises(DataError, match=r"3 of 84 samples are bad .*max_bad_fraction=0\.01"):
             preprocess([str(tmp_path / "set")], tmp_path / "out", data=DATA, config=config)
         assert [p.name for p in (tmp_path / "out").iterdir()] == ["old"]
+        report = preprocess([str(tmp_path / "set")], tmp_path / "out", data=DATA, config=CONFIG)
+        assert "decoded before" in report.stats, "a higher limit redoes nothing"
+        assert not (tmp_path / "out" / "old").exists()
 
-    def test_a_tar_that_is_no_webdataset_is_a_data_error(self, tmp_path: Path) -> None:
-        manifest = write_shards(map(sample, range(3)), tmp_path / "set")
-        path = tmp_path / "set" / manifest.shards[0].file
-        with tarfile.open(path, "w") as tar:
-            for _ in range(2):
-                tar.addfile(tarfile.TarInfo("twice.json"), io.BytesIO())
-        self.sign(tmp_path / "set", path)
-        with pytest.raises(DataError, match="no valid WebDataset tar"):
+    def test_every_malformed_input_has_its_reason_and_the_good_rows_survive(
+        self, tmp_path: Path
+    ) -> None:
+        expected = corpus.write_corpus(tmp_path / "set")
+        report = preprocess([str(tmp_path / "set")], tmp_path / "out", data=DATA, config=CONFIG)
+        found: dict[str, list[str]] = {}
+        for row in pq.read_table(tmp_path / "out" / "quarantine").to_pylist():
+            found.setdefault(row["key"], []).append(row["reason"])
+        for key in pq.read_table(tmp_path / "out" / "pixels", columns=["key"])["key"].to_pylist():
+            found.setdefault(key, []).insert(0, "accepted")
+        assert found == expected
+        bad = [outcome for outcomes in expected.values() for outcome in outcomes]
+        assert sum(outcome != "accepted" for outcome in bad) == report.quarantined > 40
+        assert report.accepted + report.quarantined == report.promised == len(bad)
+
+    def test_a_shard_that_holds_another_number_than_promised_fails(self, tmp_path: Path) -> None:
+        corpus.write_corpus(tmp_path / "set")
+        manifest = read_manifest(str(tmp_path / "set"))
+        more = manifest.shards[1].model_copy(update={"samples": manifest.shards[1].samples + 2})
+        changed = manifest.model_copy(update={"shards": (manifest.shards[0], more)})
+        (tmp_path / "set" / MANIFEST).write_text(changed.model_dump_json())
+        with pytest.raises(DataError, match=rf"{more.file}: {more.samples - 2} of {more.samples}"):
             preprocess([str(tmp_path / "set")], tmp_path / "out", data=DATA, config=CONFIG)
 
-    @staticmethod
-    def sign(folder: Path, path: Path) -> None:
-        """Make the manifest agree with altered bytes."""
-        manifest = read_manifest(str(folder))
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        changes = {"sha256": digest, "bytes": path.stat().st_size}
-        shards = (manifest.shards[0].model_copy(update=changes),)
+    def test_a_signed_shard_that_is_no_tar_is_a_data_error(self, tmp_path: Path) -> None:
+        manifest = write_shards(map(sample, range(3)), tmp_path / "set")
+        path = tmp_path / "set" / manifest.shards[0].file
+        path.write_bytes(b"no tar" * 1000)
+        shards = (corpus.sign(path, 3),)
         changed = manifest.model_copy(update={"shards": shards, "digest": dataset_digest(shards)})
-        (folder / MANIFEST).write_text(changed.model_dump_json())
+        (tmp_path / "set" / MANIFEST).write_text(changed.model_dump_json())
+        with pytest.raises(DataError, match=f"{path.name} is no whole tar"):
+            preprocess([str(tmp_path / "set")], tmp_path / "out", data=DATA, config=CONFIG)
+
+    def test_tars_of_others_are_read_in_place(self, tmp_path: Path) -> None:
+        credits = Credits(style="photo", source="laion", license="NOASSERTION")
+        source = WebDatasetSource(img2dataset(tmp_path / "tars", shards=3), credits)
+        write_index(source.index(), tmp_path / "set")
+        report = preprocess([str(tmp_path / "set")], tmp_path / "out", data=DATA, config=CONFIG)
+        assert report.promised == 15 and report.reasons == {"failed_download": 3}
+        row = pq.read_table(tmp_path / "out" / "pixels").to_pylist()[0]
+        assert (row["key"], row["group"], row["license"]) == (
+            "000000000", "http://u/0", "CC-BY-4.0")  # fmt: skip
+        assert row["captions"] == [{"text": "thing 0", "language": "en"}]
+
+    def test_what_was_staged_is_not_done_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write_shards(mixed(), tmp_path / "set", max_bytes=60_000)
+        arguments = {"data": DATA, "config": CONFIG}
+        preprocess([str(tmp_path / "set")], tmp_path / "whole", **arguments)
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "full")
+
+        with monkeypatch.context() as patch, pytest.raises(ResourceError, match="no space"):
+            patch.setattr("pipeline.preprocess._write_tables", full)
+            preprocess([str(tmp_path / "set")], tmp_path / "out", **arguments)
+        staged = tmp_path / ".out.partial" / "staged"
+        kept, broken, *_ = sorted(staged.iterdir())
+        times = {path: path.stat().st_mtime_ns for path in kept.iterdir()}
+        next(broken.iterdir()).unlink()
+        (broken / ".000000000.parquet.partial").write_bytes(b"half")
+        seen: list[float] = []
+        report = preprocess(
+            [str(tmp_path / "set")], tmp_path / "out", **arguments,
+            on_progress=lambda progress: seen.append(self.look(times, progress.share)),
+        )  # fmt: skip
+        assert seen and seen[-1] == 1 and report.accepted == 80
+        assert files(tmp_path / "out") == files(tmp_path / "whole")
+        assert not staged.exists()
+
+    @staticmethod
+    def look(times: dict[Path, int], share: float) -> float:
+        assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+        return share
 
 
 def test_no_shard_set_or_one_named_twice_is_refused(tmp_path: Path) -> None:
