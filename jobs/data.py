@@ -4,6 +4,7 @@ Run:
 
     tessera data verify home:cats
     tessera data show home:cats --out cats.png
+    tessera data augment emoji-base --out augment.png
 """
 
 from __future__ import annotations
@@ -11,21 +12,32 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from pipeline.augment import Augment
 from pipeline.captions import BadCaption
-from pipeline.config import PreprocessConfig
+from pipeline.config import AugmentConfig, PreprocessConfig, Recipe
 from pipeline.decoding import parse_record
+from pipeline.errors import DataError
 from pipeline.images import WHITE, BadPicture, decode, grid
+from pipeline.mirror import may_mirror
 from pipeline.records import record_of
-from pipeline.shards import Manifest, open_shards, read_manifest
+from pipeline.shards import Manifest, locate, open_shards, read_manifest
 from pipeline.storage import open_patiently
 from pipeline.tars import TarSample, read_samples
 
 SIDE = 96  # pixels a picture on a contact sheet
 COLUMNS = 8
+STRENGTHS = {
+    "flip": 1.0, "zoom": 0.3, "rotate": 20.0, "random_crop": 0.4, "ten_crop": 0.75, "shift": 10,
+    "color": 1.0, "swap_channels": 1.0, "blur": 1.0, "noise": 0.2, "cutout": 0.5, "mixup": 1.0,
+    "cutmix": 1.0,
+}  # fmt: skip
+"""Of the effects a recipe does not use, to show them all the same."""
 
 
 def contact_sheet(uri: str, out: Path, *, count: int = 48) -> Manifest:
@@ -42,6 +54,68 @@ def contact_sheet(uri: str, out: Path, *, count: int = 48) -> Manifest:
     out.parent.mkdir(parents=True, exist_ok=True)
     grid(np.stack(images), min(COLUMNS, len(images)), captions=captions).save(out)
     return manifest
+
+
+def augmentation_grid(
+    recipe: Recipe, home: Path, out: Path, *, count: int = 8, seed: int = 0
+) -> None:
+    """Write a PNG of a recipe's first pictures, a row an effect, then a row a section of its.
+
+    An effect the recipe uses somewhere has that strength, the others those of STRENGTHS.
+
+    Raises:
+        DataError: no shard set, or no picture in it that can be read.
+    """
+    uri = locate(recipe.data.shards[0], home)
+    manifest = read_manifest(uri)
+    images, flippable = [], []
+    for sample in _spread(uri, manifest, 4 * count):
+        try:
+            record = _record(sample, manifest)
+            images.append(decode(sample.picture or b"", recipe.preprocess, key=sample.key))
+            flippable.append(may_mirror([caption["text"] for caption in record["captions"]]))
+        except (BadPicture, BadCaption):
+            continue
+    if not images:
+        raise DataError(f"{uri} has no picture that can be read: see `tessera data show {uri}`")
+    step = max(1, len(images) // count)
+    pictures = torch.from_numpy(np.stack(images[::step][:count]))
+    may_flip = torch.tensor(flippable[::step][:count])
+    sections = {
+        "tokenizer.train": recipe.tokenizer.train.augment,
+        "encode": recipe.encode.augment,
+        "aligner.train": recipe.aligner.train.augment,
+    }
+    rows = {"as it is": pictures}
+    seeds = seed + torch.arange(len(pictures))
+    for name, config in {**_effects(list(sections.values())), **sections}.items():
+        rows[name] = Augment(config)(pictures, seeds=seeds, flippable=may_flip)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scale = max(1, SIDE // recipe.preprocess.image_size)
+    stacked = torch.cat(list(rows.values()))
+    grid(stacked, len(pictures), row_labels=tuple(rows), scale=scale).save(out)
+
+
+def _effects(sections: list[AugmentConfig]) -> dict[str, AugmentConfig]:
+    """Every effect alone, labelled with its strength."""
+    found = {}
+    for name, default in STRENGTHS.items():
+        used = max(getattr(section, name) for section in sections)
+        alone = {"flip": 0.0, name: used or default}
+        label = f"{name}={used:g}" if used else f"({name}={default:g})"
+        found[label] = AugmentConfig.model_validate(alone)
+    return found
+
+
+def _record(sample: TarSample, manifest: Manifest) -> dict[str, Any]:
+    """What a sample says of itself.
+
+    Raises:
+        BadCaption: nothing that can be read.
+    """
+    if manifest.in_place is None:
+        return parse_record(sample.files.get("json"))
+    return record_of(sample.key, sample.files, manifest.in_place)
 
 
 def _spread(uri: str, manifest: Manifest, count: int) -> Iterator[TarSample]:
@@ -61,10 +135,7 @@ def _cell(sample: TarSample, manifest: Manifest) -> tuple[NDArray[np.uint8], str
     """A picture uint8 (3, SIDE, SIDE) and what to write below it."""
     config = PreprocessConfig(image_size=SIDE, min_side=1, max_aspect=1e6)
     try:
-        if manifest.in_place is None:
-            record = parse_record(sample.files.get("json"))
-        else:
-            record = record_of(sample.key, sample.files, manifest.in_place)
+        record = _record(sample, manifest)
         if sample.problem or sample.picture is None:
             raise BadPicture(sample.problem or "no_picture")
         captions = [caption["text"] for caption in record["captions"]]

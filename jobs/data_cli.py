@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.options import DEFAULT_HOME, AsJson, Debug, Home
+from jobs.options import DEFAULT_HOME, AsJson, Debug, Home, Overrides, RecipeName
 
 if TYPE_CHECKING:
     from pipeline.contracts import Source
@@ -277,4 +277,23 @@ def data_show(
             ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
         )
         typer.echo(f"{name:<10} {shown}")
+    typer.echo(str(out))
+
+
+@data_app.command("augment")
+def data_augment(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="The picture grid to write.")] = Path("augment.png"),
+    count: Annotated[int, typer.Option(min=2, max=64, help="Pictures a row.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random changes.")] = 0,
+    home: Home = DEFAULT_HOME,
+    debug: Debug = False,
+) -> None:
+    """Show what every augmentation does to a recipe's pictures, and what its sections do."""
+    from jobs.data import augmentation_grid
+    from pipeline.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    augmentation_grid(loaded, home, out, count=count, seed=seed)
     typer.echo(str(out))

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from pipeline.bundle import load_tokenizer
 from pipeline.config import CaptionEncoderConfig, EncodeConfig, PictureFilter
 from pipeline.feed import CaptionedDataset, CaptionStates, fixed_width, read_table, spread
 from pipeline.images import to_float
+from pipeline.mirror import may_mirror
 from pipeline.progress import OnProgress, Progress
 from pipeline.runtime import autocast, available_cpus, choose_device
 from pipeline.text import load_caption_encoder
@@ -48,9 +50,14 @@ class _PictureEncoder:
         shape = (3, self.image_size, self.image_size)
         images = torch.from_numpy(fixed_width(batch["image"], np.uint8, shape).copy())
         images = images.to(self.device)
-        torch.manual_seed(_batch_seed(batch["key"][0].as_py(), self.seed))
+        keys = batch["key"].to_pylist()
+        texts = [[c["text"] for c in captions] for captions in batch["captions"].to_pylist()]
+        flippable = torch.tensor([may_mirror(captions) for captions in texts])
         views = [self._encode(images)]
-        views += [self._encode(self.augment(images)) for _ in range(self.config.num_views - 1)]
+        for view in range(1, self.config.num_views):
+            seeds = torch.tensor([_view_seed(key, view, self.seed) for key in keys])
+            changed = self.augment(images, seeds=seeds, flippable=flippable)
+            views.append(self._encode(changed))
         tokens = torch.stack(views, 1).cpu().numpy().astype(np.uint16)  # (B, views, N)
         column = pa.array([row.tobytes() for row in tokens], pa.binary())
         return batch.select(KEPT).append_column("image_tokens", column)
@@ -87,8 +94,10 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _batch_seed(key: str, seed: int) -> int:
-    return int.from_bytes(key.encode()[-7:], "big") + seed
+def _view_seed(key: str, view: int, seed: int) -> int:
+    """A picture's own: whatever batch it is in, and however many actors there are."""
+    digest = hashlib.sha256(f"view:{seed}:{view}:{key}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
 
 
 def _actor_options() -> dict[str, Any]:
@@ -210,7 +219,7 @@ def captioned_dataset(
         DataError: no picture is left after filtering.
     """
     column = "image_tokens" if num_tokens else "image"
-    table = read_table(rows, split=split, only=only, columns=[*KEPT, column])
+    table = read_table(rows, split=split, only=only, columns=[*KEPT, column], captioned=True)
     texts = json.loads((captions / "captions.json").read_text(encoding="utf-8"))
     ids = {text: i for i, text in enumerate(texts)}
     caption_ids = [

@@ -109,7 +109,7 @@ def _styles(directory: Path) -> tuple[str, ...]:
 def _read(directory: Path, style: str, split: str) -> pa.Table:
     columns = ["group", "image", "captions"]
     only = PictureFilter(styles=(style,))
-    return feed.read_table(directory, split=split, only=only, columns=columns)
+    return feed.read_table(directory, split=split, only=only, columns=columns, captioned=True)
 
 
 def _languages(tables: Sequence[pa.Table], wanted: Sequence[str]) -> tuple[str, ...]:

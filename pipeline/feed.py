@@ -3,7 +3,9 @@
 The order of one epoch is a permutation by (seed, epoch) alone, so it does not depend on the number
 of workers; a step takes the next `batch_size` rows of that endless order and every rank reads its
 own stride of them. The step number is therefore the exact position: a training that resumes at
-step k repeats nothing and skips nothing.
+step k repeats nothing and skips nothing. Which caption and which view of a row are taken, and how
+augmentation changes its picture, is drawn for its place in the global batch, so that this does not
+depend on the number of workers either.
 """
 
 from __future__ import annotations
@@ -28,8 +30,11 @@ class Dataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, rows: np.ndarray, rng: np.random.Generator | None) -> dict[str, Tensor]:
-        """The rows as tensors. `rng` picks among captions and views; None takes the first."""
+    def batch(self, rows: np.ndarray, draws: np.ndarray | None) -> dict[str, Tensor]:
+        """The rows as tensors.
+
+        `draws`, float64 (rows, 2) in [0, 1), picks among captions and views; None takes the first.
+        """
 
 
 def global_rows(step: int, *, length: int, batch_size: int, seed: int) -> np.ndarray:
@@ -48,10 +53,15 @@ def global_rows(step: int, *, length: int, batch_size: int, seed: int) -> np.nda
 def training_batch(
     dataset: Dataset, step: int, *, batch_size: int, seed: int, rank: int, world_size: int
 ) -> dict[str, Tensor]:
-    """What `rank` trains on at `step`: batch_size / world_size rows."""
+    """What `rank` trains on at `step`: batch_size / world_size rows.
+
+    Beside what the dataset gives: "seeds" int64 (rows,), for `Augment`.
+    """
     rows = global_rows(step, length=len(dataset), batch_size=batch_size, seed=seed)
-    rng = np.random.default_rng((seed, step, rank))
-    return dataset.batch(rows[rank::world_size], rng)
+    rng = np.random.default_rng((seed, step))
+    draws, seeds = rng.random((batch_size, 2)), rng.integers(2**62, size=batch_size)
+    mine = slice(rank, None, world_size)
+    return dataset.batch(rows[mine], draws[mine]) | {"seeds": torch.from_numpy(seeds[mine])}
 
 
 def validation_rows(
@@ -75,8 +85,11 @@ def read_table(
     split: str | Sequence[str] | None = None,
     only: PictureFilter | None = None,
     columns: Sequence[str] | None = None,
+    captioned: bool = False,
 ) -> pa.Table:
     """Rows of a Parquet directory, filtered by split and style, sorted by key.
+
+    With `captioned`, which needs that column, rows without a caption are left out.
 
     Raises:
         DataError: nothing is left.
@@ -91,10 +104,12 @@ def read_table(
         table = table.filter(pc.is_in(table["style"], pa.array(only.styles)))
     if only is not None and only.exclude_styles:
         table = table.filter(pc.invert(pc.is_in(table["style"], pa.array(only.exclude_styles))))
+    if captioned:
+        table = table.filter(pc.greater(pc.list_value_length(table["captions"]), 0))
     if not table.num_rows:
         raise DataError(
-            f"none of the {found} pictures in {directory} has split={split!r} and styles {only}: "
-            "check the recipe's data and filter sections"
+            f"none of the {found} pictures in {directory} has split={split!r}, styles {only}"
+            f"{' and a caption' if captioned else ''}: check the recipe's data and filter sections"
         )
     return table.sort_by("key")
 
@@ -127,7 +142,7 @@ class PictureDataset:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batch(self, rows: np.ndarray, rng: np.random.Generator | None) -> dict[str, Tensor]:
+    def batch(self, rows: np.ndarray, draws: np.ndarray | None) -> dict[str, Tensor]:
         return {"images": torch.from_numpy(self.images[rows])}
 
 
@@ -181,17 +196,16 @@ class CaptionedDataset:
     def __len__(self) -> int:
         return len(self.caption_ids)
 
-    def batch(self, rows: np.ndarray, rng: np.random.Generator | None) -> dict[str, Tensor]:
-        chosen = np.array([self._pick(self.caption_ids[row], rng) for row in rows])
+    def batch(self, rows: np.ndarray, draws: np.ndarray | None) -> dict[str, Tensor]:
+        draws = np.zeros((len(rows), 2)) if draws is None else draws
+        known = [self.caption_ids[row] for row in rows]
+        chosen = np.array(
+            [ids[int(d * len(ids))] for ids, d in zip(known, draws[:, 0], strict=True)]
+        )
         batch = self.captions.batch(chosen)
         for name, array in self.arrays.items():
             if name in self.viewed:
-                views = (
-                    rng.integers(array.shape[1], size=len(rows))
-                    if rng
-                    else np.zeros(len(rows), int)
-                )
-                picked = array[rows, views]
+                picked = array[rows, (draws[:, 1] * array.shape[1]).astype(int)]
             else:
                 picked = array[rows]
             if picked.dtype == np.uint16:
@@ -200,7 +214,3 @@ class CaptionedDataset:
         batch["style"] = torch.from_numpy(self.style[rows])
         batch["group"] = torch.from_numpy(self.group[rows])
         return batch
-
-    @staticmethod
-    def _pick(ids: np.ndarray, rng: np.random.Generator | None) -> int:
-        return int(ids[rng.integers(len(ids))] if rng else ids[0])

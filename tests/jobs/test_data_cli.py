@@ -98,6 +98,13 @@ def test_the_limit_of_bad_samples_is_an_option(
     assert found == [("preprocess", 0.2, 40), ("preprocess", 0.05, 120)]
 
 
+def test_augmentations_are_shown(tmp_path: Path) -> None:
+    out = tmp_path / "grid.png"
+    assert run("data", "augment", "smoke", "--out", str(out), "--count", "4").strip() == str(out)
+    shown = np.asarray(Image.open(out))
+    assert shown.shape[0] > 17 * 64, "the pictures, thirteen effects and three sections"
+
+
 def test_every_command_of_the_guide_parses() -> None:
     blocks = re.findall(r"```bash\n(.*?)```", GUIDE, re.S)
     text = "\n".join(blocks).replace("\\\n", " ")

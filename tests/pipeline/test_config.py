@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import PreprocessConfig, Recipe, load_recipe, recipe_names
+from pipeline.config import (
+    AugmentConfig,
+    PreprocessConfig,
+    Recipe,
+    TrainConfig,
+    load_recipe,
+    recipe_names,
+)
 from pipeline.errors import RecipeError
 
 
@@ -79,3 +86,14 @@ def test_settings_younger_than_the_content_keys_stay_out_of_them_at_their_defaul
     changed = PreprocessConfig(languages=("zh",), deduplicate="exact")
     assert set(changed.model_dump(mode="json")) == old | {"languages", "deduplicate"}
     assert PreprocessConfig.model_validate(changed.model_dump()) == changed
+    old = {"flip", "zoom", "shift", "color", "swap_channels", "blur", "noise"}
+    assert set(AugmentConfig().model_dump(mode="json")) == old
+
+
+def test_a_config_of_an_earlier_version_unpickles_with_defaults() -> None:
+    config = TrainConfig(batch_size=7, augment=AugmentConfig(flip=0.1))
+    state = config.__getstate__()
+    del state["__dict__"]["seed"]
+    found = TrainConfig.__new__(TrainConfig)
+    found.__setstate__(state)
+    assert found == config and found.seed == 0

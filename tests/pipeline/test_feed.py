@@ -44,6 +44,58 @@ def test_ranks_share_a_step_without_overlap(world_size: int, step: int) -> None:
     assert torch.equal(interleaved, together)
 
 
+@given(world_size=st.sampled_from([2, 4]), step=st.integers(0, 20))
+def test_captions_views_and_seeds_do_not_depend_on_the_number_of_workers(
+    world_size: int, step: int, captioned: feed.CaptionedDataset
+) -> None:
+    def batches(workers: int) -> list[dict[str, torch.Tensor]]:
+        return [
+            feed.training_batch(
+                captioned, step, batch_size=8, seed=3, rank=rank, world_size=workers
+            )
+            for rank in range(workers)
+        ]
+
+    (whole,) = batches(1)
+    shares = batches(world_size)
+    assert len(set(whole["seeds"].tolist())) == 8
+    for name, value in whole.items():
+        assert len({len(share[name]) for share in shares}) == 1, "equal steps on all ranks"
+        together = torch.stack([share[name] for share in shares], 1).flatten(0, 1)
+        assert torch.equal(together, value), name
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory: pytest.TempPathFactory) -> feed.CaptionedDataset:
+    """Ten rows of three views and three captions."""
+    folder = tmp_path_factory.mktemp("captions")
+    np.save(folder / "states.npy", np.arange(60, dtype=np.float16).reshape(30, 2))
+    np.save(folder / "offsets.npy", np.arange(31))
+    return feed.CaptionedDataset(
+        arrays={"image_tokens": np.arange(10 * 3 * 4, dtype=np.uint16).reshape(10, 3, 4)},
+        viewed=frozenset({"image_tokens"}),
+        caption_ids=[np.arange(3 * i, 3 * i + 3) for i in range(10)],
+        captions=feed.CaptionStates(folder, max_tokens=2),
+        style=np.zeros(10, np.int64), group=np.arange(10),
+    )  # fmt: skip
+
+
+def test_a_training_that_resumes_repeats_and_skips_nothing(
+    captioned: feed.CaptionedDataset,
+) -> None:
+    def step(k: int, workers: int) -> list[int]:
+        groups = [
+            feed.training_batch(captioned, k, batch_size=4, seed=0, rank=r, world_size=workers)
+            for r in range(workers)
+        ]
+        return sorted(int(g) for share in groups for g in share["group"])
+
+    whole = [step(k, 1) for k in range(10)]
+    killed_at_7 = [step(k, 1) for k in range(7)] + [step(k, 2) for k in range(7, 10)]
+    assert killed_at_7 == whole
+    assert sorted(g for batch in whole[:5] for g in batch) == sorted([*range(10)] * 2)
+
+
 @given(length=st.integers(1, 300), num_batches=st.integers(1, 9), world_size=st.integers(1, 3))
 def test_validation_rows_are_fixed_and_split(
     length: int, num_batches: int, world_size: int
@@ -64,6 +116,11 @@ def test_filters_name_what_they_left_nothing_of(tmp_path: Path) -> None:
     assert feed.read_table(tmp_path)["key"].to_pylist() == ["a", "b"]
     assert feed.read_table(tmp_path, split="train")["key"].to_pylist() == ["b"]
     assert feed.read_table(tmp_path, only=PictureFilter(exclude_styles=("x",))).num_rows == 1
+    captions = pa.array([[], [{"text": "a", "language": "en"}]])
+    pq.write_table(table.append_column("captions", captions), tmp_path / "rows.parquet")
+    assert feed.read_table(tmp_path, captioned=True)["key"].to_pylist() == ["a"]
+    with pytest.raises(DataError, match=r"split='train'.*and a caption"):
+        feed.read_table(tmp_path, split="train", captioned=True)
     with pytest.raises(DataError, match=r"none of the 2 pictures.*split='train'"):
         feed.read_table(tmp_path, split="train", only=PictureFilter(styles=("y",)))
 
@@ -82,6 +139,6 @@ def test_captions_are_padded_and_views_are_drawn(tmp_path: Path) -> None:
     assert first["image_tokens"].tolist() == tokens[:, 0].tolist()
     assert first["caption_mask"].tolist() == [[True, True, False, False], [True, True, True, False]]
     assert first["caption_states"][0, 2:].abs().sum() == 0
-    drawn = [data.batch(np.array([1]), np.random.default_rng(i)) for i in range(40)]
+    drawn = [data.batch(np.array([1]), np.random.default_rng(i).random((1, 2))) for i in range(40)]
     assert {tuple(d["image_tokens"][0].tolist()) for d in drawn} == set(map(tuple, tokens[1]))
     assert {int(d["caption_mask"].sum()) for d in drawn} == {2, 3}

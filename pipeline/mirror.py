@@ -1,0 +1,36 @@
+"""Which pictures may be mirrored: none whose caption or picture says which way round it is.
+
+    may_mirror(["flag: France"]), may_mirror(["red apple", "红苹果"])        # (False, True)
+
+Captions alone are read, so a picture that bears text without its captions saying so is mirrored.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+# sides and turns; flags; letters, digits and writing
+_ENGLISH = re.compile(
+    r"\b(?:left|right|leftwards|rightwards|clockwise|anticlockwise|counterclockwise|"
+    r"east|west|eastern|western|back arrow|"
+    r"flags?|banner|ensign|"
+    r"text|letters?|alphabet|latin|abc|words?|wordmark|writing|written|handwriting|inscription|"
+    r"typography|font|lettering|caption|slogan|label|signs?|signage|signpost|billboard|poster|"
+    r"logo|brand|newspaper|book cover|menu|ticket|calendar|numbers?|numerals?|digits?|keycap|"
+    r"button|clock|o['’]clock|watch face|license plate|licence plate|number plate|monogram|"
+    r"zodiac|sheet music|musical score|map)\b",
+    re.IGNORECASE,
+)
+_CHINESE = re.compile(
+    r"[左右旗]|顺时针|逆时针|朝[东西]|文字|汉字|漢字|字母|字样|数字|數字|拉丁|"
+    r"标志|標誌|标牌|招牌|海报|商标|按钮|按鈕|键帽|時鐘|时钟|钟表|点钟|地图|地圖|日历|报纸|书法|車牌|车牌|乐谱"
+)
+_QUOTED = re.compile(r"[\"“”„«»「」『』][^\"“”„«»「」『』]+[\"“”„«»「」『』]")
+_CAPITALS = re.compile(r"\b[A-Z]{2,}\b|\b[B-HJ-Z]\b(?!['’.])")  # OK, SOS, A button; not "I", "A"
+
+
+def may_mirror(captions: Iterable[str]) -> bool:
+    """Whether a picture with these captions may be flipped horizontally."""
+    patterns = (_ENGLISH, _CHINESE, _QUOTED, _CAPITALS)
+    return not any(pattern.search(caption) for caption in captions for pattern in patterns)
