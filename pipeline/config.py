@@ -13,7 +13,7 @@ import difflib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -227,8 +227,15 @@ class TokenizerConfig(Config):
         description="training goes on from its weights: a tokenizer's or bundle's directory, or "
         "asset:base; None starts from scratch",
     )
+    freeze: bool = Field(False, description="take `source` as it is instead of training on")
     data: PictureFilter = PictureFilter()
     train: TrainConfig = TrainConfig(optimizer="adamw", weight_decay=0.01)
+
+    @model_validator(mode="after")
+    def _frozen_has_a_source(self) -> Self:
+        if self.freeze and self.source is None:
+            raise ValueError("tokenizer.freeze=true needs tokenizer.source: what to take as it is")
+        return self
 
 
 class EncodeConfig(Config):
@@ -237,6 +244,19 @@ class EncodeConfig(Config):
     num_views: int = Field(1, ge=1, description="token grids a picture; the first is unaugmented")
     augment: AugmentConfig = AugmentConfig(shift=2, flip=0.0)
     batch_size: int = Field(64, ge=1, description="pictures an actor call")
+
+
+class CausalConfig(Config):
+    """What the causal family has beyond the others."""
+
+    language_model: str | None = Field(
+        None,
+        description="hub id, directory, .gguf file or package:NAME of a pretrained causal language "
+        "model; None: a small Llama of the generator's width, depth and heads over UTF-8 bytes",
+    )
+    max_prompt_tokens: int = Field(48, ge=1, description="longer captions are cut")
+    top_k: int = Field(0, ge=0, description="likeliest image tokens to draw from; 0: all")
+    top_p: float = Field(1.0, gt=0, le=1, description="probability of those to draw from; 1: all")
 
 
 class GanConfig(Config):
@@ -271,6 +291,7 @@ class GeneratorConfig(Config):
     guidance_scale: float = Field(3.0, ge=1, description="default at generation")
     temperature: float = Field(1.0, ge=0, description="default at generation")
     num_steps: int = Field(12, ge=1, description="default at generation")
+    causal: CausalConfig = CausalConfig()
     gan: GanConfig = GanConfig()
     data: PictureFilter = PictureFilter()
     train: TrainConfig = TrainConfig()

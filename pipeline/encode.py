@@ -25,9 +25,18 @@ from torch import Tensor
 from pipeline.augment import Augment
 from pipeline.bundle import load_tokenizer
 from pipeline.config import CaptionEncoderConfig, EncodeConfig, PictureFilter
-from pipeline.feed import CaptionedDataset, CaptionStates, fixed_width, read_table, spread
+from pipeline.feed import (
+    CaptionedDataset,
+    CaptionIds,
+    CaptionStates,
+    fixed_width,
+    read_table,
+    spread,
+)  # fmt: skip
 from pipeline.images import to_float
 from pipeline.mirror import may_mirror
+from pipeline.models._captions import CaptionTokenizer
+from pipeline.pixel_store import read_pixels
 from pipeline.progress import OnProgress, Progress
 from pipeline.runtime import autocast, available_cpus, choose_device
 from pipeline.text import load_caption_encoder
@@ -206,20 +215,22 @@ def captioned_dataset(
     only: PictureFilter | None = None,
     num_tokens: int | None = None,
     image_size: int | None = None,
+    caption_tokenizer: CaptionTokenizer | None = None,
 ) -> CaptionedDataset:
-    """Pictures with their captions' states, for training.
+    """Pictures with their captions' states, or token ids, for training.
 
     Args:
         rows: `encode_pictures`' output (give num_tokens) or preprocess' pixels (give image_size).
         captions: `encode_captions`' output.
         split: "train", "validation" or "test", or several of them.
         styles: names by style id.
+        caption_tokenizer: gives captions as its token ids instead of the encoder's states.
 
     Raises:
         DataError: no picture is left after filtering.
     """
-    column = "image_tokens" if num_tokens else "image"
-    table = read_table(rows, split=split, only=only, columns=[*KEPT, column], captioned=True)
+    columns = [*KEPT, "image_tokens"] if num_tokens else KEPT
+    table = read_table(rows, split=split, only=only, columns=columns, captioned=True)
     texts = json.loads((captions / "captions.json").read_text(encoding="utf-8"))
     ids = {text: i for i, text in enumerate(texts)}
     caption_ids = [
@@ -228,17 +239,21 @@ def captioned_dataset(
     groups = table["group"].to_pylist()
     group_ids = {group: i for i, group in enumerate(sorted(set(groups)))}
     if num_tokens:
-        flat = fixed_width(table[column], np.uint16, (-1, num_tokens))
+        flat = fixed_width(table["image_tokens"], np.uint16, (-1, num_tokens))
         arrays, viewed = {"image_tokens": flat}, frozenset({"image_tokens"})
     else:
         assert image_size is not None
-        pixels = fixed_width(table[column], np.uint8, (3, image_size, image_size))
+        pixels = read_pixels(rows, table["place"].to_numpy(), image_size=image_size)
         arrays, viewed = {"images": pixels}, frozenset()
     return CaptionedDataset(
         arrays=arrays,
         viewed=viewed,
         caption_ids=caption_ids,
-        captions=CaptionStates(captions, max_tokens=max_tokens),
+        captions=(
+            CaptionStates(captions, max_tokens=max_tokens)
+            if caption_tokenizer is None
+            else CaptionIds(texts, caption_tokenizer)
+        ),
         style=np.array([styles.index(s) for s in table["style"].to_pylist()], np.int64),
         group=np.array([group_ids[g] for g in groups], np.int64),
     )

@@ -10,7 +10,7 @@ depend on the number of workers either.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -172,11 +172,24 @@ class CaptionStates:
         return {"caption_states": torch.from_numpy(states), "caption_mask": torch.from_numpy(mask)}
 
 
-class CaptionedDataset:
-    """Pictures (pixels or image tokens) with the states of one of their captions.
+class CaptionIds:
+    """Every distinct caption as token ids; `read` gives ids int64 (B, L) and mask bool (B, L)."""
 
-    Batches: `arrays`, each (rows, ...) or with views (rows, views, ...); "caption_states",
-    "caption_mask"; "style" and "group" int64 (B,).
+    def __init__(
+        self, texts: Sequence[str], read: Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+    ) -> None:
+        self.ids, self.mask = read(texts)
+
+    def batch(self, ids: np.ndarray) -> dict[str, Tensor]:
+        """{"caption_ids": int64 (B, L), "caption_mask": bool (B, L)}."""
+        return {"caption_ids": self.ids[ids], "caption_mask": self.mask[ids]}
+
+
+class CaptionedDataset:
+    """Pictures (pixels or image tokens), each with one of its captions.
+
+    Batches: `arrays`, each (rows, ...) or with views (rows, views, ...); "caption_states" or
+    "caption_ids", "caption_mask"; "style" and "group" int64 (B,).
     """
 
     def __init__(
@@ -185,7 +198,7 @@ class CaptionedDataset:
         arrays: Mapping[str, np.ndarray],
         viewed: frozenset[str],
         caption_ids: Sequence[np.ndarray],
-        captions: CaptionStates,
+        captions: CaptionStates | CaptionIds,
         style: np.ndarray,
         group: np.ndarray,
     ) -> None:

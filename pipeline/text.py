@@ -31,7 +31,7 @@ from transformers.utils import logging as hf_logging
 
 from pipeline.config import CaptionEncoderConfig
 from pipeline.errors import BundleError, PretrainedNotFoundError
-from pipeline.pretrained import find_encoder, how_to_get
+from pipeline.pretrained import find_language_model, how_to_get
 from pipeline.runtime import autocast
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ def load_caption_encoder(
     Raises:
         PretrainedNotFoundError: it is nowhere to be found; the message says how to get it.
     """
-    source = find_encoder(config.model, cache=cache)
+    source = find_language_model(config.model, cache=cache)
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source)
@@ -157,7 +157,7 @@ def check_available(config: CaptionEncoderConfig, *, cache: Path) -> None:
     Raises:
         PretrainedNotFoundError: it is nowhere to be found; the message says how to get it.
     """
-    source = find_encoder(config.model, cache=cache)
+    source = find_language_model(config.model, cache=cache)
     try:
         AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:

@@ -3,7 +3,7 @@
     with ray_runtime():
         outcome = Chain(recipe, home, reporter).retrain()
 
-Steps, with what each depends on: preprocess (shards), tokenizer (pixels; or the base bundle's),
+Steps, with what each depends on: preprocess (shards), tokenizer (pixels; or a given one),
 captions and tokens (pixels, encoder, tokenizer), aligner (pixels, captions; or a trained one),
 generator (tokens, captions, base), evaluate (all of these, and the champion), promote.
 """
@@ -31,6 +31,7 @@ from pipeline.bundle import (
     resolve_tokenizer,
     save_bundle,
     save_tokenizer,
+    text_tokenizer_of,
 )  # fmt: skip
 from pipeline.card import write_card
 from pipeline.checkpoint import best_weights
@@ -41,6 +42,7 @@ from pipeline.evalset import EvalSet
 from pipeline.finetune import adapter_weights, merged_weights
 from pipeline.metrics import ImageNetFeatures
 from pipeline.preprocess import preprocess
+from pipeline.pretrained import find_language_model
 from pipeline.promotion import decide
 from pipeline.runtime import check_disk
 from pipeline.shards import locate, read_manifest
@@ -205,6 +207,8 @@ class Chain:
         recipe, config = self.recipe, self.recipe.tokenizer
         size = recipe.preprocess.image_size
         source = resolve_tokenizer(config.source) if config.source else None
+        if source is not None and config.freeze:
+            return source
 
         def work(context: StepContext) -> dict[str, Any]:
             result = train.fit(
@@ -303,6 +307,7 @@ class Chain:
                 spec=task.spec,
                 caption_encoder=recipe.caption_encoder,
                 identity=identify(encoder),
+                text_tokenizer=task.language_model,
             )
             return result.metrics
 
@@ -321,21 +326,32 @@ class Chain:
         recipe, config = self.recipe, self.generator_config
         found = set(pq.read_table(self.pixels, columns=["style"])["style"].to_pylist())
         wanted = set(config.data.styles or found) - set(config.data.exclude_styles)
+        language_model = self._language_model()
         spec = generation.make_spec(
-            self.tokenizer, caption_width, sorted(found & wanted), self.base, config
-        )
+            self.tokenizer, caption_width, sorted(found & wanted), self.base, config,
+            language_model,
+        )  # fmt: skip
         return generation.GeneratorTask(
             config=config,
             spec=spec,
             caption_encoder=recipe.caption_encoder,
             tokenizer=self.tokenizer,
-            pictures=(
-                self.tokens.path / "data" if self.reads == "image_tokens" else self.pixels
-            ),
+            pictures=(self.tokens.path / "data" if self.reads == "image_tokens" else self.pixels),
             captions=self.captions.path / "data",
             cache=self.cache,
             base=self.base,
+            language_model=language_model,
         )
+
+    def _language_model(self) -> str | None:
+        """Where the pretrained model, or the base's tokenizer of it, lies, if there is any."""
+        config = self.generator_config
+        if registry.load("models", config.family).CAPTIONS != "ids":
+            return None
+        if self.base is not None:
+            return text_tokenizer_of(self.base)
+        name = config.causal.language_model
+        return find_language_model(name, cache=self.cache) if name else None
 
     # ---- Choosing --------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -72,10 +73,13 @@ def tiny_bundles(
         styles=("noto", "twemoji"),
     )
     for family in registry.names("models"):
+        module = registry.load("models", family)
         config = TINY_GENERATOR.model_copy(update={"family": family})
+        if module.CAPTIONS == "ids":
+            spec = replace(spec, language_model=module.language_model_config(config, None))
         save_bundle(
             directory / family,
-            weights=registry.load("models", family).build(config, spec).state_dict(),
+            weights=module.build(config, spec).state_dict(),
             tokenizer=directory / "tokenizer",
             image_size=64,
             config=config,

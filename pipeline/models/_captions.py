@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import AutoTokenizer, ByT5Tokenizer
 
 from pipeline.contracts import CaptionEncoder
 
@@ -34,3 +35,35 @@ class CaptionReader:
         states, mask = self.encoder.encode([caption])
         missing = self.encoder.max_tokens - states.shape[1]
         return F.pad(states[0], (0, 0, 0, missing)), F.pad(mask[0], (0, missing))
+
+
+class CaptionTokenizer:
+    """Captions as a language model's own token ids, padded on the left to one length.
+
+    Args:
+        source: a directory or hub id with a tokenizer; None stands for UTF-8 bytes, which need no
+            vocabulary and know every language.
+        max_tokens: longer captions are cut.
+    """
+
+    def __init__(self, source: str | None, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self._tokenizer = AutoTokenizer.from_pretrained(source) if source else None
+        self._bytes = ByT5Tokenizer()
+
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """B captions -> ids int64 (B, max_tokens) and mask bool (B, max_tokens)."""
+        ids = torch.zeros(len(captions), self.max_tokens, dtype=torch.long)
+        mask = torch.zeros(len(captions), self.max_tokens, dtype=torch.bool)
+        for row, caption in enumerate(captions):
+            found = self._read(caption)[: self.max_tokens]
+            ids[row, self.max_tokens - len(found) :] = torch.tensor(found, dtype=torch.long)
+            mask[row, self.max_tokens - len(found) :] = True
+        return ids, mask
+
+    def _read(self, caption: str) -> list[int]:
+        if self._tokenizer is None:
+            read: list[int] = self._bytes(caption, add_special_tokens=False)["input_ids"]
+        else:
+            read = self._tokenizer(caption)["input_ids"]
+        return read

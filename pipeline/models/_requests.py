@@ -36,12 +36,14 @@ def check_requests(
     *,
     negative_prompts: bool = False,
     canvas_size: int | None = None,
+    fixed_steps: int | None = None,
 ) -> Settings:
     """Fill in defaults and check every limit before anything is drawn.
 
     Args:
         negative_prompts: whether the family can be led away from one.
         canvas_size: pixels a side of the canvas it can go on from; None if it cannot.
+        fixed_steps: the family's only number of decoding steps; None if a request may choose.
 
     Raises:
         RequestError: names the field, the value and what is allowed.
@@ -52,11 +54,10 @@ def check_requests(
             config.guidance_scale if request.guidance_scale is None else request.guidance_scale
         )
         temperature = config.temperature if request.temperature is None else request.temperature
-        num_steps = config.num_steps if request.num_steps is None else request.num_steps
+        num_steps = _steps(request, config, fixed_steps)
         _within("seed", request.seed, 0, MAX_SEED)
         _within("guidance_scale", guidance, 1.0, MAX_GUIDANCE)
         _within("temperature", temperature, 0.0, MAX_TEMPERATURE)
-        _within("num_steps", num_steps, 1, MAX_STEPS)
         settings.prompts.append(_prompt(request))
         settings.seeds.append(request.seed)
         settings.styles.append(_style(request.style, styles))
@@ -71,6 +72,19 @@ def check_requests(
 def _within(name: str, value: float, low: float, high: float) -> None:
     if not (math.isfinite(value) and low <= value <= high):
         raise RequestError(f"{name}={value} is outside {low} to {high}", param=name)
+
+
+def _steps(request: GenerationRequest, config: GeneratorConfig, fixed: int | None) -> int:
+    if fixed is None:
+        num_steps = config.num_steps if request.num_steps is None else request.num_steps
+        _within("num_steps", num_steps, 1, MAX_STEPS)
+        return num_steps
+    if request.num_steps not in (None, fixed):
+        raise RequestError(
+            f"num_steps={request.num_steps}: this model always draws in {fixed}; leave it out",
+            param="num_steps",
+        )
+    return fixed
 
 
 def _prompt(request: GenerationRequest) -> str:

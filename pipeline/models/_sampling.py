@@ -61,6 +61,20 @@ def classifier_free_guidance(conditional: Tensor, unconditional: Tensor, scale: 
     return unconditional + scale[:, None, None] * (conditional - unconditional)
 
 
+def truncated(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:
+    """Logits (..., V), -inf beyond the top_k likeliest and beyond the smallest set whose
+    probability reaches top_p (Holtzman et al. 2020, arXiv 1904.09751); 0 and 1 switch them off."""
+    if 0 < top_k < logits.shape[-1]:
+        least = logits.topk(top_k, -1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        beyond = (before >= top_p).scatter(-1, order, before >= top_p)
+        logits = logits.masked_fill(beyond, -math.inf)
+    return logits
+
+
 def gumbel_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
     """Standard Gumbel noise (B, *shape), row b from generators[b] alone, on the CPU."""
     rows = [torch.rand(*shape, generator=generator) for generator in generators]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.contracts import CaptionEncoder, ImageTokenizer
+from pipeline.models._captions import CaptionTokenizer
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class ModelSpec:
         levels: FSQ levels of a token's dimensions, empty for other tokenizers.
         caption_width: width of the caption encoder's states.
         styles: names by style id; at most GeneratorConfig.num_styles.
+        language_model: its Hugging Face config, for families that are built around one.
     """
 
     image_size: int
@@ -29,15 +33,17 @@ class ModelSpec:
     levels: tuple[int, ...]
     caption_width: int
     styles: tuple[str, ...]
+    language_model: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ModelParts:
-    """What a generator needs beside its network."""
+    """What a generator needs beside its network; caption_ids for families that read ids."""
 
     tokenizer: ImageTokenizer
     encoder: CaptionEncoder
     device: torch.device
+    caption_ids: CaptionTokenizer | None = None
 
 
 def level_digits(spec: ModelSpec) -> Tensor | None:

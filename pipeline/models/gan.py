@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from pipeline.config import GeneratorConfig
 from pipeline.contracts import GenerationRequest, OnStep
-from pipeline.errors import RecipeError, RequestError
+from pipeline.errors import RecipeError
 from pipeline.images import to_float, to_uint8
 from pipeline.models._captions import CaptionReader
 from pipeline.models._requests import check_requests
@@ -29,6 +29,7 @@ from pipeline.runtime import autocast
 from pipeline.text import masked_mean, standardise
 
 READS = "images"
+CAPTIONS = "states"
 SMALLEST = 4  # pixels a side where the generator starts and the discriminator ends
 
 
@@ -324,13 +325,8 @@ class Generator:
         Raises:
             RequestError: also for num_steps other than 1: there is one pass.
         """
-        for request in requests:
-            if request.num_steps not in (None, 1):
-                raise RequestError(
-                    f"num_steps={request.num_steps}: this model draws in one pass; leave it out",
-                    param="num_steps",
-                )
-        settings, device = check_requests(requests, self.config, self.styles), self.parts.device
+        settings = check_requests(requests, self.config, self.styles, fixed_steps=1)
+        device = self.parts.device
         noise = torch.stack(
             [
                 torch.randn(self.model.noise_width, generator=torch.Generator().manual_seed(seed))

@@ -28,6 +28,7 @@ from pipeline.runtime import autocast
 from pipeline.text import masked_mean, standardise
 
 READS = "image_tokens"
+CAPTIONS = "states"
 
 
 class TokenTable(nn.Module):

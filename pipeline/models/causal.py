@@ -1,0 +1,279 @@
+"""Causal generator (GPT type): a language model goes on from the caption with image tokens.
+
+Any `AutoModelForCausalLM` will do; its vocabulary grows by the image codebook and a few markers,
+kept beside it as a table and a head of their own, so that what is new and what was pretrained can
+be trained apart. `export` joins them into an ordinary Hugging Face model.
+
+Sources: Ramesh et al. 2021, DALL-E (arXiv 2102.12092): caption, then image tokens, one
+cross-entropy; Sun et al. 2024, LlamaGen (arXiv 2406.06525): guidance, top-k and top-p on image
+tokens; Ho and Salimans 2022 (arXiv 2207.12598): classifier-free guidance.
+
+A row reads  [padding] caption  style-marker  begin-marker  image tokens...  (see _tokens.py).
+Shapes: B pictures, N image tokens, L caption tokens with padding on the left, D model width, V
+codebook.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    ByT5Tokenizer,
+    DynamicCache,
+    LlamaConfig,
+    PreTrainedModel,
+)  # fmt: skip
+
+from pipeline.config import GeneratorConfig
+from pipeline.contracts import GenerationRequest, OnStep
+from pipeline.errors import RecipeError
+from pipeline.images import to_uint8
+from pipeline.models import _sampling as sampling
+from pipeline.models._requests import check_requests
+from pipeline.models._spec import ModelParts, ModelSpec
+from pipeline.models._tokens import ImageVocabulary
+from pipeline.runtime import autocast
+
+READS = "image_tokens"
+CAPTIONS = "ids"
+
+
+def language_model_config(config: GeneratorConfig, source: str | None) -> dict[str, Any]:
+    """The Hugging Face config to build by: a pretrained model's, or of a small Llama on bytes.
+
+    Raises:
+        RecipeError: the pretrained model's context is too short for a caption and a picture.
+    """
+    if source is not None:
+        found: dict[str, Any] = AutoConfig.from_pretrained(source).to_dict()
+        return found
+    made: dict[str, Any] = LlamaConfig(
+        vocab_size=len(ByT5Tokenizer()),
+        hidden_size=config.width,
+        intermediate_size=3 * config.width,
+        num_hidden_layers=config.depth,
+        num_attention_heads=config.heads,
+        attention_dropout=config.dropout,
+        max_position_embeddings=2_048,
+        tie_word_embeddings=True,
+    ).to_dict()
+    return made
+
+
+class CausalTransformer(nn.Module):
+    """A language model, a table of new tokens and a head over the image codebook."""
+
+    text_head: Tensor | None
+
+    def __init__(self, config: GeneratorConfig, spec: ModelSpec) -> None:
+        super().__init__()
+        if not spec.language_model:
+            raise RecipeError("a causal model needs spec.language_model, a Hugging Face config")
+        hf = AutoConfig.for_model(**spec.language_model)
+        self.spec, self.no_style = spec, config.num_styles
+        self.vocabulary = ImageVocabulary(hf.vocab_size, spec.codebook_size, config.num_styles)
+        prompt = config.causal.max_prompt_tokens
+        needed = prompt + 2 + spec.num_tokens
+        context = getattr(hf, "max_position_embeddings", needed)
+        if context < needed:
+            raise RecipeError(
+                f"generator.causal: {prompt} caption tokens, 2 markers and {spec.num_tokens} image "
+                f"tokens do not fit the language model's context of {context}; lower "
+                "max_prompt_tokens or take another model"
+            )
+        whole = AutoModelForCausalLM.from_config(hf, dtype=torch.float32)
+        self.lm: PreTrainedModel = whole.base_model
+        tied = bool(getattr(hf, "tie_word_embeddings", False))
+        self.register_buffer("text_head", None if tied else whole.lm_head.weight.detach().clone())
+        width = self.lm.get_input_embeddings().embedding_dim
+        self.image_table = nn.Embedding(self.vocabulary.num_new, width)
+        self.image_head = nn.Linear(width, spec.codebook_size, bias=False)
+        for weight in (self.image_table.weight, self.image_head.weight):
+            nn.init.normal_(weight, std=0.02)
+
+    def text_modules(self) -> list[nn.Module]:
+        """What reads the caption: the policy `frozen` leaves the language model alone."""
+        return [self.lm]
+
+    def head_modules(self) -> list[nn.Module]:
+        """What the policy `head` trains: the new tokens' table and head, and the last block."""
+        blocks = [m for m in self.lm.modules() if isinstance(m, nn.ModuleList)]
+        return [self.image_table, self.image_head, blocks[0][-1]]
+
+    @torch.no_grad()
+    def start_from_language_model(self, source: str) -> None:
+        """Take a pretrained model's weights; new tokens start near the mean of the old ones."""
+        whole = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        self.lm.load_state_dict(whole.base_model.state_dict())
+        if self.text_head is not None:
+            self.text_head.copy_(whole.lm_head.weight)
+        old = self.lm.get_input_embeddings().weight
+        self.image_table.weight.normal_(std=0.2 * float(old.std())).add_(old.mean(0))
+        self.image_head.weight.normal_(std=float(old.std()))
+
+    def prompt(self, ids: Tensor, mask: Tensor, style: Tensor) -> tuple[Tensor, Tensor]:
+        """Everything before the picture.
+
+        Args:
+            ids: int64 (B, L); mask: bool (B, L), padding on the left; all False: no caption.
+            style: int64 (B,), `no_style` leaves it open.
+
+        Returns:
+            embeddings (B, L + 2, D) and mask bool (B, L + 2).
+        """
+        text = self.lm.get_input_embeddings()(ids)
+        begin = torch.full_like(style, self.vocabulary.begin)
+        markers = self.image_table(torch.stack([self.vocabulary.style(style), begin], 1))
+        return torch.cat([text, markers.to(text.dtype)], 1), F.pad(mask, (0, 2), value=True)
+
+    def forward(self, image_tokens: Tensor, ids: Tensor, mask: Tensor, style: Tensor) -> Tensor:
+        """int64 (B, N) and the prompt -> logits float (B, N, V), each from what is before it."""
+        before, keys = self.prompt(ids, mask, style)
+        picture = self.image_table(image_tokens[:, :-1]).to(before.dtype)
+        keys = F.pad(keys, (0, picture.shape[1]), value=True)
+        states = self.lm(
+            inputs_embeds=torch.cat([before, picture], 1),
+            attention_mask=keys.long(),
+            position_ids=_positions(keys),
+            use_cache=False,
+        ).last_hidden_state
+        return self.image_head(states[:, -image_tokens.shape[1] :]).float()
+
+
+def _positions(keys: Tensor) -> Tensor:
+    """bool (B, T), padding on the left -> int64 (B, T), 0 at the first token that counts."""
+    return (keys.long().cumsum(1) - 1).clamp_min(0)
+
+
+class Objective(nn.Module):
+    """Cross-entropy over the picture's tokens; captions and styles are dropped for guidance."""
+
+    phases = ("predict",)
+
+    def __init__(self, model: CausalTransformer, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+
+    def forward(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
+        return self.losses(batch, phase)
+
+    def losses(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
+        """ "loss" in nats a token (label-smoothed while training) and "accuracy"."""
+        config, model = self.config, self.model
+        tokens, mask, style = batch["image_tokens"], batch["caption_mask"], batch["style"]
+        if self.training:
+            keep = torch.rand(len(mask), device=mask.device) >= config.caption_dropout
+            mask = mask & keep[:, None]
+            keep = torch.rand(len(mask), device=mask.device) >= config.style_dropout
+            style = torch.where(keep, style, model.no_style)
+        logits = model(tokens, batch["caption_ids"], mask, style).flatten(0, 1)
+        smoothing = config.label_smoothing if self.training else 0.0
+        loss = F.cross_entropy(logits, tokens.flatten(), label_smoothing=smoothing)
+        with torch.no_grad():
+            accuracy = (logits.argmax(-1) == tokens.flatten()).float().mean()
+        return {"loss": loss, "accuracy": accuracy}
+
+
+class Generator:
+    """contracts.ImageGenerator: token by token with a cache, guided, image tokens alone."""
+
+    tasks = frozenset({"text_to_image"})
+
+    def __init__(
+        self, model: CausalTransformer, config: GeneratorConfig, spec: ModelSpec, parts: ModelParts
+    ) -> None:
+        self.model = model.to(parts.device).eval()
+        self.config, self.spec, self.parts = config, spec, parts
+        assert parts.caption_ids is not None, "the causal family reads captions as token ids"
+        self.read_ids = parts.caption_ids
+        self.styles, self.image_size = spec.styles, spec.image_size
+
+    @torch.inference_mode()
+    def generate(
+        self, requests: Sequence[GenerationRequest], *, on_step: OnStep | None = None
+    ) -> Tensor:
+        """See contracts.ImageGenerator.generate; a decoding step is an image token.
+
+        Raises:
+            RequestError: also for num_steps: it is the number of image tokens.
+        """
+        tokens = self.draw_tokens(requests, on_step=on_step)
+        with autocast(self.parts.device):
+            return to_uint8(self.parts.tokenizer.decode(tokens)).cpu()
+
+    @torch.inference_mode()
+    def draw_tokens(
+        self, requests: Sequence[GenerationRequest], *, on_step: OnStep | None = None
+    ) -> Tensor:
+        """int64 (B, N)."""
+        settings = check_requests(
+            requests, self.config, self.styles, fixed_steps=self.spec.num_tokens
+        )
+        device, B = self.parts.device, len(requests)
+        ids, mask = self.read_ids(settings.prompts)
+        style = torch.tensor([self.model.no_style if s is None else s for s in settings.styles])
+        ids, style = ids.to(device).repeat(2, 1), style.to(device).repeat(2)
+        keys = torch.cat([mask, torch.zeros_like(mask)]).to(device)  # guided rows, then free ones
+        scale = torch.tensor(settings.guidance_scales, device=device)[:, None]
+        temperature = torch.tensor(settings.temperatures, device=device)[:, None]
+        generators = [torch.Generator().manual_seed(seed) for seed in settings.seeds]
+        cache, drawn = DynamicCache(config=self.model.lm.config), []
+        with autocast(device):
+            inputs, keys = self.model.prompt(ids, keys, style)
+            positions = _positions(keys)
+            for step in range(self.spec.num_tokens):
+                states = self.model.lm(
+                    inputs_embeds=inputs, attention_mask=keys.long(), position_ids=positions,
+                    past_key_values=cache, use_cache=True,
+                ).last_hidden_state[:, -1]  # fmt: skip
+                guided, free = self.model.image_head(states).float().chunk(2)
+                logits = free + scale * (guided - free)
+                logits = sampling.truncated(
+                    logits / temperature.clamp_min(1e-6),
+                    top_k=self.config.causal.top_k, top_p=self.config.causal.top_p,
+                )  # fmt: skip
+                noise = sampling.gumbel_noise((self.spec.codebook_size,), generators).to(device)
+                token = (logits + (temperature > 0) * noise).argmax(-1)
+                drawn.append(token)
+                inputs = self.model.image_table(token.repeat(2))[:, None].to(inputs.dtype)
+                keys, positions = F.pad(keys, (0, 1), value=True), positions[:, -1:] + 1
+                if on_step is not None:
+                    on_step(step + 1, self.spec.num_tokens)
+        assert len(drawn[0]) == B
+        return torch.stack(drawn, 1)
+
+
+@torch.no_grad()
+def export(model: CausalTransformer, directory: Path) -> None:
+    """Write an ordinary Hugging Face model that continues a prompt with image tokens.
+
+    `AutoModelForCausalLM.from_pretrained(directory)` loads it; tessera.json says which ids are
+    image tokens, markers and styles. Its head is untied: text keeps its own rows.
+    """
+    vocabulary, embedding = model.vocabulary, model.lm.get_input_embeddings().weight
+    settings = dict(model.spec.language_model)
+    settings |= {"vocab_size": vocabulary.size, "tie_word_embeddings": False}
+    whole = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
+    weights = model.lm.state_dict()
+    name = next(n for n, p in model.lm.named_parameters() if p is embedding)
+    weights[name] = torch.cat([embedding, model.image_table.weight])
+    whole.base_model.load_state_dict(weights)
+    text = embedding if model.text_head is None else model.text_head
+    markers = torch.zeros(vocabulary.num_new - vocabulary.codebook_size, embedding.shape[1])
+    whole.lm_head.weight.copy_(torch.cat([text, model.image_head.weight, markers]))
+    whole.save_pretrained(directory)
+    layout = vocabulary.layout(model.spec.styles) | {"num_tokens": model.spec.num_tokens}
+    (directory / "tessera.json").write_text(json.dumps(layout, indent=2, ensure_ascii=False))
+
+
+def build(config: GeneratorConfig, spec: ModelSpec) -> CausalTransformer:
+    """A freshly initialised network."""
+    return CausalTransformer(config, spec)

@@ -1,0 +1,160 @@
+"""The causal family: parity with transformers, the cache, sampling, and pretrained beginnings."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from pipeline.config import CausalConfig, GeneratorConfig
+from pipeline.contracts import GenerationRequest
+from pipeline.errors import RecipeError
+from pipeline.models import _sampling as sampling
+from pipeline.models import causal
+from pipeline.models._captions import CaptionTokenizer
+from pipeline.models._spec import ModelParts, ModelSpec
+from pipeline.models._tokens import ImageVocabulary
+
+CONFIG = GeneratorConfig(
+    family="causal", width=32, depth=2, heads=2, dropout=0, num_styles=3,
+    causal=CausalConfig(max_prompt_tokens=12),
+)  # fmt: skip
+SPEC = ModelSpec(
+    image_size=32, codebook_size=40, num_tokens=16, levels=(), caption_width=8, styles=("a", "b"),
+    language_model=causal.language_model_config(CONFIG, None),
+)  # fmt: skip
+
+
+class Flat:
+    """Stands for a tokenizer: nothing here looks at pictures."""
+
+    image_size, grid_size, codebook_size = 32, 4, 40
+    levels: tuple[int, ...] = ()
+
+    def decode(self, image_tokens: Tensor) -> Tensor:
+        return torch.zeros(len(image_tokens), 3, 32, 32)
+
+
+def model(spec: ModelSpec = SPEC) -> causal.CausalTransformer:
+    torch.manual_seed(0)
+    made = causal.build(CONFIG, spec)
+    for parameter in made.parameters():  # away from near-equal logits
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return made.eval()
+
+
+def generator(made: causal.CausalTransformer, config: GeneratorConfig = CONFIG) -> causal.Generator:
+    ids = CaptionTokenizer(None, config.causal.max_prompt_tokens)
+    parts = ModelParts(Flat(), None, torch.device("cpu"), ids)  # type: ignore[arg-type]
+    return causal.Generator(made, config, made.spec, parts)
+
+
+def test_transformers_generates_the_same_tokens_from_the_export(tmp_path: Path) -> None:
+    made = model()
+    causal.export(made, tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    layout = json.loads((tmp_path / "tessera.json").read_text())
+    prompts = ["红苹果", "a dog on"]
+    ids, mask = CaptionTokenizer(None, 12)(prompts)
+    markers = torch.tensor([[layout["style_markers"]["b"], layout["begin_marker"]]] * 2)
+    first = layout["first_image_token"]
+    others = [i for i in range(plain.config.vocab_size) if not first <= i < first + 40]
+    theirs = plain.generate(
+        torch.cat([ids, markers], 1),
+        attention_mask=torch.cat([mask, torch.ones(2, 2, dtype=torch.bool)], 1).long(),
+        max_new_tokens=16, min_new_tokens=16, do_sample=False, suppress_tokens=others,
+    )[:, -16:] - first  # fmt: skip
+    requests = [
+        GenerationRequest(p, style="b", guidance_scale=1.0, temperature=0.0) for p in prompts
+    ]
+    assert torch.equal(generator(made).draw_tokens(requests), theirs)
+
+
+def test_the_cache_changes_nothing() -> None:
+    made = model()
+    ids, mask = CaptionTokenizer(None, 12)(["house", "一座红色的房子"])
+    style = torch.tensor([0, made.no_style])
+    requests = [
+        GenerationRequest("house", style="a", guidance_scale=1.0, temperature=0.0),
+        GenerationRequest("一座红色的房子", guidance_scale=1.0, temperature=0.0),
+    ]
+    drawn = generator(made).draw_tokens(requests)
+    with torch.inference_mode():
+        assert torch.equal(made(drawn, ids, mask, style).argmax(-1), drawn)
+
+
+def test_a_picture_sees_its_past_alone() -> None:
+    made = model()
+    ids, mask = CaptionTokenizer(None, 12)(["house"])
+    tokens = torch.randint(40, (1, 16))
+    other = tokens.clone()
+    other[:, 9:] = (other[:, 9:] + 1) % 40
+    with torch.inference_mode():
+        one, two = (made(t, ids, mask, torch.tensor([0])) for t in (tokens, other))
+    torch.testing.assert_close(one[:, :10], two[:, :10])
+    assert not torch.allclose(one[:, 10:], two[:, 10:])
+
+
+def test_truncated_logits() -> None:
+    logits = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]]).log()
+    kept = sampling.truncated(logits, top_k=2, top_p=1.0).isfinite()
+    assert kept.tolist() == [[True, True, False, False, False]]
+    kept = sampling.truncated(logits.flip(1), top_k=0, top_p=0.6).isfinite()
+    assert kept.tolist() == [[False, False, False, True, True]]
+    assert torch.equal(sampling.truncated(logits, top_k=0, top_p=1.0), logits)
+    certain = replace_causal(top_k=1)
+    request = GenerationRequest("house", guidance_scale=1.0)
+    drawn = [
+        generator(model(), certain).draw_tokens([replace(request, seed=s)]).tolist() for s in (1, 2)
+    ]
+    assert drawn[0] == drawn[1], "of one token there is no choice"
+
+
+def replace_causal(**changes: int) -> GeneratorConfig:
+    return CONFIG.model_copy(update={"causal": CONFIG.causal.model_copy(update=changes)})
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_pretrained_language_model_gives_its_weights(tied: bool, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    settings = LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=tied,
+    )  # fmt: skip
+    pretrained = LlamaForCausalLM(settings)
+    pretrained.save_pretrained(tmp_path / "lm")
+    language_model = causal.language_model_config(CONFIG, str(tmp_path / "lm"))
+    made = causal.build(CONFIG, replace(SPEC, language_model=language_model))
+    made.start_from_language_model(str(tmp_path / "lm"))
+    for name, weight in pretrained.model.state_dict().items():
+        assert torch.equal(made.lm.state_dict()[name], weight), name
+    causal.export(made, tmp_path / "out")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(whole.lm_head.weight[:50], pretrained.lm_head.weight)
+    assert torch.equal(whole.lm_head.weight[50:90], made.image_head.weight)
+
+
+def test_a_context_that_is_too_short_is_refused() -> None:
+    short = dict(SPEC.language_model) | {"max_position_embeddings": 29}
+    with pytest.raises(RecipeError, match="12 caption tokens, 2 markers and 16 image tokens"):
+        causal.build(CONFIG, replace(SPEC, language_model=short))
+
+
+def test_the_vocabulary_has_a_place_for_everything() -> None:
+    vocabulary = ImageVocabulary(text_size=100, codebook_size=8, num_styles=3)
+    new = [*range(8), vocabulary.begin, *(vocabulary.style(i) for i in range(4))]
+    assert new == list(range(vocabulary.num_new)) and vocabulary.size == 113
+    layout = vocabulary.layout(["a"])
+    assert layout["style_markers"] == {"a": 109} and layout["no_style_marker"] == 112
+
+
+def test_captions_are_padded_on_the_left_and_cut() -> None:
+    ids, mask = CaptionTokenizer(None, 6)(["ab", "红苹果"])
+    assert mask.tolist() == [[False] * 4 + [True] * 2, [True] * 6]
+    assert ids[0, 4:].tolist() == [ord("a") + 3, ord("b") + 3], "ByT5 has three special tokens"
