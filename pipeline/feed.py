@@ -17,12 +17,13 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
+import pyarrow.dataset as pads
 import torch
 from torch import Tensor
 
 from pipeline.config import PictureFilter
 from pipeline.errors import DataError
+from pipeline.pixel_store import MappedRows, parquet_files, read_pixels
 
 
 class Dataset(Protocol):
@@ -89,14 +90,19 @@ def read_table(
 ) -> pa.Table:
     """Rows of a Parquet directory, filtered by split and style, sorted by key.
 
-    With `captioned`, which needs that column, rows without a caption are left out.
+    With `captioned`, which needs that column, rows without a caption are left out. The column
+    "place" counts the rows as `read_pixels` does.
 
     Raises:
         DataError: nothing is left.
     """
     wanted = None if columns is None else sorted({*columns, "key", "split", "style"})
-    table = pq.read_table(directory, columns=wanted)
+    files = [str(path) for path in parquet_files(directory)]
+    if not files:
+        raise DataError(f"there are no Parquet files in {directory}: run the step that writes them")
+    table = pads.dataset(files).to_table(wanted)
     found = table.num_rows
+    table = table.append_column("place", pa.array(np.arange(found)))
     if split is not None:
         splits = pa.array([split] if isinstance(split, str) else split)
         table = table.filter(pc.is_in(table["split"], splits))
@@ -128,16 +134,16 @@ class PictureDataset:
     Batches: {"images": uint8 (B, 3, H, W)}.
     """
 
-    def __init__(self, images: np.ndarray) -> None:
+    def __init__(self, images: np.ndarray | MappedRows) -> None:
         self.images = images
 
     @classmethod
     def from_parquet(
         cls, directory: Path, *, image_size: int, split: str, only: PictureFilter | None = None
     ) -> PictureDataset:
-        """Read the accepted pixels of one split."""
-        table = read_table(directory, split=split, only=only, columns=["image"])
-        return cls(fixed_width(table["image"], np.uint8, (3, image_size, image_size)))
+        """The accepted pixels of one split, mapped from disk where they are many."""
+        places = read_table(directory, split=split, only=only, columns=[])["place"].to_numpy()
+        return cls(read_pixels(directory, places, image_size=image_size))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -195,7 +201,7 @@ class CaptionedDataset:
     def __init__(
         self,
         *,
-        arrays: Mapping[str, np.ndarray],
+        arrays: Mapping[str, np.ndarray | MappedRows],
         viewed: frozenset[str],
         caption_ids: Sequence[np.ndarray],
         captions: CaptionStates | CaptionIds,

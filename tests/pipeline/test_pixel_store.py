@@ -1,0 +1,104 @@
+"""Pixels larger than memory are mapped: the same batches, and memory that stays flat."""
+
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pipeline import pixel_store
+from pipeline.config import PictureFilter
+from pipeline.errors import DataError
+from pipeline.feed import PictureDataset, training_batch
+from pipeline.pixel_store import FLAT, MappedRows, read_pixels
+
+
+def write(directory: Path, rows: int, size: int, files: int = 3) -> np.ndarray:
+    """Random pictures, keys against the order of the files; returns them by key."""
+    directory.mkdir(parents=True, exist_ok=True)
+    images = np.random.default_rng(0).integers(0, 256, (rows, 3, size, size), dtype=np.uint8)
+    order = np.random.default_rng(1).permutation(rows)
+    for part, chosen in enumerate(np.array_split(order, files)):
+        table = pa.table(
+            {
+                "key": [f"{i:06d}" for i in chosen],
+                "style": ["odd" if i % 2 else "even" for i in chosen],
+                "split": ["test" if i % 5 == 0 else "train" for i in chosen],
+                "image": [images[i].tobytes() for i in chosen],
+            }
+        )
+        pq.write_table(table, directory / f"{part:05d}.parquet", row_group_size=64)
+    return images
+
+
+def test_mapped_pixels_are_those_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = write(tmp_path, 200, 8)
+    settings = {"image_size": 8, "split": "train", "only": PictureFilter(styles=("odd",))}
+    here = PictureDataset.from_parquet(tmp_path, **settings)
+    monkeypatch.setattr(pixel_store, "IN_MEMORY_BYTES", 0)
+    there = PictureDataset.from_parquet(tmp_path, **settings)
+    assert isinstance(there.images, MappedRows) and isinstance(here.images, np.ndarray)
+    wanted = images[[i for i in range(200) if i % 2 and i % 5]]
+    np.testing.assert_array_equal(here.images, wanted)
+    for step in range(9):
+        batches = [
+            training_batch(data, step, batch_size=16, seed=0, rank=0, world_size=2)["images"]
+            for data in (here, there)
+        ]
+        assert torch.equal(*batches)
+    before = (tmp_path / FLAT).stat().st_mtime_ns
+    PictureDataset.from_parquet(tmp_path, **settings)
+    assert (tmp_path / FLAT).stat().st_mtime_ns == before, "written once"
+    assert pq.read_table(tmp_path).num_rows == 200, "Parquet readers do not see it"
+
+
+def test_several_processes_write_one_file(tmp_path: Path) -> None:
+    images = write(tmp_path, 300, 16)
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        sums = pool.map(_sum, [tmp_path] * 4)
+    assert sums == [int(images.sum())] * 4
+
+
+def _sum(directory: Path) -> int:
+    pixel_store.IN_MEMORY_BYTES = 0
+    return int(read_pixels(directory, np.arange(300), image_size=16)[np.arange(300)].sum())
+
+
+def test_another_image_size_is_named(tmp_path: Path) -> None:
+    write(tmp_path, 10, 8)
+    with pytest.raises(DataError, match=r"pictures of 192 bytes, expected 768.*image_size"):
+        read_pixels(tmp_path, np.arange(10), image_size=16)
+
+
+PROBE = """
+import sys
+from pathlib import Path
+from pipeline import pixel_store
+from pipeline.feed import PictureDataset, training_batch
+pixel_store.IN_MEMORY_BYTES = 0
+data = PictureDataset.from_parquet(Path(sys.argv[1]), image_size=64, split="train")
+for step in range(20):
+    training_batch(data, step, batch_size=32, seed=0, rank=0, world_size=1)
+with open("/proc/self/status") as status:
+    print(next(line.split()[1] for line in status if line.startswith("RssAnon")))
+"""
+
+
+def test_the_heap_stays_flat_at_ten_times_the_rows(tmp_path: Path) -> None:
+    def anonymous_kb(rows: int) -> int:
+        write(tmp_path / str(rows), rows, 64)
+        result = subprocess.run(
+            [sys.executable, "-c", PROBE, str(tmp_path / str(rows))],
+            capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2],
+        )  # fmt: skip
+        return int(result.stdout.split()[-1])
+
+    small, large = anonymous_kb(500), anonymous_kb(5_000)
+    assert large < 1.3 * small, f"{small} kB of heap at 500 rows, {large} kB at 5,000"
