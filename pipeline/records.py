@@ -52,7 +52,7 @@ def _text(value: Any) -> str:
 
 def captions_in(said: Mapping[str, Any], language: str) -> list[Caption]:
     """The captions of a row or JSON object; blank ones are none, and cleaning comes later."""
-    captions = []
+    captions: list[Caption] = []
     for name, value in said.items():
         match = _CAPTION_FIELD.match(str(name))
         if match is not None:
@@ -93,7 +93,7 @@ def record_of(key: str, files: Mapping[str, bytes], credits: Credits) -> dict[st
     said = _parsed(files["json"]) if "json" in files else {}
     if said.get("status", "success") != "success":
         raise BadCaption("failed_download")
-    captions = []
+    captions: list[Caption] = []
     for name, content in files.items():
         match = _CAPTION_FILE.match(name)
         if match is not None:

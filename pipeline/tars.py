@@ -95,7 +95,7 @@ def _members(stream: IO[bytes], name: str) -> Iterator[tuple[tarfile.TarInfo, by
     try:
         with tarfile.open(fileobj=stream, mode="r|*") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # tarfile keeps every header otherwise
+                tar.members.clear()  # type: ignore[attr-defined]  # or it keeps every header
                 if member.isdir():
                     continue
                 content = b""

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.contracts import Caption, Sample
@@ -17,6 +19,7 @@ from pipeline.errors import DataError
 from pipeline.shard_writer import write_shards
 from pipeline.shards import ASSETS, locate, read_manifest, verify
 from pipeline.splits import hash_fraction, split_of
+from pipeline.tars import read_samples
 
 GOLDEN_SPLITS = {"1f34e": "train", "1f601": "validation", "1f680": "test"}
 
@@ -178,6 +181,60 @@ def test_a_split_depends_on_the_group_and_the_seed_alone() -> None:
     # golden: a change here silently turns held-out pictures into training pictures
     assert {g: split_of(g, 0, 0.05, 0.10) for g in GOLDEN_SPLITS} == GOLDEN_SPLITS
     assert hash_fraction("split", "1f34e", 0) == pytest.approx(0.3256799777271689, abs=1e-12)
+
+
+NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12)
+
+
+@given(
+    rows=st.lists(
+        st.tuples(NAMES, NAMES, st.lists(NAMES, max_size=3), st.binary(max_size=3000)), min_size=1
+    ),
+    max_bytes=st.integers(1_024, 20_000),
+)
+def test_any_samples_come_back_as_they_were(
+    rows: list[tuple[str, str, list[str], bytes]],
+    max_bytes: int,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.mktemp("set")
+    written = [
+        Sample(f"k{i}", image, "png", tuple(Caption(t, "en") for t in texts), group, style,
+               "test@1", "MIT", "")
+        for i, (group, style, texts, image) in enumerate(rows)
+    ]  # fmt: skip
+    manifest = write_shards(written, folder, max_bytes=max_bytes)
+    assert verify(str(folder)) == [] and manifest == read_manifest(str(folder))
+    assert sum(shard.samples for shard in manifest.shards) == manifest.samples == len(rows)
+    assert manifest.groups == len({sample.group for sample in written})
+    found = []
+    for shard in manifest.shards:
+        with (folder / shard.file).open("rb") as stream:
+            found += list(read_samples(stream))
+    assert [(s.key, s.picture or b"", s.problem) for s in found] == [
+        (s.key, s.image, None) for s in written
+    ]
+    records = [json.loads(s.files["json"]) for s in found]
+    assert [(r["group"], r["style"]) for r in records] == [(s.group, s.style) for s in written]
+    assert [[c["text"] for c in r["captions"]] for r in records] == [r[2] for r in rows]
+
+
+@given(
+    groups=st.sets(NAMES, max_size=30), more=st.sets(NAMES, max_size=30), seed=st.integers(0, 99),
+    validation=st.floats(0, 0.45), test=st.floats(0, 0.45),
+)  # fmt: skip
+def test_more_samples_move_none_and_a_larger_share_takes_only_from_training(
+    groups: set[str], more: set[str], seed: int, validation: float, test: float
+) -> None:
+    def splits(names: set[str], share: float) -> dict[str, str]:
+        return {name: split_of(name, seed, validation, share) for name in sorted(names)}
+
+    before, after = splits(groups, test), splits(groups | more, test)
+    assert all(after[group] == split for group, split in before.items())
+    larger = splits(groups, test + 0.1)
+    assert all(
+        before[g] == larger[g] or (before[g], larger[g]) == ("train", "test") for g in groups
+    )
 
 
 def test_the_shipped_set_is_whole_credited_and_small() -> None:
