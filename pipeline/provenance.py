@@ -15,6 +15,8 @@ def describe(request: GenerationRequest, *, model: str, version: str) -> dict[st
         "guidance_scale": request.guidance_scale,
         "temperature": request.temperature,
         "num_steps": request.num_steps,
+        "negative_prompt": request.negative_prompt,
+        "task": None if request.canvas is None else "completion",
     }
     return {
         "prompt": request.prompt,

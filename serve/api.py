@@ -1,6 +1,7 @@
 """The ingress: OpenAI's images API over HTTP.
 
-    POST /v1/images/generations     GET /v1/models, /v1/models/NAME     GET /healthz, /readyz
+    POST /v1/images/generations, /v1/images/edits, /v1/images/variations
+    GET  /v1/models, /v1/models/NAME     GET /healthz, /readyz, /metrics
 
 Routes are plain FastAPI functions over a `Pool` of generator replicas, which tests replace:
 
@@ -9,33 +10,72 @@ Routes are plain FastAPI functions over a `Pool` of generator replicas, which te
 
 from __future__ import annotations
 
-import base64
-import secrets
-import time
+import math
+from collections.abc import Callable
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 from ray import serve
 
 from pipeline import __version__
-from pipeline.contracts import MAX_SEED
+from serve.access import Access
+from serve.answers import events, images_response, model_entry
+from serve.edge import Edge
 from serve.errors import ApiError, install, json_body, json_schema, shown
-from serve.pictures import Card
+from serve.forms import Filled, form_body, form_schema
+from serve.metrics import Metrics
+from serve.pictures import Upload
 from serve.pool import Pool
+from serve.safety import load_safety
 from serve.schemas import (
     CHAMPION,
+    Drawable,
+    EditRequest,
     Health,
-    ImageData,
     ImageRequest,
     ImagesResponse,
     Model,
     ModelList,
+    VariationRequest,
 )
+from serve.settings import ServiceConfig
+from serve.studio import Caller, Studio, check_name
 
 GENERATOR = "generator"
 """The name of the generator deployment."""
 
-router = APIRouter()
+DEADLINE_HEADER = "x-deadline-s"
+
+
+def _caller(request: Request) -> Caller:
+    access: Access = request.app.state.access
+    name = access.authenticate(request.headers.get("authorization"))
+    request.state.said = {"caller": name}
+    return Caller(
+        name,
+        deadline_s=_deadline_s(request.headers.get(DEADLINE_HEADER)),
+        repeat_key=request.headers.get("idempotency-key"),
+    )
+
+
+def _deadline_s(said: str | None) -> float | None:
+    if said is None:
+        return None
+    try:
+        seconds = float(said)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ApiError(
+            400,
+            f"{DEADLINE_HEADER}={shown(said)} is not a time; send seconds above 0",
+            code="invalid_value",
+            param=DEADLINE_HEADER,
+        )
+    return seconds
 
 
 def _pool(request: Request) -> Pool:
@@ -43,27 +83,94 @@ def _pool(request: Request) -> Pool:
     return pool
 
 
+def _studio(request: Request) -> Studio:
+    studio: Studio = request.app.state.studio
+    return studio
+
+
+Known = Annotated[Caller, Depends(_caller)]
 Generators = Annotated[Pool, Depends(_pool)]
+TheStudio = Annotated[Studio, Depends(_studio)]
+
+router = APIRouter(dependencies=[Depends(_caller)])
+"""Routes that need a key where there are keys."""
+
+open_router = APIRouter()
+"""Routes that never do."""
+
+EVENTS = {200: {"content": {"text/event-stream": {}}, "description": "pictures, or events"}}
 
 
-@router.post("/v1/images/generations", openapi_extra=json_schema(ImageRequest))
+@router.post(
+    "/v1/images/generations",
+    openapi_extra=json_schema(ImageRequest),
+    response_model=ImagesResponse,
+    response_model_exclude_none=True,
+    responses=EVENTS,  # type: ignore[arg-type]
+)
 async def generate_images(
-    body: Annotated[ImageRequest, Depends(json_body(ImageRequest))], generators: Generators
-) -> ImagesResponse:
+    request: Request,
+    caller: Known,
+    body: Annotated[ImageRequest, Depends(json_body(ImageRequest))],
+    studio: TheStudio,
+) -> ImagesResponse | Response:
     """Draw n pictures of a prompt."""
-    _check_against(body, await generators.card())
-    first_seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed
-    pictures = await generators.draw(body.pictures(first_seed))
-    card = pictures[0].card
-    return ImagesResponse(
-        created=int(time.time()),
-        data=[
-            ImageData(b64_json=base64.b64encode(picture.png).decode(), seed=picture.seed)
-            for picture in pictures
-        ],
-        size=card.size,
-        model=card.name,
-        model_version=card.version,
+    return await _answer(request, studio, caller, body, "image_generation")
+
+
+@router.post(
+    "/v1/images/edits",
+    openapi_extra=form_schema(EditRequest, "image", "mask"),
+    response_model=ImagesResponse,
+    response_model_exclude_none=True,
+    responses=EVENTS,  # type: ignore[arg-type]
+)
+async def edit_image(
+    request: Request,
+    caller: Known,
+    form: Annotated[Filled, Depends(form_body(EditRequest, "image", "mask"))],
+    studio: TheStudio,
+) -> ImagesResponse | Response:
+    """Draw a picture anew where its mask is transparent; all else stays as it is."""
+    upload = Upload(form.files["image"], form.files.get("mask"))
+    return await _answer(request, studio, caller, form.fields, "image_edit", upload)
+
+
+@router.post(
+    "/v1/images/variations",
+    openapi_extra=form_schema(VariationRequest, "image"),
+    response_model=ImagesResponse,
+    response_model_exclude_none=True,
+    responses=EVENTS,  # type: ignore[arg-type]
+)
+async def vary_image(
+    request: Request,
+    caller: Known,
+    form: Annotated[Filled, Depends(form_body(VariationRequest, "image"))],
+    studio: TheStudio,
+) -> ImagesResponse | Response:
+    """Draw a picture again, a share of its tokens anew."""
+    upload = Upload(form.files["image"], share=form.fields.variation)
+    return await _answer(request, studio, caller, form.fields, "image_variation", upload)
+
+
+async def _answer(
+    request: Request,
+    studio: Studio,
+    caller: Caller,
+    body: Drawable,
+    event: str,
+    upload: Upload | None = None,
+) -> ImagesResponse | Response:
+    request.state.said |= {
+        "pictures": body.n, "prompt_chars": len(body.said), "user": body.user, "seed": body.seed,
+    }  # fmt: skip
+    if not body.stream:
+        return images_response(body, await studio.pictures(body, caller, upload))
+    answers = studio.stream(body, caller, upload)
+    first = await anext(answers)  # what goes wrong before it is answered with its own status
+    return StreamingResponse(
+        events(event, body, first, answers, request), media_type="text/event-stream"
     )
 
 
@@ -71,76 +178,72 @@ async def generate_images(
 async def list_models(generators: Generators) -> ModelList:
     """The served model, under both of its names."""
     card = await generators.card()
-    return ModelList(data=[_model(name, card) for name in dict.fromkeys((CHAMPION, card.name))])
+    return ModelList(data=[model_entry(n, card) for n in dict.fromkeys((CHAMPION, card.name))])
 
 
 @router.get("/v1/models/{name}")
 async def get_model(name: str, generators: Generators) -> Model:
     """The served model, under one of its names."""
     card = await generators.card()
-    _check_name(name, card)
-    return _model(name, card)
+    check_name(name, card)
+    return model_entry(name, card)
 
 
-@router.get("/healthz")
+@router.get("/metrics")
+async def metrics(request: Request, generators: Generators) -> Response:
+    """For Prometheus."""
+    counted: Metrics = request.app.state.metrics
+    rendered = counted.render(generators.known, lambda: generators.waiting)
+    return Response(rendered, media_type=CONTENT_TYPE_LATEST)
+
+
+@open_router.get("/healthz", response_model_exclude_none=True)
 async def healthz() -> Health:
     """This process is alive."""
     return Health(status="ok")
 
 
-@router.get("/readyz")
+@open_router.get("/readyz", response_model_exclude_none=True)
 async def readyz(generators: Generators) -> Health:
-    """A replica draws pictures."""
+    """A replica draws pictures; which model, and if a newer one is refused, why."""
     await generators.check_ready()
-    return Health(status="ready")
-
-
-def _check_against(body: ImageRequest, card: Card) -> None:
-    """Refuse what this model cannot do.
-
-    Raises:
-        ApiError: 404 another model, 400 another size or style.
-    """
-    _check_name(body.model, card)
-    if body.size not in ("auto", card.size):
-        raise ApiError(
-            400,
-            f"size={shown(body.size)}: this model draws {card.size}; ask for that or 'auto'",
-            code="invalid_value",
-            param="size",
-        )
-    if body.style is not None and body.style not in card.styles:
-        known = ", ".join(card.styles) or "none; leave style out"
-        raise ApiError(
-            400,
-            f"style={shown(body.style)}: this model's styles are {known}",
-            code="invalid_value",
-            param="style",
-        )
-
-
-def _check_name(name: str, card: Card) -> None:
-    if name not in (CHAMPION, card.name):
-        raise ApiError(
-            404,
-            f"the model {shown(name)} is not served here; use {CHAMPION!r} or {card.name!r}",
-            code="model_not_found",
-            param="model",
-        )
-
-
-def _model(name: str, card: Card) -> Model:
-    return Model(
-        id=name, created=card.loaded, version=card.version, size=card.size, styles=card.styles
+    card = await generators.card()
+    return Health(
+        status="ready", model=card.name, model_version=card.version, notice=card.notice or None
     )
 
 
-def create_api(pool: Pool | None = None) -> FastAPI:
+def create_api(pool: Pool | None = None, service: ServiceConfig | None = None) -> FastAPI:
     """The FastAPI application over `pool`; in a Serve replica, over the generator deployment."""
+    service, counted = service or ServiceConfig(), Metrics()
+    pool = pool or Pool(serve.get_deployment_handle(GENERATOR))
+    pool.on_picture = counted.drawn
+    access = Access(service.keys)
     api = FastAPI(
         title="Tessera", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
     )
     install(api)
     api.include_router(router)
-    api.state.pool = pool or Pool(serve.get_deployment_handle(GENERATOR))
+    api.include_router(open_router)
+    state = api.state
+    state.pool, state.access, state.service, state.metrics = pool, access, service, counted
+    state.studio = Studio(pool, access, load_safety(service), counted, service)
+    if service.cors_origins:
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(service.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "idempotency-key", DEADLINE_HEADER],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    api.add_middleware(Edge, metrics=counted, origins=service.cors_origins)
     return api
+
+
+def api_with(service: ServiceConfig) -> Callable[[], FastAPI]:
+    """`create_api` as Serve calls it in the ingress replica: a function without arguments."""
+
+    def build() -> FastAPI:
+        return create_api(None, service)
+
+    return build

@@ -4,7 +4,7 @@
     serve deploy infra/serve.yaml         # a cluster, through `app_builder`
 
 `api` answers HTTP (api.py; cheap, many requests in flight, no PyTorch), `generator` draws
-(replica.py; autoscaled, batching).
+(replica.py; autoscaled, batching). serve/README.md lists endpoints, fields and settings.
 """
 
 from __future__ import annotations
@@ -20,21 +20,34 @@ from ray.serve import Application
 from pipeline.bundle import load_generator
 from pipeline.config import Config, ServeConfig
 from pipeline.tracking import resolve_model
-from serve.api import GENERATOR, create_api
-from serve.replica import Generator, Load
+from serve.api import GENERATOR, api_with
+from serve.replica import Find, Found, Generator
+from serve.settings import ServiceConfig, check_exposure
 
 _IN_FLIGHT = 256
 """Requests one ingress holds: more than generators take, so that it says no in its own words."""
 
 
-def assemble(load: Load, name: str, version: str, config: ServeConfig) -> Application:
+def assemble(
+    found: Found,
+    config: ServeConfig,
+    service: ServiceConfig | None = None,
+    *,
+    find: Find | None = None,
+) -> Application:
     """The Serve application around any ImageGenerator.
 
     Args:
-        load: loads the model; called in every replica.
-        name, version: of the model, as clients see them.
+        found: the model to begin with; loaded in every replica.
         config: replicas and batches.
+        service: access, limits, safety and caches.
+        find: looks for a newer model; None where there is nothing to look for.
     """
+    service = service or ServiceConfig()
+    logging_config = {
+        "encoding": "JSON" if service.log_format == "json" else "TEXT",
+        "enable_access_log": False,
+    }
     generator = serve.deployment(
         name=GENERATOR,
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
@@ -48,36 +61,48 @@ def assemble(load: Load, name: str, version: str, config: ServeConfig) -> Applic
         max_queued_requests=config.max_queued_requests,
         backpressure_config={"status_code": 429, "retry_after_s": 1},
         max_constructor_retry_count=2,
+        logging_config=logging_config,
     )(Generator)
     api = serve.deployment(
-        name="api", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=_IN_FLIGHT
-    )(serve.ingress(create_api)())
-    return api.bind(generator.bind(load, name, version, config))
+        name="api",
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=_IN_FLIGHT,
+        logging_config=logging_config,
+    )(serve.ingress(api_with(service))())
+    return api.bind(generator.bind(found, find, config, service))
 
 
-def build_app(model: str, config: ServeConfig, *, home: str) -> Application:
+def build_app(
+    model: str, config: ServeConfig, service: ServiceConfig | None = None, *, home: str
+) -> Application:
     """The Serve application around a trained model.
 
-    An alias such as models:/tessera@champion is looked up here, once: every replica, whenever it
-    starts, draws with the same version.
+    An alias such as models:/tessera@champion is looked up here, and again by every replica every
+    few seconds: when it moves, replicas change over.
 
     Args:
         model: a bundle directory, "asset:base", or "models:/NAME@ALIAS".
         config: replicas and batches.
+        service: access, limits, safety and caches.
         home: the directory of the registry and of converted pretrained models.
 
     Raises:
         BundleError: there is no such model.
     """
-    directory = Path(home).absolute()
-    found = resolve_model(model, home=directory)
+    find = partial(_find, model, Path(home).absolute(), "cuda" if config.num_gpus else "cpu")
+    moves = model.startswith("models:/") and "@" in model
+    return assemble(find(), config, service, find=find if moves else None)
+
+
+def _find(model: str, home: Path, device: str) -> Found:
+    found = resolve_model(model, home=home)
     load = partial(
         load_generator,
         found.path.absolute(),
-        pretrained_cache=directory / "pretrained",
-        device="cuda" if config.num_gpus else "cpu",
+        pretrained_cache=home / "pretrained",
+        device=device,
     )
-    return assemble(load, found.name, found.version, config)
+    return Found(found.name, found.version, load)
 
 
 class AppArgs(Config):
@@ -86,6 +111,7 @@ class AppArgs(Config):
     model: str = Field(description="a bundle directory, asset:base, or models:/NAME@ALIAS")
     home: str = Field(".tessera", description="of the registry and of converted pretrained models")
     serve: ServeConfig = ServeConfig()
+    service: ServiceConfig = ServiceConfig()
 
 
 def app_builder(args: dict[str, Any]) -> Application:
@@ -94,6 +120,8 @@ def app_builder(args: dict[str, Any]) -> Application:
     Raises:
         ValidationError: `args` are not AppArgs.
         BundleError: there is no such model.
+        RecipeError: there are no keys; a cluster is never one's own machine alone.
     """
     checked = AppArgs.model_validate(args)
-    return build_app(checked.model, checked.serve, home=checked.home)
+    check_exposure("a cluster", checked.service)
+    return build_app(checked.model, checked.serve, checked.service, home=checked.home)

@@ -25,6 +25,7 @@ from starlette.exceptions import HTTPException
 logger = logging.getLogger("ray.serve")
 
 MAX_BODY_BYTES = 1_000_000
+CODE_HEADER = "x-error-code"
 _SHOWN_CHARS = 64
 
 _CODES = {
@@ -63,18 +64,24 @@ class ApiError(Exception):
         self.status, self.message, self.code = status, message, code
         self.param, self.type, self.retry_after_s = param, type, retry_after_s
 
-    def response(self) -> JSONResponse:
-        """The envelope."""
-        headers = {}
-        if self.retry_after_s is not None:
-            headers["retry-after"] = str(math.ceil(self.retry_after_s))
+    @property
+    def envelope(self) -> dict[str, Any]:
         error = {
             "message": self.message,
             "type": self.type,
             "param": self.param,
             "code": self.code,
         }
-        return JSONResponse({"error": error}, self.status, headers)
+        return {"error": error}
+
+    def response(self) -> JSONResponse:
+        """The envelope as an answer; its code is in a header too, for the log and the metrics."""
+        headers = {CODE_HEADER: self.code}
+        if self.retry_after_s is not None:
+            headers["retry-after"] = str(math.ceil(self.retry_after_s))
+        if self.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        return JSONResponse(self.envelope, self.status, headers)
 
 
 def shown(value: object) -> str:
@@ -105,11 +112,11 @@ def json_body(shape: type[Body]) -> Callable[[Request], Awaitable[Body]]:
                 f"content-type is {shown(media_type)}; send application/json",
                 code="unsupported_media_type",
             )
-        raw = await _limited(request)
+        raw = await limited_body(request, MAX_BODY_BYTES)
         try:
             return shape.model_validate_json(raw)
         except ValidationError as error:
-            raise _invalid(error.errors()[0], tuple(shape.model_fields)) from error
+            raise invalid(error.errors()[0], tuple(shape.model_fields)) from error
 
     return read
 
@@ -120,18 +127,20 @@ def json_schema(shape: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
-async def _limited(request: Request) -> bytes:
-    """The body, refused as soon as it is known to be too long."""
-    too_long = ApiError(
-        413, f"the body is longer than {MAX_BODY_BYTES:,} bytes", code="request_too_large"
-    )
+async def limited_body(request: Request, limit: int) -> bytes:
+    """The body, refused as soon as it is known to be longer than `limit` bytes.
+
+    Raises:
+        ApiError: 413.
+    """
+    too_long = ApiError(413, f"the body is longer than {limit:,} bytes", code="request_too_large")
     declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > MAX_BODY_BYTES:
+    if declared.isdecimal() and int(declared) > limit:
         raise too_long
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
-        if len(body) > MAX_BODY_BYTES:
+        if len(body) > limit:
             raise too_long
     return bytes(body)
 
@@ -144,8 +153,8 @@ def install(app: FastAPI) -> None:
         return error.response()
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _invalid(error.errors()[0]).response()
+    async def not_valid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return invalid(error.errors()[0]).response()
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
@@ -171,7 +180,7 @@ def internal_error(request: Request) -> ApiError:
     )
 
 
-def _invalid(error: Mapping[str, Any], known: Sequence[str] = ()) -> ApiError:
+def invalid(error: Mapping[str, Any], known: Sequence[str] = ()) -> ApiError:
     """The first thing wrong with a request, by field."""
     kind = error["type"]
     loc = [part for part in error["loc"] if part != "body"]

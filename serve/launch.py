@@ -29,6 +29,7 @@ from pipeline.errors import ResourceError
 from pipeline.runtime import start_ray
 from serve.app import build_app
 from serve.errors import last_error
+from serve.settings import ServiceConfig, check_exposure
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ def serve_forever(
     config: ServeConfig,
     *,
     home: str,
+    service: ServiceConfig | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     blocking: bool = True,
@@ -80,6 +82,7 @@ def serve_forever(
         model: a bundle directory, "asset:base", or "models:/NAME@ALIAS".
         config: replicas and batches.
         home: the directory of the registry and of converted pretrained models.
+        service: access, limits, safety and caches.
         host, port: where to listen; only this machine can reach the default host.
         blocking: stay until Ctrl-C or SIGTERM, then shut down.
         ready_timeout_s: how long the first picture may take.
@@ -87,10 +90,13 @@ def serve_forever(
     Raises:
         ResourceError: the port is taken, Serve runs already, or no replica became ready.
         BundleError: there is no such model.
+        RecipeError: other machines could reach it and there are no keys.
     """
+    service = service or ServiceConfig()
+    check_exposure(host, service)
     check_port(host, port)
     return launch(
-        build_app(model, config, home=home),
+        build_app(model, config, service, home=home),
         host=host,
         port=port,
         blocking=blocking,

@@ -1,6 +1,7 @@
-"""The generator's replicas as the ingress sees them: calls with a time limit and clear failures.
+"""The generator's replicas as the ingress sees them: calls with a deadline and clear failures.
 
-Everything that can go wrong between the two deployments becomes an `ApiError` here, once.
+Everything that can go wrong between the two deployments becomes an `ApiError` here, once. Drawing
+changes nothing anywhere, so a picture whose replica died is simply drawn again by another.
 """
 
 from __future__ import annotations
@@ -9,24 +10,32 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from pipeline.contracts import GenerationRequest
 from serve.errors import ApiError, last_error
-from serve.pictures import PROBE, Card, Picture, Refusal
+from serve.pictures import PROBE, Card, Job, Picture, Preview, Refusal
 
 logger = logging.getLogger("ray.serve")
 
-DRAW_TIMEOUT_S = 120.0
+DEADLINE_S = 60.0
 PROBE_TIMEOUT_S = 5.0
 READY_FOR_S = 10.0
 """A drawn picture, anyone's, is proof of readiness for so long."""
+CARD_FOR_S = 2.0
+GRACE_S = 2.0
+"""The replica answers at the deadline; the ingress stops listening so much later."""
+ATTEMPTS = 3
+"""Of drawing one picture, when replicas die under it."""
+
+_STATUS = {"deadline_exceeded": 503}
+
+T = TypeVar("T")
 
 
 class Pool:
@@ -34,37 +43,75 @@ class Pool:
 
     Args:
         handle: of the generator deployment, in the application this code runs in.
+
+    Attributes:
+        known: the card as last heard of.
+        on_picture: told of every picture drawn.
+        waiting: pictures asked for and not yet drawn.
     """
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
-        self._card: Card | None = None
-        self._last_drawn = -READY_FOR_S
+        self._streaming = handle.options(stream=True)
+        self.known: Card | None = None
+        self.on_picture: Callable[[Picture], None] = lambda picture: None
+        self._card_at = self._drawn_at = float("-inf")
+        self._asking: asyncio.Future[None] | None = None
+        self._probing = asyncio.Lock()
+        self.waiting = 0
 
     async def card(self) -> Card:
-        """The served model's card; asked of a replica once, then kept up to date by pictures."""
-        if self._card is None:
-            (self._card,) = await self._gather([self._handle.card.remote()], DRAW_TIMEOUT_S)
-        assert self._card is not None
-        return self._card
+        """The served model's card; when it is CARD_FOR_S old a replica is asked behind the scenes,
+        so that nobody waits for it."""
+        if self.known is None:
+            await self._ask()
+        elif time.monotonic() - self._card_at > CARD_FOR_S and self._asking is None:
+            self._asking = asyncio.ensure_future(self._ask())
+            self._asking.add_done_callback(self._asked)
+        assert self.known is not None
+        return self.known
 
-    async def draw(
-        self, requests: Sequence[GenerationRequest], timeout_s: float = DRAW_TIMEOUT_S
-    ) -> list[Picture]:
+    async def _ask(self) -> None:
+        call = _retried(lambda: self._handle.card.remote())
+        self._remember(await _explain(call, DEADLINE_S))
+
+    def _asked(self, task: asyncio.Future[None]) -> None:
+        self._asking, self._card_at = None, time.monotonic()
+        if not task.cancelled() and task.exception() is not None:
+            logger.warning("no replica said what it serves: %s", task.exception())
+
+    async def draw(self, jobs: Sequence[Job]) -> list[Picture]:
         """Draw all pictures or none.
 
         Raises:
             ApiError: 400 the model refuses one, 429 too much waits already, 503 nobody answers.
         """
-        calls = [self._handle.draw.remote(request) for request in requests]
-        pictures = []
-        for answer in await self._gather(calls, timeout_s):
-            if isinstance(answer, Refusal):
-                raise ApiError(400, answer.message, code="invalid_value", param=answer.param)
-            pictures.append(answer)
-        self._last_drawn = time.monotonic()
-        self._card = pictures[0].card
+        with self._counted(len(jobs)):
+            pictures: list[Picture] = await _explain(
+                _all([self._one(job) for job in jobs]), _left_s(jobs[0])
+            )
+        self._drawn(*pictures)
         return pictures
+
+    async def stream(self, job: Job) -> AsyncIterator[Preview | Picture]:
+        """Previews of one picture, then the picture.
+
+        Raises:
+            ApiError: as for `draw`.
+        """
+        answers: Any = self._streaming.stream.remote(job)
+        with self._counted(1):
+            try:
+                while True:
+                    answer = _accepted(await _explain(anext(answers), _left_s(job)))
+                    if isinstance(answer, Picture):
+                        self._drawn(answer)
+                    yield answer
+                    if isinstance(answer, Picture):
+                        return
+            finally:
+                with contextlib.suppress(Exception):  # cancel() raises what the call has raised
+                    answers.cancel()
 
     async def check_ready(self) -> None:
         """Return if a replica has drawn a picture lately, or draws one now.
@@ -72,16 +119,17 @@ class Pool:
         Raises:
             ApiError: none did; the message says why.
         """
-        if time.monotonic() - self._last_drawn < READY_FOR_S:
-            return
-        try:
-            await self.draw([PROBE], PROBE_TIMEOUT_S)
-            return
-        except ApiError as error:
-            reason = error.message
-        except Exception:
-            logger.exception("a replica failed to draw the readiness picture")
-            reason = "a replica fails to draw; its log says why"
+        async with self._probing:
+            if time.monotonic() - self._drawn_at < READY_FOR_S:
+                return
+            try:
+                await self.draw([Job(PROBE, deadline=time.time() + PROBE_TIMEOUT_S)])
+                return
+            except ApiError as error:
+                reason = error.message
+            except Exception:
+                logger.exception("a replica failed to draw the readiness picture")
+                reason = "a replica fails to draw; its log says why"
         status = await asyncio.to_thread(self._deployment_status)
         raise ApiError(
             503,
@@ -91,19 +139,26 @@ class Pool:
             retry_after_s=1,
         )
 
-    async def _gather(self, calls: Sequence[Any], timeout_s: float) -> list[Any]:
-        """Await all DeploymentResponses; if one fails or the client has gone, withdraw the rest."""
+    async def _one(self, job: Job) -> Picture:
+        picture: Picture = _accepted(await _retried(lambda: self._handle.draw.remote(job)))
+        return picture
+
+    def _drawn(self, *pictures: Picture) -> None:
+        self._drawn_at = time.monotonic()
+        self._remember(pictures[-1].card)
+        for picture in pictures:
+            self.on_picture(picture)
+
+    def _remember(self, card: Card) -> None:
+        self.known, self._card_at = card, time.monotonic()
+
+    @contextlib.contextmanager
+    def _counted(self, pictures: int) -> Any:
+        self.waiting += pictures
         try:
-            async with asyncio.timeout(timeout_s):
-                return await asyncio.gather(*calls)
-        except BaseException as error:
-            for call in calls:
-                with contextlib.suppress(Exception):  # cancel() raises what the call has raised
-                    call.cancel()
-            known = _explained(error, timeout_s)
-            if known is None:
-                raise
-            raise known from error
+            yield
+        finally:
+            self.waiting -= pictures
 
     def _deployment_status(self) -> str:
         """What Serve knows of the generator's replicas."""
@@ -116,7 +171,67 @@ class Pool:
         return f"replicas: {states or 'none'}; {generator.status.value} {why}".strip()
 
 
-def _explained(error: BaseException, timeout_s: float) -> ApiError | None:
+def _left_s(job: Job) -> float:
+    return max(0.0, job.deadline - time.time()) + GRACE_S
+
+
+def _accepted(answer: Any) -> Any:
+    """Raises ApiError if the answer is a Refusal."""
+    if not isinstance(answer, Refusal):
+        return answer
+    status = _STATUS.get(answer.code, 400)
+    raise ApiError(
+        status,
+        answer.message,
+        code=answer.code,
+        param=answer.param,
+        type="server_error" if status == 503 else "invalid_request_error",
+        retry_after_s=1 if status == 503 else None,
+    )
+
+
+async def _retried(call: Callable[[], Any]) -> Any:
+    """Await a DeploymentResponse; make the call again if its replica died, withdraw it if the
+    client has gone."""
+    for attempt in range(1, ATTEMPTS + 1):
+        response = call()
+        try:
+            return await response
+        except asyncio.CancelledError:
+            with contextlib.suppress(Exception):  # cancel() raises what the call has raised
+                response.cancel()
+            raise
+        except RayActorError as error:
+            if isinstance(error, RayTaskError) or attempt == ATTEMPTS:
+                raise
+            logger.warning("a replica died while it drew; trying another")
+    raise AssertionError("unreachable")
+
+
+async def _all(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Await all; if one fails or the client has gone, cancel the rest."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _explain(call: Any, timeout_s: float) -> Any:
+    """Await with a time limit; failures between the deployments become ApiErrors."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await call
+    except Exception as error:
+        known = _explained(error, timeout_s)
+        if known is None:
+            raise
+        raise known from error
+
+
+def _explained(error: Exception, timeout_s: float) -> ApiError | None:
     """The answer for a failure between the deployments; None for what was not foreseen."""
     if isinstance(error, BackPressureError):
         return ApiError(

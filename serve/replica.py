@@ -1,102 +1,212 @@
 """One replica of the generator: a model in memory, drawing whatever pictures wait, together.
 
-Every call of `draw` asks for one picture. `@serve.batch` puts pictures of different users into one
-model call; a picture depends on its own request alone, so who shares a batch shows in nothing but
-the time it takes. The model runs in a thread of its own, one call at a time: the event loop stays
-free to take requests, answer health checks and encode PNGs meanwhile.
+Every call of `draw` asks for one picture; engine.py puts pictures of different users into one model
+call. A picture depends on its own request alone, so who shares a batch shows in nothing but the
+time it takes. The event loop stays free to take requests, answer health checks, read uploads and
+encode pictures meanwhile.
+
+Hot swap: where the model is named by an alias, the replica looks every few seconds what the alias
+stands for. A newer version is loaded and draws once beside the old one, which it then replaces
+between two batches; one that fails is refused, the old one goes on, and the card says why.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from ray import serve
 from torch import Tensor
 
 from pipeline.config import ServeConfig
 from pipeline.contracts import GenerationRequest, ImageGenerator
 from pipeline.errors import RequestError
-from pipeline.images import encode_png
 from pipeline.provenance import describe
-from serve.pictures import PROBE, Card, Picture, Refusal
+from serve.encode import encode
+from serve.engine import Drawn, Engine, Late, Place
+from serve.pictures import PROBE, Card, Job, Output, Picture, Preview, Refusal, Timing
+from serve.safety import load_safety
+from serve.settings import ServiceConfig
+from serve.uploads import canvas
 
 logger = logging.getLogger("ray.serve")
 
 Load = Callable[[], ImageGenerator]
 """Loads the model; called once in every replica."""
 
+LATE = Refusal(
+    "the picture cannot be drawn in time; try again later, or allow more time",
+    param=None,
+    code="deadline_exceeded",
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a model's name stands for at this moment."""
+
+    name: str
+    version: str
+    load: Load
+
+
+Find = Callable[[], Found]
+"""Looks up an alias; raises if the registry does not answer or the bundle cannot be had."""
+
 
 class Generator:
     """The generator deployment.
 
     Args:
-        load: loads the model.
-        name, version: of the model, for its card.
+        found: the model to begin with.
+        find: looks for a newer one; None where the name can stand for nothing else.
         config: batch size and wait.
+        service: safety, and how often to look.
     """
 
-    def __init__(self, load: Load, name: str, version: str, config: ServeConfig) -> None:
+    def __init__(
+        self, found: Found, find: Find | None, config: ServeConfig, service: ServiceConfig
+    ) -> None:
         torch.set_num_threads(max(1, int(config.num_cpus)))
-        self._model = load()
-        self._model.generate([PROBE])
-        self._card = Card(
-            name=name,
-            version=version,
-            image_size=self._model.image_size,
-            styles=tuple(self._model.styles),
-            loaded=int(time.time()),
+        self._safety = load_safety(service)
+        self._find, self._every_s = find, service.watch_every_s
+        model, self._card = _load(found)
+        self._cards = WeakKeyDictionary({model: self._card})
+        self._engine = Engine(
+            model, max_batch_size=config.max_batch_size, batch_wait_s=config.batch_wait_s
         )
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._draw_together = serve.batch(
-            max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_s
-        )(self._draw_batch)
+        self._refused = ""
+        self._watch = asyncio.get_running_loop().create_task(self._keep_watch()) if find else None
 
     async def card(self) -> Card:
         return self._card
 
-    async def draw(self, request: GenerationRequest) -> Picture | Refusal:
+    async def draw(self, job: Job) -> Picture | Refusal:
         """Draw one picture, together with whatever else waits."""
-        # serve.batch closes a batch when its wait is over even if the model is still busy with the
-        # one before, so pictures that trickle in would be drawn one by one. They wait outside.
-        await self._idle.wait()
-        drawn = await self._draw_together(request)
-        if isinstance(drawn, RequestError):
-            return Refusal(str(drawn), drawn.param)
-        if isinstance(drawn, Exception):
-            raise drawn
-        png = await asyncio.to_thread(encode_png, drawn, self._describe(request))
-        return Picture(png, request.seed, self._card)
+        prepared = await self._prepare(job)
+        if isinstance(prepared, Refusal):
+            return prepared
+        return await self._finish(job, prepared, self._enter(job, prepared))
 
-    def _describe(self, request: GenerationRequest) -> dict[str, str]:
-        return describe(request, model=self._card.name, version=self._card.version)
-
-    async def _draw_batch(self, requests: list[GenerationRequest]) -> list[Tensor | Exception]:
-        self._idle.clear()
+    async def stream(self, job: Job) -> AsyncIterator[Preview | Picture | Refusal]:
+        """The same, and pictures of it in the making before."""
+        prepared = await self._prepare(job)
+        if isinstance(prepared, Refusal):
+            yield prepared
+            return
+        place = self._enter(job, prepared)
         try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._thread, generate, self._model, requests)
+            async for number, image in _previews(place):
+                shown = await asyncio.to_thread(encode, image, job.output, _UNFINISHED)
+                yield Preview(number, shown, prepared.seed)
+            yield await self._finish(job, prepared, place)
         finally:
-            self._idle.set()
+            place.done.cancel()
+
+    def _enter(self, job: Job, request: GenerationRequest) -> Place:
+        return self._engine.enter(request, deadline=job.deadline, num_previews=job.previews)
+
+    async def _prepare(self, job: Job) -> GenerationRequest | Refusal:
+        """The request with its upload laid out as a canvas."""
+        if job.upload is None:
+            return job.request
+        try:
+            made = await asyncio.to_thread(canvas, job.upload, self._card.image_size)
+        except RequestError as error:
+            return Refusal(str(error), error.param)
+        return dataclasses.replace(job.request, canvas=made)
+
+    async def _finish(
+        self, job: Job, request: GenerationRequest, place: Place
+    ) -> Picture | Refusal:
+        try:
+            drawn = await place.done
+        except RequestError as error:
+            return Refusal(str(error), error.param)
+        except Late:
+            return LATE
+        pixels = drawn.image.permute(1, 2, 0).contiguous().numpy()
+        reason = await asyncio.to_thread(self._safety.picture, pixels)
+        if reason is not None:
+            return Refusal(reason, None, "content_policy_violation")
+        return await self._encode(job.output, request, drawn)
+
+    async def _encode(self, output: Output, request: GenerationRequest, drawn: Drawn) -> Picture:
+        card, began = self._cards[drawn.model], time.monotonic()
+        said = describe(request, model=card.name, version=card.version)
+        image = await asyncio.to_thread(encode, drawn.image, output, said)
+        timing = Timing(
+            drawn.queue_s, drawn.model_s, time.monotonic() - began, batch_size=drawn.batch_size
+        )
+        card = dataclasses.replace(card, notice=self._card.notice)
+        return Picture(image, request.seed, card, timing, drawn.tokens)
+
+    async def _keep_watch(self) -> None:
+        while True:
+            await self._look()
+            await asyncio.sleep(self._every_s)
+
+    async def _look(self) -> None:
+        """Serve what the alias stands for now, or say in the card why not."""
+        assert self._find is not None
+        try:
+            found = await asyncio.to_thread(self._find)
+        except Exception as error:  # noqa: BLE001 - the card and /readyz say it
+            self._note(f"the registry does not say what to serve: {error}")
+            return
+        if found.version == self._card.version:
+            self._refused = ""
+            self._note("")
+        if found.version in (self._card.version, self._refused):
+            return
+        try:
+            model, card = await asyncio.to_thread(_load, found)
+        except Exception as error:
+            logger.exception("version %s is refused", found.version)
+            self._refused = found.version
+            self._note(f"version {found.version} is refused ({error}); make it anew, or move back")
+            return
+        self._cards[model] = card
+        self._engine.model, self._card, self._refused = model, card, ""
+        logger.info("version %s is served from now on", found.version)
+
+    def _note(self, notice: str) -> None:
+        if notice != self._card.notice:
+            self._card = dataclasses.replace(self._card, notice=notice)
 
 
-def generate(
-    model: ImageGenerator, requests: Sequence[GenerationRequest]
-) -> list[Tensor | Exception]:
-    """One uint8 (3, H, W) per request, or what prevented it.
+_UNFINISHED = {"Software": "Tessera (machine-made picture, unfinished)"}
 
-    A batch that fails is drawn again one by one: a request's failure is not its neighbours'.
-    """
-    try:
-        return list(model.generate(requests).cpu())
-    except Exception as error:
-        if len(requests) == 1:
-            return [error]
-        logger.exception("a batch of %d failed; drawing its pictures one by one", len(requests))
-        return [generate(model, [request])[0] for request in requests]
+
+def _load(found: Found) -> tuple[ImageGenerator, Card]:
+    """A model that has drawn, and its card."""
+    model = found.load()
+    model.generate([PROBE])
+    return model, Card(
+        name=found.name,
+        version=found.version,
+        image_size=model.image_size,
+        styles=tuple(model.styles),
+        loaded=int(time.time()),
+        tasks=model.tasks,
+    )
+
+
+async def _previews(place: Place) -> AsyncIterator[tuple[int, Tensor]]:
+    """Previews as they come, until the picture is done."""
+    while True:
+        coming = asyncio.ensure_future(place.previews.get())
+        try:
+            either: set[asyncio.Future[Any]] = {coming, place.done}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not coming.done():
+                return
+            yield coming.result()
+        finally:
+            coming.cancel()

@@ -12,6 +12,8 @@ from ray import cloudpickle
 
 from serve.app import assemble
 from serve.launch import launch
+from serve.replica import Found
+from serve.settings import ServiceConfig
 
 cloudpickle.register_pickle_by_value(harness)  # replicas do not have tests/ on their path
 
@@ -21,7 +23,9 @@ def server(
     ray_session: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[harness.Running]:
     log = tmp_path_factory.mktemp("serve") / "batches"
-    app = assemble(partial(harness.HashGenerator, log), "tiny", "3", harness.CONFIG)
+    found = Found("tiny", "3", partial(harness.HashGenerator, log))
+    # what is drawn is what these tests are about; test_access.py is about the cache
+    app = assemble(found, harness.CONFIG, ServiceConfig(result_cache_bytes=0))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -130,7 +130,8 @@ def test_models(server: Running) -> None:
 def test_health_and_readiness(server: Running) -> None:
     with server.http() as http:
         assert http.get("/healthz").json() == {"status": "ok"}
-        assert http.get("/readyz").json() == {"status": "ready"}
+        ready = {"status": "ready", "model": "tiny", "model_version": "3"}
+        assert http.get("/readyz").json() == ready
 
 
 def test_every_response_has_one_request_id(server: Running) -> None:

@@ -15,9 +15,11 @@ from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
 from pipeline.config import ServeConfig
-from pipeline.errors import BundleError, ResourceError
+from pipeline.errors import BundleError, RecipeError, ResourceError
 from serve.app import assemble
 from serve.launch import deploy, launch, serve_forever
+from serve.replica import Found
+from serve.settings import ApiKey, ServiceConfig, check_exposure
 
 CONFIG_FILE = Path(__file__).parents[2] / "infra" / "serve.yaml"
 
@@ -41,8 +43,18 @@ def test_a_missing_model_is_named_before_ray_starts(tmp_path: Path) -> None:
         serve_forever("no-such-bundle", ServeConfig(), home=str(tmp_path), port=0)
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "example.org"])
+def test_other_machines_need_keys(host: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"tessera key NAME.*--config"):
+        serve_forever("asset:base", ServeConfig(), home=str(tmp_path), host=host, port=0)
+    for mine in ("127.0.0.1", "::1", "localhost"):
+        check_exposure(mine, ServiceConfig())
+    check_exposure(host, ServiceConfig(keys=(ApiKey(name="me", sha256="0" * 64),)))
+    check_exposure(host, ServiceConfig(allow_anonymous=True))
+
+
 def test_a_second_server_on_one_cluster_is_refused(server: Running, tmp_path: Path) -> None:
-    app = assemble(partial(HashGenerator, tmp_path / "log"), "tiny", "4", CONFIG)
+    app = assemble(Found("tiny", "4", partial(HashGenerator, tmp_path / "log")), CONFIG)
     with pytest.raises(ResourceError, match="already runs"):
         launch(app, host="127.0.0.1", port=1, blocking=False, ready_timeout_s=1)
     with server.http() as http:
@@ -50,7 +62,7 @@ def test_a_second_server_on_one_cluster_is_refused(server: Running, tmp_path: Pa
 
 
 def test_a_model_that_does_not_load_is_one_clear_line(server: Running) -> None:
-    app = assemble(no_weights, "broken", "1", CONFIG)
+    app = assemble(Found("broken", "1", no_weights), CONFIG)
     with pytest.raises(ResourceError, match=r"BundleError: no weights in the bundle$"):
         deploy(app, name="broken", route_prefix="/broken")
     status = serve.status().applications["broken"].deployments["generator"]
@@ -70,5 +82,7 @@ def test_the_config_file_is_valid(tiny_bundle: Path, tmp_path: Path) -> None:
     build = getattr(import_module(module), builder)
     here = {"model": str(tiny_bundle), "home": str(tmp_path)}
     assert isinstance(build(app.args | here), serve.Application)
+    with pytest.raises(RecipeError, match="API key"):
+        build(app.args | here | {"service": {}})
     with pytest.raises(ValidationError, match="modell"):
         build(app.args | here | {"modell": "asset:base"})

@@ -29,9 +29,28 @@ MISTAKES: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({**OK, "size": "1024x1024"}, 400, "size", "invalid_value"),
     ({**OK, "size": "huge"}, 400, "size", "invalid_value"),
     ({**OK, "size": 64}, 400, "size", "invalid_type"),
-    ({**OK, "response_format": "url"}, 400, "response_format", "invalid_value"),
     ({**OK, "response_format": "jpeg"}, 400, "response_format", "invalid_value"),
-    ({**OK, "output_format": "webp"}, 400, "output_format", "invalid_value"),
+    ({**OK, "output_format": "gif"}, 400, "output_format", "invalid_value"),
+    (
+        {**OK, "output_compression": 101, "output_format": "jpeg"},
+        400,
+        "output_compression",
+        "invalid_value",
+    ),
+    ({**OK, "output_compression": 50}, 400, "output_compression", "invalid_value"),
+    ({**OK, "background": "transparent"}, 400, "background", "invalid_value"),
+    ({**OK, "user": "u" * 257}, 400, "user", "invalid_value"),
+    ({**OK, "negative_prompt": ""}, 400, "negative_prompt", "invalid_value"),
+    ({**OK, "negative_prompt": "a\0b"}, 400, "negative_prompt", "invalid_value"),
+    ({**OK, "stream": "yes"}, 400, "stream", "invalid_type"),
+    ({**OK, "stream": True, "n": 2}, 400, "stream", "invalid_value"),
+    ({**OK, "stream": True, "response_format": "url"}, 400, "stream", "invalid_value"),
+    ({**OK, "stream": True, "partial_images": 4}, 400, "partial_images", "invalid_value"),
+    ({**OK, "partial_images": 1}, 400, "partial_images", "invalid_value"),
+    ({"prompt": "child pornography"}, 400, "prompt", "content_policy_violation"),
+    ({**OK, "moderation": "low"}, 400, "moderation", "unknown_parameter"),
+    ({**OK, "n": 10**9}, 400, "n", "invalid_value"),
+    ({**OK, "seed": 2**64}, 400, "seed", "invalid_value"),
     ({**OK, "seed": -1}, 400, "seed", "invalid_value"),
     ({**OK, "seed": 2**63}, 400, "seed", "invalid_value"),
     ({**OK, "seed": "7"}, 400, "seed", "invalid_type"),
@@ -133,5 +152,5 @@ def test_messages_name_value_limit_and_remedy(server: Running) -> None:
     assert message(n=11) == "n=11: Input should be less than or equal to 10"
     assert "64x64" in message(size="1024x1024") and "1024x1024" in message(size="1024x1024")
     assert "noto, twemoji" in message(style="vivid")
-    assert "b64_json" in message(response_format="url")
+    assert "jpeg or webp" in message(output_compression=50)
     assert "did you mean 'guidance_scale'?" in message(guidance_scal=3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Generator
 from typing import Any
 
@@ -17,8 +18,9 @@ from ray.serve.exceptions import BackPressureError
 from pipeline.contracts import GenerationRequest
 from serve.api import create_api
 from serve.errors import ApiError, last_error
-from serve.pictures import Card, Picture, Refusal
-from serve.pool import Pool
+from serve.pictures import Card, Job, Picture, Refusal
+from serve.pool import ATTEMPTS, GRACE_S, Pool
+from serve.replica import LATE
 from serve.schemas import ImageRequest
 
 CARD = Card(name="tiny", version="3", image_size=64, styles=("noto",), loaded=0)
@@ -53,18 +55,34 @@ class Handle:
         self.waiting = list(calls)
         self.draw = self
         self.card = type("Method", (), {"remote": staticmethod(lambda: Call(CARD))})
+        self.asked: list[Job] = []
 
-    def remote(self, request: GenerationRequest) -> Call:
+    def options(self, *, stream: bool) -> Handle:
+        assert stream
+        return self
+
+    def remote(self, job: Job) -> Call:
+        self.asked.append(job)
         if not self.waiting:
-            return Call(Picture(b"png", request.seed, CARD))
+            return Call(Picture(b"png", job.request.seed, CARD))
         return self.waiting.pop(0)
 
 
-def refused(*calls: Call, timeout_s: float = 5.0) -> ApiError:
+def job(deadline_s: float = 5.0) -> Job:
+    return Job(REQUEST, deadline=time.time() + deadline_s)
+
+
+def draw(handle: Handle, *jobs: Job) -> list[Picture]:
+    async def run() -> list[Picture]:
+        return await Pool(handle).draw(jobs)  # type: ignore[arg-type]
+
+    return asyncio.run(run())
+
+
+def refused(*calls: Call, deadline_s: float = 5.0) -> ApiError:
     """What Pool.draw raises when one picture per call is asked for."""
-    pool = Pool(Handle(*calls))  # type: ignore[arg-type]
     with pytest.raises(ApiError) as caught:
-        asyncio.run(pool.draw([REQUEST] * len(calls), timeout_s))
+        draw(Handle(*calls), *[job(deadline_s) for _ in calls])
     return caught.value
 
 
@@ -77,10 +95,23 @@ def test_backpressure_withdraws_the_other_pictures() -> None:
 
 
 def test_silence_and_death_are_503() -> None:
-    silent = refused(Call(None, delay_s=5), timeout_s=0.05)
+    silent = refused(Call(None, delay_s=9), deadline_s=-5)
     assert (silent.status, silent.code) == (503, "unavailable")
-    assert "0.05 s" in silent.message
-    assert refused(Call(ActorDiedError())).status == 503
+    assert f"{GRACE_S:g} s" in silent.message
+    with pytest.raises(ApiError, match="died") as caught:
+        draw(Handle(*[Call(ActorDiedError()) for _ in range(ATTEMPTS)]), job())
+    assert (caught.value.status, caught.value.retry_after_s) == (503, 1)
+
+
+def test_a_picture_whose_replica_died_is_drawn_again() -> None:
+    handle = Handle(Call(ActorDiedError()), Call(ActorDiedError()))
+    assert draw(handle, job())[0].image == b"png"
+    assert len(handle.asked) == 3
+
+
+def test_what_comes_too_late_is_503() -> None:
+    late = refused(Call(LATE))
+    assert (late.status, late.code, late.retry_after_s) == (503, "deadline_exceeded", 1)
 
 
 def test_a_refusal_names_its_field() -> None:
@@ -91,15 +122,20 @@ def test_a_refusal_names_its_field() -> None:
 def test_ready_asks_for_a_picture_only_when_none_was_drawn_lately() -> None:
     handle = Handle(Call(Picture(b"png", 0, CARD)))
     pool = Pool(handle)  # type: ignore[arg-type]
-    asyncio.run(pool.check_ready())
-    handle.waiting = [Call(RuntimeError("not asked"))]
-    asyncio.run(pool.check_ready())
+
+    async def twice() -> None:
+        await pool.check_ready()
+        handle.waiting = [Call(RuntimeError("not asked"))]
+        await pool.check_ready()
+
+    asyncio.run(twice())
+    assert len(handle.asked) == 1
 
 
 @pytest.mark.parametrize("failure", [ActorDiedError(), RuntimeError("broken weights")])
 def test_not_ready_says_why(failure: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pool, "_deployment_status", lambda self: "replicas: none; UNHEALTHY")
-    answer = get(Pool(Handle(Call(failure))), "/readyz")  # type: ignore[arg-type]
+    answer = get(Pool(Handle(*[Call(failure)] * ATTEMPTS)), "/readyz")  # type: ignore[arg-type]
     error = answer.json()["error"]
     assert (answer.status_code, error["code"]) == (503, "not_ready")
     assert "UNHEALTHY" in error["message"] and "broken weights" not in error["message"]

@@ -1,0 +1,144 @@
+"""API keys and what each may spend.
+
+A key is 32 random bytes, so a plain sha256 keeps it at rest: there is nothing to guess. Limits are
+token buckets in the memory of the one ingress process: a restart forgets what was spent.
+
+    key, digest = new_key()
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from serve.errors import ApiError
+from serve.settings import ApiKey
+
+PREFIX = "tsr-"
+ANONYMOUS = "anonymous"
+_MINUTE_S, _DAY_S = 60.0, 86_400.0
+
+
+def new_key() -> tuple[str, str]:
+    """A fresh key, to be shown once, and its sha256 for the configuration."""
+    key = PREFIX + secrets.token_urlsafe(32)
+    return key, digest(key)
+
+
+def digest(key: str) -> str:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+class Bucket:
+    """`size` units at once, refilled evenly within `period_s`."""
+
+    def __init__(self, size: float, period_s: float, clock: Callable[[], float]) -> None:
+        self.size, self._rate, self._clock = size, size / period_s, clock
+        self._level, self._at = size, clock()
+
+    def wait_s(self, cost: float) -> float:
+        """Seconds until `cost` can be taken; 0 is now."""
+        now = self._clock()
+        self._level = min(self.size, self._level + (now - self._at) * self._rate)
+        self._at = now
+        return max(0.0, (cost - self._level) / self._rate)
+
+    def take(self, cost: float) -> None:
+        self._level -= cost
+
+
+@dataclass(frozen=True)
+class Account:
+    """A key's buckets by what they count."""
+
+    key: ApiKey
+    pictures: Bucket
+    megapixels: Bucket
+
+
+class Access:
+    """Who calls, and may they draw so much.
+
+    Args:
+        keys: whom to let in; with none everybody is let in and nothing is limited.
+        clock: seconds.
+    """
+
+    def __init__(self, keys: Sequence[ApiKey], clock: Callable[[], float] = time.monotonic) -> None:
+        self._accounts = {
+            key.name: Account(
+                key,
+                Bucket(key.pictures_per_minute, _MINUTE_S, clock),
+                Bucket(key.megapixels_per_day, _DAY_S, clock),
+            )
+            for key in keys
+        }
+
+    def authenticate(self, authorization: str | None) -> str:
+        """The caller's name.
+
+        Args:
+            authorization: the header of that name.
+
+        Raises:
+            ApiError: 401 no key, or one that is not known.
+        """
+        if not self._accounts:
+            return ANONYMOUS
+        scheme, _, key = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not key.strip():
+            raise _unauthorized("no API key; send the header 'Authorization: Bearer KEY'")
+        sent, found = digest(key.strip()), ANONYMOUS
+        for name, account in self._accounts.items():  # all of them, however early one matches
+            if hmac.compare_digest(sent, account.key.sha256):
+                found = name
+        if found == ANONYMOUS:
+            raise _unauthorized("this API key is not known; ask whoever runs this server")
+        return found
+
+    def charge(self, name: str, *, pictures: int, pixels: int) -> None:
+        """Take the cost of a request from its caller's limits, or nothing at all.
+
+        Args:
+            name: whom `authenticate` found.
+            pictures: asked for.
+            pixels: of one picture.
+
+        Raises:
+            ApiError: 429 a limit is reached; 400 the request exceeds it however long one waits.
+        """
+        if name not in self._accounts:
+            return
+        account, megapixels = self._accounts[name], pictures * pixels / 1e6
+        costs = [
+            (account.pictures, float(pictures), "pictures a minute"),
+            (account.megapixels, megapixels, "megapixels a day"),
+        ]
+        for bucket, cost, unit in costs:
+            if cost > bucket.size:
+                raise ApiError(
+                    400,
+                    f"n={pictures} costs {cost:g} of this key's {bucket.size:g} {unit}; ask for "
+                    "fewer pictures",
+                    code="invalid_value",
+                    param="n",
+                )
+            wait_s = bucket.wait_s(cost)
+            if wait_s > 0:
+                raise ApiError(
+                    429,
+                    f"this key may draw {bucket.size:g} {unit}; try again in {wait_s:.0f} s",
+                    code="rate_limit_exceeded",
+                    type="rate_limit_error",
+                    retry_after_s=wait_s,
+                )
+        for bucket, cost, _ in costs:
+            bucket.take(cost)
+
+
+def _unauthorized(message: str) -> ApiError:
+    return ApiError(401, message, code="invalid_api_key")

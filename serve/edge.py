@@ -1,0 +1,89 @@
+"""What happens to every request: pages of other sites kept out, headers, log, count.
+
+A plain ASGI middleware: it neither buffers a stream nor hides that a client has gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.errors import CODE_HEADER, ApiError, shown
+from serve.metrics import Metrics
+
+logger = logging.getLogger("ray.serve")
+
+SECURITY_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+    "cache-control": "no-store",
+}
+
+
+class Edge:
+    """Wraps an application.
+
+    Args:
+        app: the application.
+        metrics: where requests are counted.
+        origins: web pages that may call; pages of this very host always may.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, origins: Sequence[str]) -> None:
+        self._app, self._metrics, self._origins = app, metrics, frozenset(origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, status, code = time.monotonic(), 499, ""  # 499: the client went first
+
+        async def answer(message: Message) -> None:
+            nonlocal status, code
+            if message["type"] == "http.response.start":
+                status, headers = message["status"], MutableHeaders(scope=message)
+                code = headers.get(CODE_HEADER, "")
+                for name, value in SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        try:
+            refusal = self._foreign(Headers(scope=scope))
+            await (refusal.response() if refusal else self._app)(scope, receive, answer)
+        finally:
+            self._note(scope, status, code, time.monotonic() - began)
+
+    def _foreign(self, headers: Headers) -> ApiError | None:
+        """A page of another site, which could have a visitor's browser draw on this machine."""
+        origin = headers.get("origin")
+        if origin is None or origin in self._origins:
+            return None
+        if urlsplit(origin).netloc == headers.get("host"):
+            return None
+        return ApiError(
+            403,
+            f"pages of {shown(origin)} may not call; name it in cors_origins",
+            code="origin_not_allowed",
+        )
+
+    def _note(self, scope: Scope, status: int, code: str, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "unknown")
+        self._metrics.requests.labels(route, status, code).inc()
+        self._metrics.stages.labels("request").observe(seconds)
+        said = {
+            "method": scope["method"],
+            "route": route,
+            "status": status,
+            "code": code,
+            "seconds": round(seconds, 4),
+            "request_id": Headers(scope=scope).get("x-request-id", ""),
+            **scope.get("state", {}).get("said", {}),
+        }
+        logger.info("answered", extra={"http": said})

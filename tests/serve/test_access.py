@@ -1,0 +1,296 @@
+"""Keys, limits, safety, origins, caches, metrics: the ingress over a handle that always draws."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_pool import CARD, Call, Handle
+
+from pipeline.contracts import TokenCount
+from pipeline.errors import RecipeError
+from serve.access import Bucket, new_key
+from serve.api import create_api
+from serve.pictures import Job, Picture, Timing
+from serve.pool import Pool
+from serve.safety import Words, load_safety
+from serve.settings import ApiKey, ServiceConfig, load_service
+
+KEY, DIGEST = new_key()
+KEYED = ServiceConfig(
+    keys=(ApiKey(name="alice", sha256=DIGEST, pictures_per_minute=3, megapixels_per_day=0.05),)
+)
+PICTURE = Picture(b"png", 0, CARD, Timing(0.1, 0.2, 0.01, 4), TokenCount(3, 0, 16))
+DRAW = ("POST", "/v1/images/generations", {"json": {"prompt": "a cat", "seed": 1}})
+Ask = tuple[str, str, dict[str, Any]]
+
+
+def ask(
+    *asked: Ask, service: ServiceConfig | None = None, handle: Handle | None = None
+) -> list[httpx.Response]:
+    """The answers of one application, in turn."""
+
+    async def send() -> list[httpx.Response]:
+        drawn = [Call(PICTURE) for _ in range(20)]
+        pool = Pool(handle or Handle(*drawn))  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(create_api(pool, service), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            return [await http.request(method, path, **more) for method, path, more in asked]
+
+    return asyncio.run(send())
+
+
+def keyed(ask: Ask, key: str = KEY, **headers: str) -> Ask:
+    method, path, more = ask
+    return method, path, {**more, "headers": {"authorization": f"Bearer {key}", **headers}}
+
+
+def codes(answers: Sequence[httpx.Response]) -> list[tuple[int, str | None]]:
+    return [(a.status_code, a.headers.get("x-error-code")) for a in answers]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"authorization": ""},
+        {"authorization": KEY},
+        {"authorization": f"Basic {KEY}"},
+        {"authorization": "Bearer "},
+        {"authorization": f"Bearer {KEY}x"},
+        {"authorization": f"Bearer {DIGEST}"},
+    ],
+)
+def test_without_the_key_nothing_is_answered(headers: dict[str, str]) -> None:
+    asked: list[Ask] = [
+        (method, path, {**more, "headers": headers})
+        for method, path, more in (DRAW, ("GET", "/v1/models", {}), ("GET", "/metrics", {}))
+    ]
+    answers = ask(*asked, service=KEYED)
+    assert codes(answers) == [(401, "invalid_api_key")] * 3
+    assert {answer.headers["www-authenticate"] for answer in answers} == {"Bearer"}
+    assert all(DIGEST not in answer.text and KEY not in answer.text for answer in answers)
+
+
+def test_with_the_key_it_is_and_health_needs_none() -> None:
+    models: Ask = ("GET", "/v1/models", {})
+    asked = [keyed(DRAW), keyed(models), ("GET", "/healthz", {}), ("GET", "/readyz", {})]
+    assert [a.status_code for a in ask(*asked, service=KEYED)] == [200] * 4
+
+
+def test_the_configuration_knows_no_key() -> None:
+    assert hashlib.sha256(KEY.encode()).hexdigest() == DIGEST
+    assert KEY not in KEYED.model_dump_json() and len(KEY) > 40
+
+
+def draw(n: int = 1, seed: int | None = None) -> Ask:
+    return keyed(
+        ("POST", "/v1/images/generations", {"json": {"prompt": "a", "n": n, "seed": seed}})
+    )
+
+
+def test_limits_by_key() -> None:
+    answers = ask(draw(2), draw(2), draw(1), draw(1), draw(4), service=KEYED)
+    assert codes(answers)[:4] == [
+        (200, None), (429, "rate_limit_exceeded"), (200, None), (429, "rate_limit_exceeded"),
+    ]  # fmt: skip
+    assert 15 <= int(answers[1].headers["retry-after"]) <= 20
+    assert "3 pictures a minute" in answers[1].json()["error"]["message"]
+    assert codes(answers)[4] == (400, "invalid_value"), "more than the limit ever allows"
+
+
+def test_pixels_are_limited_too() -> None:
+    key = KEYED.keys[0].model_copy(
+        update={"pictures_per_minute": 100, "megapixels_per_day": 3 * 64 * 64 / 1e6}
+    )
+    answers = ask(draw(3), draw(1), service=ServiceConfig(keys=(key,)))
+    assert codes(answers) == [(200, None), (429, "rate_limit_exceeded")]
+    assert "megapixels a day" in answers[1].text
+
+
+@given(costs=st.lists(st.floats(0.1, 5), max_size=20), gap=st.floats(0, 10))
+def test_a_bucket_never_gives_more_than_it_gets(costs: list[float], gap: float) -> None:
+    now, taken = 0.0, 0.0
+    bucket = Bucket(5, 10, lambda: now)
+    for cost in costs:
+        now += gap
+        if bucket.wait_s(cost) == 0:
+            bucket.take(cost)
+            taken += cost
+        assert taken <= 5 + now * 0.5 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("prompt", "passes"),
+    [
+        ("a grape on a plate", True),
+        ("rapeseed field", True),
+        ("Ｒape", False),
+        ("r\u200bape", False),
+        ("rápe", False),
+        ("Child   Pornography", False),
+        ("画一幅儿童色情图", False),
+        ("一个红苹果", True),
+    ],
+)
+def test_the_word_list(prompt: str, passes: bool) -> None:
+    words = load_safety(ServiceConfig())
+    assert (words.prompt(prompt) is None) == passes
+    assert load_safety(ServiceConfig(safety="off")).prompt(prompt) is None
+
+
+def test_operators_add_words_and_hooks() -> None:
+    assert load_safety(ServiceConfig(blocked_words=("Mauve",))).prompt("a mauve cat")
+    assert Words([]).prompt("anything") is None
+    for wrong in ("nowhere:Nothing", "json:loads", "sillyname", "builtins:object"):
+        with pytest.raises(RecipeError, match="safety="):
+            load_safety(ServiceConfig(safety=wrong))
+
+
+def test_pages_of_other_sites_are_kept_out() -> None:
+    def origin(value: str) -> Ask:
+        return ("POST", "/v1/images/generations", {**DRAW[2], "headers": {"origin": value}})
+
+    answers = ask(origin("http://evil.example"), origin("null"), origin("http://test"))
+    assert codes(answers) == [(403, "origin_not_allowed")] * 2 + [(200, None)]
+    friendly = ServiceConfig(cors_origins=("https://a.example",))
+    (allowed,) = ask(origin("https://a.example"), service=friendly)
+    assert allowed.headers["access-control-allow-origin"] == "https://a.example"
+    (refused,) = ask(origin("https://b.example"), service=friendly)
+    assert refused.status_code == 403 and "access-control-allow-origin" not in refused.headers
+
+
+def test_security_headers_are_on_everything() -> None:
+    for answer in ask(DRAW, ("GET", "/nowhere", {}), ("GET", "/healthz", {})):
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+
+
+def test_the_same_picture_is_not_drawn_twice() -> None:
+    handle = Handle(*[Call(PICTURE) for _ in range(9)])
+    other = ("POST", "/v1/images/generations", {"json": {"prompt": "a dog", "seed": 1}})
+    jpeg = ("POST", DRAW[1], {"json": {**DRAW[2]["json"], "output_format": "jpeg"}})
+    unseeded = ("POST", DRAW[1], {"json": {"prompt": "a cat"}})
+    answers = ask(DRAW, DRAW, other, jpeg, unseeded, unseeded, handle=handle)
+    assert {answer.status_code for answer in answers} == {200}
+    assert len(handle.asked) == 5
+    off = Handle(*[Call(PICTURE) for _ in range(9)])
+    ask(DRAW, DRAW, service=ServiceConfig(result_cache_bytes=0), handle=off)
+    assert len(off.asked) == 2
+
+
+def test_another_version_is_another_picture() -> None:
+    newer = Picture(b"new", 0, type(CARD)(**{**vars(CARD), "version": "4"}))
+    handle = Handle(Call(PICTURE), Call(newer), Call(newer))
+    unseeded = ("POST", DRAW[1], {"json": {"prompt": "a cat"}})
+    answers = ask(DRAW, unseeded, DRAW, handle=handle)  # the second one tells of the new version
+    assert len(handle.asked) == 3
+    assert answers[2].json()["model_version"] == "4"
+
+
+def repeat(key: str, prompt: str = "a cat") -> Ask:
+    body = {"json": {"prompt": prompt}, "headers": {"idempotency-key": key}}
+    return "POST", "/v1/images/generations", body
+
+
+def test_a_request_sent_again_gets_the_same_answer() -> None:
+    handle = Handle(*[Call(PICTURE) for _ in range(9)])
+    answers = ask(
+        repeat("k1"), repeat("k1"), repeat("k2"), repeat("k1", "a dog"), repeat("x" * 256),
+        handle=handle,
+    )  # fmt: skip
+    assert codes(answers) == [
+        (200, None), (200, None), (200, None), (409, "idempotency_key_reused"),
+        (400, "invalid_value"),
+    ]  # fmt: skip
+    assert answers[0].json()["data"] == answers[1].json()["data"]
+    assert len(handle.asked) == 2
+
+
+def test_a_failure_is_not_remembered() -> None:
+    handle = Handle(Call(RuntimeError("once")), Call(PICTURE))
+    assert [a.status_code for a in ask(repeat("k"), repeat("k"), handle=handle)] == [500, 200]
+
+
+def test_a_deadline_goes_with_the_job() -> None:
+    def within(value: str) -> Ask:
+        return ("POST", DRAW[1], {**DRAW[2], "headers": {"x-deadline-s": value}})
+
+    handle = Handle(Call(PICTURE), Call(PICTURE))
+    answers = ask(
+        within("2.5"), within("soon"), within("-1"), within("nan"), within("inf"), handle=handle
+    )
+    assert codes(answers) == [(200, None)] + [(400, "invalid_value")] * 4
+    (job,) = handle.asked
+    assert isinstance(job, Job)
+
+
+def test_metrics_and_the_dashboard_agree() -> None:
+    scrape: Ask = ("GET", "/metrics", {})
+    failed = ("POST", DRAW[1], {"json": {"prompt": "a", "n": 99}})
+    answers = ask(DRAW, DRAW, failed, scrape)
+    text = answers[-1].text
+    route = 'route="/v1/images/generations"'
+    assert f'tessera_requests_total{{code="",{route},status="200"}} 2.0' in text
+    assert f'tessera_requests_total{{code="invalid_value",{route},status="400"}} 1.0' in text
+    assert 'tessera_pictures_total{model_version="3"} 1.0' in text
+    assert 'tessera_model_info{model="tiny",notice="",version="3"} 1.0' in text
+    assert 'tessera_result_cache_total{found="yes"} 1.0' in text
+    for stage in ("queue", "model", "encode", "request"):
+        assert f'tessera_stage_seconds_count{{stage="{stage}"}}' in text
+    assert "tessera_batch_size_count 1.0" in text and "tessera_waiting_pictures 0.0" in text
+    dashboard = json.loads(
+        (Path(__file__).parents[2] / "infra" / "grafana.json").read_text(encoding="utf-8")
+    )
+    queries = [t["expr"] for panel in dashboard["panels"] for t in panel["targets"]]
+    names = {word for query in queries for word in _words(query) if word.startswith("tessera_")}
+    assert len(names) >= 7
+    for name in names:
+        assert f"\n{name}" in text, name
+
+
+def _words(query: str) -> list[str]:
+    return "".join(c if c.isalnum() or c == "_" else " " for c in query).split()
+
+
+def test_a_line_in_the_log_holds_no_raw_control_character(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    body = {"json": {"prompt": "a cat", "user": "mallory\n\x1b[2Jroot"}}
+    with caplog.at_level(logging.INFO, logger="ray.serve"):
+        ask(("POST", DRAW[1], body))
+    from ray._common.formatters import JSONFormatter
+
+    (record,) = [r for r in caplog.records if r.getMessage() == "answered"]
+    line = JSONFormatter().format(record)
+    said = json.loads(line)["http"]
+    assert (said["status"], said["caller"], said["pictures"]) == (200, "anonymous", 1)
+    assert said["user"] == "mallory\n\x1b[2Jroot" and "a cat" not in line
+    assert line.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("keyz: []", "settings: keys,"),
+        ("keys: [{name: a, sha256: short}]", "keys.0.sha256"),
+        ("keys: [", "cannot read"),
+        (f"keys: [{{name: a, sha256: {DIGEST}}}, {{name: a, sha256: {DIGEST}}}]", "same name"),
+    ],
+)
+def test_a_mistake_in_the_settings_is_named(text: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "service.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match=said):
+        load_service(file)
+    file.write_text(f"keys: [{{name: alice, sha256: {DIGEST}}}]")
+    assert load_service(file).keys[0].name == "alice"

@@ -1,0 +1,210 @@
+"""The queue and the batches of a replica, without Ray: who leaves, who is late, what is shown."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import CONFIG, SLOW_S, STEPS, HashGenerator
+
+from pipeline.contracts import GenerationRequest
+from pipeline.errors import BundleError
+from serve.engine import Engine, Late, Place
+from serve.pictures import Job, Picture, Preview, Refusal
+from serve.replica import Found, Generator
+from serve.settings import ServiceConfig
+
+SLOW = GenerationRequest("slow cat")
+LONG = 60.0
+
+
+def run(tmp_path: Path, work: Callable[[Engine], Awaitable[Any]]) -> Any:
+    async def main() -> Any:
+        engine = Engine(HashGenerator(tmp_path / "log"), max_batch_size=4, batch_wait_s=0.02)
+        try:
+            return await work(engine)
+        finally:
+            engine.close()
+
+    return asyncio.run(main())
+
+
+def enter(engine: Engine, request: GenerationRequest, left_s: float = LONG, **more: Any) -> Place:
+    return engine.enter(request, deadline=time.time() + left_s, **more)
+
+
+def steps(tmp_path: Path) -> list[int]:
+    return [int(line) for line in (tmp_path / "log.steps").read_text().split()]
+
+
+def test_who_waits_is_drawn_together_in_turn(tmp_path: Path) -> None:
+    async def work(engine: Engine) -> None:
+        places = [enter(engine, replace(SLOW, seed=i)) for i in range(6)]
+        drawn = await asyncio.gather(*[place.done for place in places])
+        assert [picture.batch_size for picture in drawn] == [4, 4, 4, 4, 2, 2]
+        assert drawn[5].queue_s > SLOW_S * 0.8 > drawn[0].queue_s
+        assert drawn[0].tokens is not None and drawn[0].tokens.text == 2
+
+    run(tmp_path, work)
+
+
+def test_who_leaves_frees_the_place_within_a_step(tmp_path: Path) -> None:
+    async def work(engine: Engine) -> None:
+        gone, stays = enter(engine, replace(SLOW, seed=1)), enter(engine, replace(SLOW, seed=2))
+        never = [enter(engine, replace(SLOW, seed=i)) for i in range(3, 8)]
+        for place in never[2:]:
+            place.done.cancel()  # still in line
+        await asyncio.sleep(SLOW_S / STEPS * 1.5)
+        gone.done.cancel()
+        await stays.done
+
+    run(tmp_path, work)
+    rows = steps(tmp_path)
+    assert rows[:2] == [4, 4] and rows[2:4] == [3, 3]
+    assert sum(rows) == 14, "whoever left the line was never drawn"
+
+
+def test_when_all_have_left_the_model_is_free(tmp_path: Path) -> None:
+    async def work(engine: Engine) -> float:
+        place = enter(engine, GenerationRequest("endless"))
+        await asyncio.sleep(0.2)
+        place.done.cancel()
+        began = time.monotonic()
+        await enter(engine, GenerationRequest("cat")).done
+        return time.monotonic() - began
+
+    assert run(tmp_path, work) < 2.0
+
+
+def test_who_cannot_be_in_time_is_told_early(tmp_path: Path) -> None:
+    async def work(engine: Engine) -> None:
+        await enter(engine, SLOW).done  # now it knows how long a batch takes
+        drawing = enter(engine, GenerationRequest("endless"), left_s=LONG)
+        waiting = enter(engine, SLOW, left_s=SLOW_S / 4)
+        with pytest.raises(Late):
+            await waiting.done
+        drawing.done.cancel()
+        with pytest.raises(Late):
+            await enter(engine, GenerationRequest("endless"), left_s=1.2).done
+
+    run(tmp_path, work)
+
+
+def test_pictures_in_the_making(tmp_path: Path) -> None:
+    async def work(engine: Engine) -> list[tuple[int, torch.Tensor]]:
+        place = enter(engine, SLOW, num_previews=3)
+        plain = enter(engine, replace(SLOW, seed=1))
+        await asyncio.gather(place.done, plain.done)
+        assert plain.previews.empty()
+        return [place.previews.get_nowait() for _ in range(place.previews.qsize())]
+
+    shown = run(tmp_path, work)
+    assert [number for number, _ in shown] == [0, 1, 2]
+    assert not torch.equal(shown[0][1], shown[2][1])
+
+
+def test_a_failing_neighbour_harms_nobody(tmp_path: Path) -> None:
+    async def work(engine: Engine) -> list[Any]:
+        prompts = ["cat", "explode", "refuse"]
+        places = [enter(engine, GenerationRequest(prompt)) for prompt in prompts]
+        return await asyncio.gather(*[place.done for place in places], return_exceptions=True)
+
+    fine, exploded, refused = run(tmp_path, work)
+    assert fine.image.shape == (3, 64, 64)
+    assert isinstance(exploded, RuntimeError) and refused.param == "num_steps"
+
+
+class Registry:
+    """What an alias stands for, as a test wants it."""
+
+    def __init__(self, log: Path) -> None:
+        self.log, self.version = log, "1"
+
+    def __call__(self) -> Found:
+        if self.version == "gone":
+            raise BundleError("no such alias")
+        return Found("tiny", self.version, self._load)
+
+    def _load(self) -> HashGenerator:
+        if self.version == "bad":
+            raise BundleError("weights are damaged")
+        return HashGenerator(self.log)
+
+
+def test_a_moved_alias_is_followed_and_a_bad_bundle_refused(tmp_path: Path) -> None:
+    async def main() -> None:
+        registry = Registry(tmp_path / "log")
+        service = ServiceConfig(watch_every_s=0.02)
+        replica = Generator(registry(), registry, CONFIG, service)
+
+        async def until(version: str, notice: str) -> None:
+            async with asyncio.timeout(10):
+                while True:
+                    card = await replica.card()
+                    if card.version == version and notice in card.notice:
+                        return
+                    await asyncio.sleep(0.01)
+
+        job = Job(SLOW, deadline=time.time() + LONG)
+        during = asyncio.ensure_future(replica.draw(job))
+        await asyncio.sleep(SLOW_S / 2)
+        registry.version = "2"
+        await until("2", "")
+        assert (await during).card.version == "1"  # type: ignore[union-attr]
+        assert (await replica.draw(job)).card.version == "2"  # type: ignore[union-attr]
+        registry.version = "bad"
+        await until("2", "version bad is refused (weights are damaged)")
+        drawn = await replica.draw(job)
+        assert isinstance(drawn, Picture) and "refused" in drawn.card.notice
+        registry.version = "gone"
+        await until("2", "no such alias")
+        registry.version = "3"
+        await until("3", "")
+        assert (await replica.card()).notice == ""
+
+    asyncio.run(main())
+
+
+def test_a_stream_shows_then_finishes_and_leaving_it_frees_the_place(tmp_path: Path) -> None:
+    async def main() -> None:
+        found = Found("tiny", "1", lambda: HashGenerator(tmp_path / "log"))
+        replica = Generator(found, None, CONFIG, ServiceConfig())
+        job = Job(SLOW, deadline=time.time() + LONG, previews=2)
+        seen = [answer async for answer in replica.stream(job)]
+        assert [type(answer) for answer in seen] == [Preview, Preview, Picture]
+        assert seen[0].image != seen[1].image  # type: ignore[union-attr]
+        endless = Job(GenerationRequest("endless"), deadline=time.time() + LONG, previews=3)
+        stream = replica.stream(endless)
+        await anext(stream)
+        await stream.aclose()
+        began = time.monotonic()
+        await replica.draw(Job(GenerationRequest("cat"), deadline=time.time() + LONG))
+        assert time.monotonic() - began < 2.0
+
+    asyncio.run(main())
+
+
+class Censor:
+    """A serve.safety.Safety that lets no picture pass."""
+
+    def prompt(self, text: str) -> str | None:
+        return None
+
+    def picture(self, pixels: Any) -> str | None:
+        assert pixels.shape == (64, 64, 3)
+        return "not this one"
+
+
+def test_a_picture_may_be_refused(tmp_path: Path) -> None:
+    async def main() -> Any:
+        found = Found("tiny", "1", lambda: HashGenerator(tmp_path / "log"))
+        replica = Generator(found, None, CONFIG, ServiceConfig(safety=f"{__name__}:Censor"))
+        return await replica.draw(Job(GenerationRequest("cat"), deadline=time.time() + LONG))
+
+    assert asyncio.run(main()) == Refusal("not this one", None, "content_policy_violation")
