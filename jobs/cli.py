@@ -18,6 +18,7 @@ from rich.console import Console
 from jobs.console import ConsoleReporter, time_table
 from jobs.data_cli import data_app, ingest_app
 from jobs.options import DEFAULT_HOME, AsJson, Debug, Home, Overrides, RecipeName
+from jobs.serving_cli import bench_app, key
 from pipeline.errors import TesseraError
 
 app = typer.Typer(
@@ -28,6 +29,8 @@ app = typer.Typer(
 )
 app.add_typer(ingest_app, name="ingest")
 app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
+app.command()(key)
 console = Console(stderr=True)
 
 
@@ -161,24 +164,40 @@ def serve(
     recipe: Annotated[
         str | None, typer.Option(help="Take the serve section of this recipe.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML with keys, limits and safety; serve/README.md lists them."),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; others than this machine's want keys.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
     home: Home = DEFAULT_HOME,
     debug: Debug = False,
 ) -> None:
     """Serve a model behind the OpenAI images API until Ctrl-C."""
-    from jobs.generate import default_model
     from pipeline.config import ServeConfig, load_recipe
+    from serve.settings import ServiceConfig, check_exposure, load_service
 
-    config = load_recipe(recipe).serve if recipe else ServeConfig()
-    _serve(model or default_model(home), config, home, host, port)
+    replicas = load_recipe(recipe).serve if recipe else ServeConfig()
+    service = load_service(config) if config else ServiceConfig()
+    check_exposure(host, service)  # a mistake is told before anything heavy is imported
+    from jobs.generate import default_model
+
+    _serve(model or default_model(home), replicas, home, host, port, service)
 
 
-def _serve(model: str, config: Any, home: Path, host: str, port: int) -> None:
+def _serve(model: str, config: Any, home: Path, host: str, port: int, service: Any = None) -> None:
     from serve.launch import serve_forever
 
     server = serve_forever(
-        model, config, home=str(home.absolute()), host=host, port=port, blocking=False
+        model,
+        config,
+        home=str(home.absolute()),
+        service=service,
+        host=host,
+        port=port,
+        blocking=False,
     )
     console.print(
         f"[bold]{model}[/bold] draws at {server.url} (Ctrl-C stops):\n"

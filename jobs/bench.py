@@ -1,0 +1,177 @@
+"""A load generator for a running image API: how many pictures, how fast, how many errors.
+
+tessera bench serve --concurrency 1 --concurrency 8 --duration-s 30     closed loop: N users, each
+                                                                        asking again at once
+tessera bench serve --rate 2 --rate 4                                   Poisson arrivals, N a second
+                                                                        whatever the answers take
+
+Latency is that of requests answered with pictures; with Poisson arrivals it counts from when the
+request was due, so a generator that falls behind hides nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import aiohttp
+import numpy as np
+
+from pipeline.errors import ResourceError
+
+UNREACHABLE = "unreachable"
+
+
+@dataclass(frozen=True)
+class Load:
+    """What to ask for.
+
+    Attributes:
+        url: of the server, without /v1.
+        duration_s: requests are sent so long; those under way are waited for.
+        prompt, num_pictures, num_steps: of every request; each has a seed of its own.
+        api_key: sent if given.
+        timeout_s: of one request.
+        seed: of arrivals and pictures.
+    """
+
+    url: str
+    duration_s: float = 10.0
+    prompt: str = "a red apple"
+    num_pictures: int = 1
+    num_steps: int | None = None
+    api_key: str | None = None
+    timeout_s: float = 120.0
+    seed: int = 0
+
+
+@dataclass
+class Tally:
+    """What came back: seconds of every success, failures by status or kind."""
+
+    latencies: list[float] = field(default_factory=list)
+    errors: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the report; seconds.
+
+    Attributes:
+        load: "concurrency N" or "rate N".
+        requests: answered with pictures.
+        errors: others, by status or kind.
+        p50, p95, p99, worst: latency of the former; None where there were none.
+    """
+
+    load: str
+    requests: int
+    seconds: float
+    pictures_per_s: float
+    p50: float | None
+    p95: float | None
+    p99: float | None
+    worst: float | None
+    errors: dict[str, int]
+
+
+def bench(load: Load, *, concurrencies: list[int], rates: list[float]) -> list[Result]:
+    """Put every load on the server in turn, after one request that is not counted.
+
+    Raises:
+        ResourceError: the server cannot be reached or refuses the first request.
+    """
+    return asyncio.run(_bench(load, concurrencies, rates))
+
+
+async def _bench(load: Load, concurrencies: list[int], rates: list[float]) -> list[Result]:
+    timeout = aiohttp.ClientTimeout(total=load.timeout_s)
+    headers = {"authorization": f"Bearer {load.api_key}"} if load.api_key else {}
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(
+        timeout=timeout, headers=headers, connector=connector
+    ) as session:
+        client = Client(session, load)
+        await client.warm_up()
+        loads = {f"concurrency {n}": partial(client.closed, n) for n in concurrencies}
+        loads |= {f"rate {rate:g}": partial(client.poisson, rate) for rate in rates}
+        return [await client.measure(name, work) for name, work in loads.items()]
+
+
+class Client:
+    """Sends requests and keeps the tally."""
+
+    def __init__(self, session: aiohttp.ClientSession, load: Load) -> None:
+        self._session, self._load = session, load
+        self._random = random.Random(load.seed)
+        self._tally = Tally()
+
+    async def warm_up(self) -> None:
+        """One request, to fail early and clearly."""
+        await self.ask(time.monotonic())
+        if self._tally.errors:
+            (kind,) = self._tally.errors
+            raise ResourceError(
+                f"{self._load.url} does not draw ({kind}); start it with `tessera serve`, "
+                "name another with --url, or send a key with --api-key"
+            )
+
+    async def measure(self, name: str, work: Callable[[], Awaitable[None]]) -> Result:
+        """Run one load; its line of the report."""
+        self._tally, began = Tally(), time.monotonic()
+        await work()
+        seconds, done = time.monotonic() - began, self._tally.latencies
+        quantiles = np.quantile(done, (0.5, 0.95, 0.99, 1.0)).tolist() if done else [None] * 4
+        return Result(
+            name, len(done), seconds, len(done) * self._load.num_pictures / seconds,
+            *quantiles, dict(self._tally.errors),
+        )  # fmt: skip
+
+    async def closed(self, users: int) -> None:
+        """`users` at once, each asking again as soon as it is answered."""
+        end = time.monotonic() + self._load.duration_s
+
+        async def user() -> None:
+            while time.monotonic() < end:
+                await self.ask(time.monotonic())
+
+        await asyncio.gather(*[user() for _ in range(users)])
+
+    async def poisson(self, rate: float) -> None:
+        """`rate` requests a second at exponential intervals, whatever the answers take."""
+        due = time.monotonic()
+        end, asked = due + self._load.duration_s, []
+        while (due := due + self._random.expovariate(rate)) < end:
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            asked.append(asyncio.create_task(self.ask(due)))
+        await asyncio.gather(*asked)
+
+    async def ask(self, due: float) -> None:
+        """One request; its latency counts from `due`."""
+        body: dict[str, Any] = {
+            "prompt": self._load.prompt,
+            "n": self._load.num_pictures,
+            "seed": self._random.randrange(2**62),
+        }
+        if self._load.num_steps is not None:
+            body["num_steps"] = self._load.num_steps
+        url = f"{self._load.url}/v1/images/generations"
+        try:
+            async with self._session.post(url, json=body) as answer:
+                await answer.read()
+                failure = "" if answer.status == 200 else str(answer.status)
+        except TimeoutError:
+            failure = "timeout"
+        except aiohttp.ClientError:
+            failure = UNREACHABLE
+        if failure:
+            self._tally.errors[failure] += 1
+            await asyncio.sleep(0.05)  # a closed loop of refusals must not become a flood
+        else:
+            self._tally.latencies.append(time.monotonic() - due)
