@@ -35,7 +35,7 @@ SourceName = Annotated[
 ]
 Attribution = Annotated[str, typer.Option("--attribution", help="The credit the licence asks for.")]
 Language = Annotated[str, typer.Option("--language", help="Of captions that name none, BCP 47.")]
-ShardMb = Annotated[int, typer.Option("--shard-mb", min=1, help="Size of a shard, in MB.")]
+ShardMb = Annotated[float, typer.Option("--shard-mb", min=0.1, help="Size of a shard, in MB.")]
 Folder = Annotated[str, typer.Argument(help="A directory or URI.")]
 
 
@@ -50,6 +50,8 @@ def ingest_emoji(
     everything: Annotated[
         bool, typer.Option("--all", help="All vendors, with skin tones.")
     ] = False,
+    compress: Annotated[bool, typer.Option("--compress", help="Gzip the shards.")] = False,
+    shard_mb: ShardMb = 256,
     home: Home = DEFAULT_HOME,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -64,17 +66,22 @@ def ingest_emoji(
     manifest = run(
         target, cache=home / "downloads", vendors=vendors,
         languages=tuple(language or ("en", "zh")), skin_tones=skin_tones or everything,
+        max_shard_bytes=_bytes(shard_mb), compress=compress,
     )  # fmt: skip
     _tell(manifest, target, as_json)
 
 
-def _write(source: Source, out: str, home: Path, shard_mb: int, as_json: bool) -> None:
+def _write(source: Source, out: str, home: Path, shard_mb: float, as_json: bool) -> None:
     from pipeline.shard_writer import write_shards
     from pipeline.shards import locate
 
     target = locate(out, home)
-    manifest = write_shards(source.samples(), target, max_bytes=shard_mb * 1_000_000)
+    manifest = write_shards(source.samples(), target, max_bytes=_bytes(shard_mb))
     _tell(manifest, target, as_json)
+
+
+def _bytes(megabytes: float) -> int:
+    return round(megabytes * 1_000_000)
 
 
 def _tell(manifest: Manifest, target: str, as_json: bool) -> None:

@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from jobs.cli import app
 from jobs.ingest import ingest_emoji
 from pipeline.captions import BadCaption, captions_of, clean, with_tags
 from pipeline.contracts import Sample
@@ -267,3 +269,11 @@ def test_the_shipped_set_says_what_the_source_said() -> None:
     assert record["captions"][0] == {"text": "red apple", "language": "en"}
     assert record["captions"][2] == {"text": "红苹果", "language": "zh"}
     assert (record["group"], record["style"]) == ("1f34e", "noto")
+
+
+@pytest.mark.slow
+def test_the_shipped_set_is_rebuilt_byte_for_byte(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    command = ["ingest", "emoji", "--compress", "--shard-mb", "4.6", "--home", str(home), "--json"]
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert json.loads(result.stdout) == read_manifest(locate("asset:emoji")).model_dump(mode="json")
