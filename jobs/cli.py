@@ -241,6 +241,23 @@ def generate(
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A model of the causal family, as in `serve`.")],
+    out: Annotated[Path, typer.Option(help="The directory to make.")],
+    home: Home = DEFAULT_HOME,
+    debug: Debug = False,
+) -> None:
+    """Write a causal model as an ordinary Hugging Face directory.
+
+    `AutoModelForCausalLM.from_pretrained` loads it; tessera.json in it says which of its ids are
+    image tokens.
+    """
+    from jobs.export import export as run
+
+    typer.echo(run(model, out, home=home))
+
+
+@app.command()
 def recipes(as_json: AsJson = False) -> None:
     """The recipes that ship with Tessera."""
     from pipeline.config import load_recipe, recipe_names
