@@ -119,7 +119,7 @@ def test_a_moved_champion_is_followed_and_a_bad_bundle_refused(
         drawing = users.submit(user)
         try:
             served.tracker.crown("tiny", served.register(tiny_bundles["gan"]))
-            served.until(lambda ready: ready["model_version"] == "2")
+            served.until(lambda ready: ready.get("model_version") == "2")
             served.until(lambda ready: drawing.done() or versions[-1:] == ["2"])
         finally:
             stop.set()
