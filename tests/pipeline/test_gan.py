@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from ray import cloudpickle
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from pipeline.config import GanConfig, GeneratorConfig
+from pipeline.config import GanConfig, GeneratorConfig, TrainConfig
 from pipeline.contracts import GenerationRequest
 from pipeline.errors import RecipeError, RequestError
 from pipeline.models import gan
 from pipeline.models._spec import ModelSpec
+from pipeline.train import Training, fit
 
 SPEC = ModelSpec(
     image_size=16, codebook_size=8, num_tokens=4, levels=(8,), caption_width=12, styles=("a",)
@@ -104,3 +111,34 @@ def test_sizes_that_do_not_double_and_steps_are_refused() -> None:
     nn.Module.eval(made.model)
     with pytest.raises(RequestError, match="one pass"):
         drawer.generate([GenerationRequest("x", num_steps=4)])
+
+
+class ColourRows:
+    """`colour_batch` as a data set."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def batch(self, rows: np.ndarray, rng: np.random.Generator | None) -> dict[str, Tensor]:
+        return {name: tensor[rows] for name, tensor in colour_batch().items()}
+
+
+def build_training() -> Training:
+    return Training(objective(), ColourRows(), ColourRows())
+
+
+def test_the_loop_moves_both_networks_on_two_workers(ray_session: None, tmp_path: Path) -> None:
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not see tests/
+    config = TrainConfig(
+        optimizer="adamw", batch_size=8, max_steps=4, validate_every=4, num_workers=2, accumulate=2,
+        validation_batches=1,
+    )  # fmt: skip
+    result = fit(build_training, config, storage=tmp_path, name="gan")
+    start = objective()
+    drawn, judged = (
+        load_file(result.checkpoint / f"{name}.safetensors") for name in ("model", "helpers")
+    )
+    first = start.discriminator.first.weight
+    assert not torch.equal(judged["0.first.weight"], first)
+    assert not torch.equal(drawn["first.weight"], start.model.first.weight)
+    assert np.isfinite(result.metrics["validation_loss"])
