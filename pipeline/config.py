@@ -16,85 +16,17 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from pipeline.data_config import AugmentConfig as AugmentConfig
+from pipeline.data_config import Config as Config
+from pipeline.data_config import DataConfig as DataConfig
+from pipeline.data_config import PictureFilter as PictureFilter
+from pipeline.data_config import PreprocessConfig as PreprocessConfig
 from pipeline.errors import RecipeError
 
 RECIPES = Path(__file__).parent / "recipes"
 ENVIRONMENT_PREFIX = "TESSERA__"
-
-
-class Config(BaseModel):
-    """Base of every section: unknown keys are errors, values are frozen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    def __setstate__(self, state: dict[Any, Any]) -> None:
-        """Unpickle; settings that the sender's version did not know yet have their defaults."""
-        super().__setstate__(state)
-        for name, field in type(self).model_fields.items():
-            self.__dict__.setdefault(name, field.get_default(call_default_factory=True))
-
-
-def _later(default: Any, **options: Any) -> Any:
-    """A setting younger than the steps' content keys: at its default it stays out of them, so that
-    what was done before there was such a setting stays done."""
-    return Field(default, exclude_if=lambda value: value == default, **options)
-
-
-class PictureFilter(Config):
-    """Which pictures of the preprocessed data a step sees."""
-
-    styles: tuple[str, ...] = Field((), description="styles to keep; empty keeps all")
-    exclude_styles: tuple[str, ...] = Field((), description="styles to leave out")
-
-
-class DataConfig(Config):
-    """Which captioned pictures, and how they are split."""
-
-    shards: tuple[str, ...] = Field(
-        ("asset:emoji",),
-        description="shard sets: directories or URIs that hold a manifest.json; "
-        "asset:NAME is one that ships with Tessera, home:NAME one that lies under --home",
-    )
-    validation_fraction: float = Field(0.05, ge=0, lt=0.5, description="of the groups")
-    test_fraction: float = Field(0.10, ge=0, lt=0.5, description="of the groups")
-    split_seed: int = Field(0, ge=0, description="a group's split depends on (group, seed) alone")
-    limit: int | None = Field(None, ge=8, description="use the first so many groups; None is all")
-    allow_missing_shards: bool = Field(
-        False, description="go on without shards that are missing or truncated, counting the loss"
-    )
-
-
-class PreprocessConfig(Config):
-    """How an encoded picture becomes image_size x image_size uint8 RGB."""
-
-    image_size: int = Field(64, ge=16, le=1024, description="pixels a side")
-    square: Literal["pad", "center_crop", "random_crop"] = Field(
-        "pad", description="how a picture that is not square is made so"
-    )
-    crop_seed: int = _later(0, ge=0, description="random_crop depends on (key, seed) alone")
-    min_side: int = Field(16, ge=1, description="pixels; smaller pictures are quarantined")
-    max_aspect: float = Field(4.0, ge=1, description="long side / short side")
-    max_pixels: int = Field(64_000_000, ge=1, description="width * height; more is a bomb")
-    max_caption_chars: int = Field(1_000, ge=1, description="longer captions are quarantined")
-    max_bad_fraction: float = Field(
-        0.05, ge=0, le=1, description="quarantined / promised; above it the job fails"
-    )
-    require_captions: bool = _later(
-        True, description="false keeps pictures without captions, to train a tokenizer on"
-    )
-    languages: tuple[str, ...] = _later(
-        (), description="captions to keep; zh keeps zh-hant too; empty keeps all"
-    )
-    deduplicate: Literal["no", "exact", "perceptual"] = _later(
-        "no",
-        description="keep one of pictures with equal pixels (exact), or also of pictures whose "
-        "perceptual hashes nearly agree; held-out pictures stay before training ones",
-    )
-    perceptual_distance: int = _later(
-        4, ge=0, le=12, description="of the 64 bits of perceptual hashes that may differ"
-    )
 
 
 class CaptionEncoderConfig(Config):
@@ -103,47 +35,6 @@ class CaptionEncoderConfig(Config):
     model: str = Field("intfloat/multilingual-e5-small", description="hub id or directory")
     max_tokens: int = Field(24, ge=4, le=512, description="longer captions are cut")
     prefix: str = Field("query: ", description="put before every caption, as the model wants it")
-
-
-class AugmentConfig(Config):
-    """Random changes to whole batches of pictures, applied on the training device."""
-
-    flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
-    zoom: float = Field(0.0, ge=0, le=0.5, description="scale by 1 +- this, uniformly")
-    shift: int = Field(0, ge=0, le=64, description="translate by up to so many whole pixels")
-    color: float = Field(0.0, ge=0, le=1, description="strength of the colour jitter")
-    swap_channels: float = Field(0.0, ge=0, le=1, description="probability of permuting R, G, B")
-    blur: float = Field(0.0, ge=0, le=1, description="probability of a Gaussian blur")
-    noise: float = Field(0.0, ge=0, le=1, description="largest sigma of Gaussian noise")
-    rotate: float = _later(0.0, ge=0, le=180, description="turn by up to so many degrees")
-    random_crop: float = _later(
-        0.0, ge=0, le=1, description="enlarge a random part of at least this share of the area"
-    )
-    ten_crop: float = _later(
-        0.0,
-        ge=0,
-        le=1,
-        description="enlarge one of ten crops (corners, centre, and these mirrored) whose side has "
-        "this share of the picture's",
-    )
-    cutout: float = _later(
-        0.0, ge=0, le=1, description="whiten a square with up to this share of the side"
-    )
-    mixup: float = _later(
-        0.0, ge=0, le=1, description="probability of blending with another picture of the batch"
-    )
-    cutmix: float = _later(
-        0.0, ge=0, le=1, description="probability of a square from another picture of the batch"
-    )
-
-    @model_validator(mode="after")
-    def _one_crop(self) -> AugmentConfig:
-        if self.random_crop and self.ten_crop:
-            raise ValueError(
-                f"augment.random_crop={self.random_crop} and augment.ten_crop={self.ten_crop} "
-                "exclude each other: set one to 0"
-            )
-        return self
 
 
 class TrainConfig(Config):
