@@ -244,7 +244,8 @@ def captioned_dataset(
     else:
         assert image_size is not None
         pixels = read_pixels(rows, table["place"].to_numpy(), image_size=image_size)
-        arrays, viewed = {"images": pixels}, frozenset()
+        flippable = [may_mirror(c["text"] for c in row) for row in table["captions"].to_pylist()]
+        arrays, viewed = {"images": pixels, "flippable": np.array(flippable)}, frozenset()
     return CaptionedDataset(
         arrays=arrays,
         viewed=viewed,

@@ -195,7 +195,8 @@ class CaptionedDataset:
     """Pictures (pixels or image tokens), each with one of its captions.
 
     Batches: `arrays`, each (rows, ...) or with views (rows, views, ...); "caption_states" or
-    "caption_ids", "caption_mask"; "style" and "group" int64 (B,).
+    "caption_ids", "caption_mask"; "style" and "group" int64 (B,). An array "flippable", bool
+    (rows,), says which pictures `Augment` may mirror.
     """
 
     def __init__(

@@ -270,8 +270,9 @@ class _Worker:
                 world_size=self.world_size,
             )
         )
+        seeds, flippable = batch.pop("seeds"), batch.pop("flippable", None)
         if "images" in batch:
-            batch["images"] = self.augment(batch["images"])
+            batch["images"] = self.augment(batch["images"], seeds=seeds, flippable=flippable)
         self.wrapped.train()
         metrics: dict[str, Tensor] = {}
         for phase in self.objective.phases:

@@ -146,8 +146,9 @@ class Chain:
 
         def work(context: StepContext) -> dict[str, Any]:
             report = preprocess(
-                self.shard_sets, context.path / "data", data=recipe.data, config=recipe.preprocess
-            )
+                self.shard_sets, context.path / "data", data=recipe.data, config=recipe.preprocess,
+                on_progress=context.on_progress,
+            )  # fmt: skip
             values = asdict(report)
             (context.path / "ray_data_stats.txt").write_text(values.pop("stats"))
             RunLogger(context.run).files(context.path / "ray_data_stats.txt", folder="data")
