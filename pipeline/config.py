@@ -81,6 +81,11 @@ class TrainConfig(Config):
     sample_every: int = Field(0, ge=0, description="steps between sample grids; 0: at the end only")
     validation_batches: int = Field(8, ge=1, description="batches a validation reads")
     patience: int = Field(0, ge=0, description="validations without a better one; 0 never stops")
+    restore: Literal["best", "last"] = Field(
+        "best",
+        description="the checkpoint to go on with: the lowest validation loss, or the last, "
+        "for a model that shall know its training pictures well",
+    )
     seed: int = Field(0, ge=0)
     num_workers: int = Field(2, ge=1, description="DDP processes")
     max_failures: int = Field(2, ge=-1, description="worker group restarts; -1 is no limit")

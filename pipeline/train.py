@@ -70,7 +70,7 @@ class Training:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The best checkpoint of a training and the metrics reported with it."""
+    """The chosen checkpoint of a training and the metrics reported with it."""
 
     checkpoint: Path
     metrics: dict[str, float]
@@ -85,7 +85,7 @@ def fit(
     run: RunHandle | None = None,
     on_progress: OnProgress | None = None,
 ) -> TrainResult:
-    """Train to the end and give the checkpoint with the lowest validation loss.
+    """Train to the end and give the checkpoint with the lowest validation loss, or the last.
 
     Ray must be up. Workers take half a logical CPU each, so that they fit beside other work.
 
@@ -114,9 +114,11 @@ def fit(
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise _first_cause(error) from error
-    best = result.get_best_checkpoint("validation_loss", "min")
-    metrics = next(m for c, m in result.best_checkpoints if c.path == best.path)
-    return TrainResult(Path(best.path), {k: v for k, v in metrics.items() if _is_number(v)})
+    chosen, metrics = result.checkpoint, result.metrics
+    if config.restore == "best":
+        chosen = result.get_best_checkpoint("validation_loss", "min")
+        metrics = next(m for c, m in result.best_checkpoints if c.path == chosen.path)
+    return TrainResult(Path(chosen.path), {k: v for k, v in metrics.items() if _is_number(v)})
 
 
 def scaling_for(num_workers: int, resources: Mapping[str, float]) -> ScalingConfig:

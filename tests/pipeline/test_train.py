@@ -94,8 +94,9 @@ def test_a_killed_worker_changes_nothing(undisturbed: dict[str, Tensor], tmp_pat
 
 
 def test_one_worker_learns_what_two_do(undisturbed: dict[str, Tensor], tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"num_workers": 1})
+    config = CONFIG.model_copy(update={"num_workers": 1, "restore": "last"})
     result = fit(build, config, storage=tmp_path, name="line")
+    assert result.metrics["step"] == 12
     for name, weight in best_weights(result.checkpoint).items():
         torch.testing.assert_close(weight, undisturbed[name], rtol=0.02, atol=0.02)
 
