@@ -141,13 +141,17 @@ def load_caption_encoder(
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModel.from_pretrained(source, dtype="auto")
+            stored = getattr(AutoConfig.from_pretrained(source), "dtype", None) or torch.float32
+            # transformers makes the dtype it loads in the whole process' default meanwhile, and
+            # other threads may be drawing: float32 is what they count on
+            model = AutoModel.from_pretrained(source, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise _not_found(source, config, error) from error
     if hasattr(model, "encoder") and hasattr(model, "decoder"):
         model = model.encoder  # T5 and its kin
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    model.get_input_embeddings().to(stored)  # 250,000 words are most of a small model
     return HFCaptionEncoder(model.to(device), tokenizer, config)
 
 

@@ -77,7 +77,7 @@ def truncated(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:
 
 def gumbel_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
     """Standard Gumbel noise (B, *shape), row b from generators[b] alone, on the CPU."""
-    rows = [torch.rand(*shape, generator=generator) for generator in generators]
+    rows = [torch.rand(*shape, generator=g, dtype=torch.float32) for g in generators]
     uniform = torch.stack(rows).clamp_(1e-20, 1 - 1e-7)
     return uniform.log_().neg_().log_().neg_()
 
