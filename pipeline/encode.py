@@ -233,9 +233,8 @@ def captioned_dataset(
     table = read_table(rows, split=split, only=only, columns=columns, captioned=True)
     texts = json.loads((captions / "captions.json").read_text(encoding="utf-8"))
     ids = {text: i for i, text in enumerate(texts)}
-    caption_ids = [
-        np.array([ids[c["text"]] for c in row], np.int64) for row in table["captions"].to_pylist()
-    ]
+    said = [[caption["text"] for caption in row] for row in table["captions"].to_pylist()]
+    caption_ids = [np.array([ids[text] for text in row], np.int64) for row in said]
     groups = table["group"].to_pylist()
     group_ids = {group: i for i, group in enumerate(sorted(set(groups)))}
     if num_tokens:
@@ -244,8 +243,8 @@ def captioned_dataset(
     else:
         assert image_size is not None
         pixels = read_pixels(rows, table["place"].to_numpy(), image_size=image_size)
-        flippable = [may_mirror(c["text"] for c in row) for row in table["captions"].to_pylist()]
-        arrays, viewed = {"images": pixels, "flippable": np.array(flippable)}, frozenset()
+        flippable = np.array([may_mirror(row) for row in said])
+        arrays, viewed = {"images": pixels, "flippable": flippable}, frozenset()
     return CaptionedDataset(
         arrays=arrays,
         viewed=viewed,

@@ -34,7 +34,7 @@ def apply_policy(model: nn.Module, config: TrainConfig) -> tuple[int, int]:
         RecipeError: the model offers no such policy.
         MissingExtraError: lora without peft.
     """
-    check_policy(model, config.policy)
+    _check_policy(model, config.policy)
     if config.policy == "lora":
         _add_adapters(model, config)
     head, text = (
@@ -51,12 +51,8 @@ def apply_policy(model: nn.Module, config: TrainConfig) -> tuple[int, int]:
     return sum(p.numel() for p in chosen), sum(p.numel() for p in everything)
 
 
-def check_policy(model: nn.Module, policy: str) -> None:
-    """Refuse a policy that the model does not offer.
-
-    Raises:
-        RecipeError: names those that it does.
-    """
+def _check_policy(model: nn.Module, policy: str) -> None:
+    """Raises RecipeError for a policy that the model does not offer."""
     needs = {"full": (), "head": ("head_modules",), "lora": ("head_modules",)}
     offered = [
         name
@@ -73,13 +69,11 @@ def check_policy(model: nn.Module, policy: str) -> None:
 def merged_weights(
     model: nn.Module, config: TrainConfig, weights: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The weights a training ended with, as the plain model has them: adapters are merged.
+    """The weights that a training with adapters ended with, as the plain model has them.
 
     Args:
-        model: as it was before `apply_policy`; changed in place where there are adapters.
+        model: as it was before `apply_policy`; changed in place.
     """
-    if config.policy != "lora":
-        return dict(weights)
     _add_adapters(model, config)
     model.load_state_dict(weights)
     for name, module in list(model.named_modules()):

@@ -76,7 +76,7 @@ class GeneratorTask:
 
     def build(self) -> Training:
         """See pipeline.train.Training."""
-        family, model = self.family, self.model()
+        family, model, tokenizer = self.family, self.model(), self.caption_ids
         sizes = (
             {"num_tokens": self.spec.num_tokens}
             if family.READS == "image_tokens"
@@ -90,12 +90,12 @@ class GeneratorTask:
                 styles=self.spec.styles,
                 max_tokens=self.caption_encoder.max_tokens,
                 only=self.config.data,
-                caption_tokenizer=self.caption_ids,
+                caption_tokenizer=tokenizer,
                 **sizes,
             )
             for split in ("train", "validation")
         )
-        if self.base is None and self.caption_ids is None:
+        if self.base is None and tokenizer is None:
             model.standardise_captions(*sample_captions(train))
         objective = family.Objective(model, self.config)
         return Training(objective, train, validation, sample=partial(draw_samples, task=self))

@@ -192,12 +192,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _for_inference(model: PreTrainedModel) -> nn.Module:
-    """Frozen float32, but for the word embeddings, which stay as small as they were stored."""
+    """Frozen; word embeddings, which may be stored smaller, come out of their table as float32."""
     model.eval().requires_grad_(False)
     embeddings = model.get_input_embeddings()
-    for weight in model.parameters():
-        if weight is not embeddings.weight:
-            weight.data = weight.data.float()
     embeddings.register_forward_hook(lambda _module, _inputs, output: output.float())
     return model
 

@@ -299,9 +299,10 @@ class Chain:
             weights = best_weights(result.checkpoint)
             if adapters := adapter_weights(weights):
                 save_file(adapters, context.path / "adapters.safetensors")
+                weights = merged_weights(task.model(), config.train, weights)
             save_bundle(
                 context.path / "bundle",
-                weights=merged_weights(task.model(), config.train, weights),
+                weights=weights,
                 tokenizer=self.tokenizer,
                 image_size=recipe.preprocess.image_size,
                 config=config,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
@@ -98,15 +98,20 @@ router = APIRouter(dependencies=[Depends(_caller)])
 open_router = APIRouter()
 """Routes that never do."""
 
-EVENTS = {200: {"content": {"text/event-stream": {}}, "description": "pictures, or events"}}
+PICTURES: dict[str, Any] = {
+    "response_model": ImagesResponse,
+    "response_model_exclude_none": True,
+    "responses": {
+        200: {"content": {"text/event-stream": {}}, "description": "pictures, or events"}
+    },
+}
+"""What every route that draws answers with."""
 
 
 @router.post(
     "/v1/images/generations",
     openapi_extra=json_schema(ImageRequest),
-    response_model=ImagesResponse,
-    response_model_exclude_none=True,
-    responses=EVENTS,  # type: ignore[arg-type]
+    **PICTURES,
 )
 async def generate_images(
     request: Request,
@@ -121,9 +126,7 @@ async def generate_images(
 @router.post(
     "/v1/images/edits",
     openapi_extra=form_schema(EditRequest, "image", "mask"),
-    response_model=ImagesResponse,
-    response_model_exclude_none=True,
-    responses=EVENTS,  # type: ignore[arg-type]
+    **PICTURES,
 )
 async def edit_image(
     request: Request,
@@ -139,9 +142,7 @@ async def edit_image(
 @router.post(
     "/v1/images/variations",
     openapi_extra=form_schema(VariationRequest, "image"),
-    response_model=ImagesResponse,
-    response_model_exclude_none=True,
-    responses=EVENTS,  # type: ignore[arg-type]
+    **PICTURES,
 )
 async def vary_image(
     request: Request,

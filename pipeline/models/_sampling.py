@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pipeline.config import GeneratorConfig
+
 
 def cosine_mask_ratio(progress: Tensor) -> Tensor:
     """Share of tokens still masked at `progress` in [0, 1] (MaskGIT, sec. 3.3)."""
@@ -57,8 +59,27 @@ def touched_cells(mask: Tensor, grid_size: int) -> Tensor:
 
 
 def classifier_free_guidance(conditional: Tensor, unconditional: Tensor, scale: Tensor) -> Tensor:
-    """Logits (B, N, V) away from unconditional ones by scale (B,) (Ho & Salimans 2022, eq. 6)."""
-    return unconditional + scale[:, None, None] * (conditional - unconditional)
+    """Logits (B, ..., V) away from unconditional ones by scale (B,) (Ho & Salimans 2022, eq. 6)."""
+    scale = scale.view(-1, *[1] * (conditional.ndim - 1))
+    return unconditional + scale * (conditional - unconditional)
+
+
+def drop_conditions(
+    mask: Tensor, style: Tensor, *, config: GeneratorConfig, no_style: int
+) -> tuple[Tensor, Tensor]:
+    """Leave out some captions and, independently, some styles, so that guidance has a free model.
+
+    Args:
+        mask: bool (B, L), which caption tokens count; style: int64 (B,).
+
+    Returns:
+        mask, False throughout where the caption is dropped, and style, then `no_style`.
+    """
+    kept_caption, kept_style = (
+        torch.rand(len(mask), device=mask.device) < 1 - dropout
+        for dropout in (config.caption_dropout, config.style_dropout)
+    )
+    return mask & kept_caption[:, None], torch.where(kept_style, style, no_style)
 
 
 def truncated(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:

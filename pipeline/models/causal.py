@@ -170,10 +170,9 @@ class Objective(nn.Module):
         config, model = self.config, self.model
         tokens, mask, style = batch["image_tokens"], batch["caption_mask"], batch["style"]
         if self.training:
-            keep = torch.rand(len(mask), device=mask.device) >= config.caption_dropout
-            mask = mask & keep[:, None]
-            keep = torch.rand(len(mask), device=mask.device) >= config.style_dropout
-            style = torch.where(keep, style, model.no_style)
+            mask, style = sampling.drop_conditions(
+                mask, style, config=config, no_style=model.no_style
+            )
         logits = model(tokens, batch["caption_ids"], mask, style).flatten(0, 1)
         smoothing = config.label_smoothing if self.training else 0.0
         loss = F.cross_entropy(logits, tokens.flatten(), label_smoothing=smoothing)
@@ -217,12 +216,12 @@ class Generator:
         settings = check_requests(
             requests, self.config, self.styles, fixed_steps=self.spec.num_tokens
         )
-        device, B = self.parts.device, len(requests)
+        device = self.parts.device
         ids, mask = self.read_ids(settings.prompts)
         style = torch.tensor([self.model.no_style if s is None else s for s in settings.styles])
         ids, style = ids.to(device).repeat(2, 1), style.to(device).repeat(2)
         keys = torch.cat([mask, torch.zeros_like(mask)]).to(device)  # guided rows, then free ones
-        scale = torch.tensor(settings.guidance_scales, device=device)[:, None]
+        scale = torch.tensor(settings.guidance_scales, device=device)
         temperature = torch.tensor(settings.temperatures, device=device)[:, None]
         generators = [torch.Generator().manual_seed(seed) for seed in settings.seeds]
         cache, drawn = DynamicCache(config=self.model.lm.config), []
@@ -235,7 +234,7 @@ class Generator:
                     past_key_values=cache, use_cache=True,
                 ).last_hidden_state[:, -1]  # fmt: skip
                 guided, free = self.model.image_head(states).float().chunk(2)
-                logits = free + scale * (guided - free)
+                logits = sampling.classifier_free_guidance(guided, free, scale)
                 logits = sampling.truncated(
                     logits / temperature.clamp_min(1e-6),
                     top_k=self.config.causal.top_k, top_p=self.config.causal.top_p,
@@ -247,7 +246,6 @@ class Generator:
                 keys, positions = F.pad(keys, (0, 1), value=True), positions[:, -1:] + 1
                 if on_step is not None:
                     on_step(step + 1, self.spec.num_tokens)
-        assert len(drawn[0]) == B
         return torch.stack(drawn, 1)
 
 

@@ -22,6 +22,7 @@ from pipeline.config import GeneratorConfig
 from pipeline.contracts import GenerationRequest, OnStep
 from pipeline.errors import RecipeError
 from pipeline.images import to_float, to_uint8
+from pipeline.models import _sampling as sampling
 from pipeline.models._captions import CaptionReader
 from pipeline.models._requests import check_requests
 from pipeline.models._spec import ModelParts, ModelSpec
@@ -233,10 +234,9 @@ class Objective(nn.Module):
     def _draw(self, batch: Mapping[str, Tensor]) -> Tensor:
         mask, style = batch["caption_mask"], batch["style"]
         if self.training:
-            keep = torch.rand(len(mask), device=mask.device) >= self.config.caption_dropout
-            mask = mask & keep[:, None]
-            keep = torch.rand(len(mask), device=mask.device) >= self.config.style_dropout
-            style = torch.where(keep, style, self.model.no_style)
+            mask, style = sampling.drop_conditions(
+                mask, style, config=self.config, no_style=self.model.no_style
+            )
         condition = self.model.caption(batch["caption_states"], mask, style)
         noise = torch.randn(len(mask), self.model.noise_width, device=mask.device)
         drawn: Tensor = self.model(noise, condition)
@@ -270,19 +270,12 @@ def _mismatched(condition: Tensor, group: Tensor) -> Tensor:
 
 
 def _kid(x: Tensor, y: Tensor) -> Tensor:
-    """Unbiased squared MMD with the kernel (x . y / d + 1) ** 3; (B, d), (B, d) -> ()."""
-    n = len(x)
-    if n < 2:
+    """metrics.kid of (B, d) and (B, d) as a tensor (); it needs two pictures."""
+    from pipeline.metrics import kid  # brings evaluation's networks, which serving does without
+
+    if len(x) < 2:
         raise RecipeError("the gan's validation needs at least 2 pictures a worker and batch")
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
-    def within(a: Tensor) -> Tensor:
-        k = kernel(a, a)
-        return (k.sum() - k.diagonal().sum()) / (n * (n - 1))
-
-    return within(x) + within(y) - 2 * kernel(x, y).mean()
+    return torch.tensor(kid(x.detach().cpu(), y.detach().cpu()), device=x.device)
 
 
 def _doublings(image_size: int) -> int:

@@ -219,9 +219,9 @@ class Objective(nn.Module):
         config, model = self.config, self.model
         tokens, mask, style = batch["image_tokens"], batch["caption_mask"], batch["style"]
         if self.training:
-            mask = mask & (_coin(tokens, 1 - config.caption_dropout)[:, None])
-            keep_style = _coin(tokens, 1 - config.style_dropout)
-            style = torch.where(keep_style, style, model.no_style)
+            mask, style = sampling.drop_conditions(
+                mask, style, config=config, no_style=model.no_style
+            )
         hidden = sampling.random_masks(
             len(tokens),
             self.grid_size,
@@ -236,11 +236,6 @@ class Objective(nn.Module):
         with torch.no_grad():
             accuracy = (logits.argmax(-1) == target).float().mean()
         return {"loss": loss, "accuracy": accuracy}
-
-
-def _coin(like: Tensor, probability: float) -> Tensor:
-    """bool (B,), True with `probability`."""
-    return torch.rand(len(like), device=like.device) < probability
 
 
 class Generator:

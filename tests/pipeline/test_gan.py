@@ -10,8 +10,9 @@ import pytest
 import torch
 from ray import cloudpickle
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from pipeline.bundle import load_generator
 from pipeline.config import GanConfig, GeneratorConfig, TrainConfig
 from pipeline.contracts import GenerationRequest
 from pipeline.errors import RecipeError, RequestError
@@ -103,14 +104,17 @@ def test_each_phase_moves_its_own_network() -> None:
     assert all(p.grad is None for p in made.model.parameters())
 
 
-def test_sizes_that_do_not_double_and_steps_are_refused() -> None:
+def test_a_size_that_does_not_double_is_refused() -> None:
     with pytest.raises(RecipeError, match="image_size=48"):
         gan.build(CONFIG, ModelSpec(48, 8, 4, (8,), 12, ("a",)))
-    made = objective()
-    drawer = object.__new__(gan.Generator)
-    nn.Module.eval(made.model)
-    with pytest.raises(RequestError, match="one pass"):
-        drawer.generate([GenerationRequest("x", num_steps=4)])
+
+
+def test_more_than_one_step_is_refused(
+    tiny_bundles: dict[str, Path], pretrained_cache: Path
+) -> None:
+    generator = load_generator(tiny_bundles["gan"], pretrained_cache=pretrained_cache)
+    with pytest.raises(RequestError, match="num_steps=4: this model always draws in 1"):
+        generator.generate([GenerationRequest("x", num_steps=4)])
 
 
 class ColourRows:
