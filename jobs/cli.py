@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from jobs.console import ConsoleReporter, time_table
+from jobs.console import ConsoleReporter, time_table, trial_table
 from jobs.data_cli import data_app, ingest_app
 from jobs.options import DEFAULT_HOME, AsJson, Debug, Home, Overrides, RecipeName
 from jobs.serving_cli import bench_app, key
@@ -150,6 +150,35 @@ _step_command("pretrain", "Train a recipe's image tokenizer on pictures alone.")
 _step_command("align", "Train a recipe's aligner, which evaluation retrieves captions with.")
 _step_command("train", "Train a recipe's generator and print the candidate bundle's path.")
 _step_command("evaluate", "Judge the candidate against champion, untuned base and floors.")
+
+
+@app.command(name="tune")
+def tune_command(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the best recipe here too, ready for `train`.")
+    ] = None,
+    home: Home = DEFAULT_HOME,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Search better settings for a recipe's generator, over its section `tune`.
+
+    Ray Tune draws trials from tune.space and trains them; ASHA stops the worse ones early. Prints
+    the path of the best recipe. Interrupted, the same command goes on where it stopped.
+    """
+    from pipeline.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    from jobs.tune import run_search
+
+    result = run_search(loaded, home, ConsoleReporter(console), out=out, debug=debug)
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    console.print(trial_table(result["trials"]))
+    typer.echo(result["path"])
 
 
 @app.command()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -75,3 +76,26 @@ def time_table(seconds: Mapping[str, float]) -> Table:
         table.add_row(name, f"{value:.1f}" if value else "skipped")
     table.add_row("[bold]all[/bold]", f"[bold]{sum(seconds.values()):.1f}[/bold]")
     return table
+
+
+def trial_table(trials: Sequence[Mapping[str, Any]]) -> Table:
+    """A search's trials, best first: loss, steps and settings, or why it failed."""
+    table = Table(title="Trials, best first", show_edge=False)
+    for name in ("trial", "validation loss", "steps", "settings"):
+        table.add_column(name, justify="left" if name in ("trial", "settings") else "right")
+    for row in trials:
+        loss = row["validation_loss"]
+        settings = ", ".join(
+            f"{k.rpartition('.')[2]}={_short(v)}" for k, v in row["settings"].items()
+        )
+        table.add_row(
+            row["name"],
+            "-" if loss is None else f"{loss:.4f}",
+            str(row["steps"]),
+            f"{settings}; failed: {row['failure']}" if row["failure"] else settings,
+        )
+    return table
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

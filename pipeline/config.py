@@ -9,11 +9,12 @@ command line (`generator.train.learning_rate=3e-4`) or by environment
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -24,6 +25,7 @@ from pipeline.data_config import DataConfig as DataConfig
 from pipeline.data_config import PictureFilter as PictureFilter
 from pipeline.data_config import PreprocessConfig as PreprocessConfig
 from pipeline.errors import RecipeError
+from pipeline.tune_config import TuneConfig as TuneConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 ENVIRONMENT_PREFIX = "TESSERA__"
@@ -278,6 +280,43 @@ class Recipe(Config):
     evaluate: EvaluateConfig = EvaluateConfig()
     promote: PromoteConfig = PromoteConfig()
     serve: ServeConfig = ServeConfig()
+    tune: TuneConfig | None = Field(None, description="the search that `tessera tune` makes")
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Self:
+        """This recipe without its search, with other values for dotted keys, checked again.
+
+        Raises:
+            RecipeError: an unknown key or a value that does not fit.
+        """
+        values = self.model_dump(mode="json", exclude_unset=True, exclude={"tune"})
+        for key, value in settings.items():
+            _set(values, key, value, origin=key)
+        try:
+            return type(self).model_validate(values)
+        except ValidationError as error:
+            raise RecipeError(_explain(error)) from error
+
+    @model_validator(mode="after")
+    def _every_end_of_the_search_is_a_recipe(self) -> Self:
+        if self.tune is None:
+            return self
+        steps = self.generator.train.max_steps
+        if self.tune.grace_steps > steps:
+            raise ValueError(
+                f"tune.grace_steps={self.tune.grace_steps} is more than "
+                f"generator.train.max_steps={steps}: no trial could ever be stopped"
+            )
+        section = self.model_dump(mode="json", include={"generator"}, exclude_unset=True)
+        for key, space in self.tune.space.items():
+            for value in space.ends:  # values together are checked as they are drawn
+                values = copy.deepcopy(section)
+                _set(values, key, value, origin=key)
+                try:
+                    GeneratorConfig.model_validate(values["generator"])
+                except ValidationError as error:
+                    said = _explain(error, inside=("generator",))
+                    raise ValueError(f"tune.space: {said}") from error
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -376,6 +415,15 @@ def _find(recipe: str | Path) -> Path:
 
 
 def _override(values: dict[str, Any], key: str, text: str, *, origin: str) -> None:
+    """Set a dotted key in the nested mapping to a YAML value."""
+    try:
+        value = _yaml_value(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {origin!r}: {text!r} is not a YAML value: {error}") from error
+    _set(values, key, value, origin=origin)
+
+
+def _set(values: dict[str, Any], key: str, value: Any, *, origin: str) -> None:
     """Set a dotted key in the nested mapping."""
     *sections, last = key.split(".")
     node = values
@@ -384,10 +432,7 @@ def _override(values: dict[str, Any], key: str, text: str, *, origin: str) -> No
         if not isinstance(child, dict):
             raise RecipeError(f"override {origin!r}: {section!r} is a value, not a section")
         node = child
-    try:
-        node[last] = _yaml_value(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override {origin!r}: {text!r} is not a YAML value: {error}") from error
+    node[last] = value
 
 
 def _yaml_value(text: str) -> Any:
@@ -401,13 +446,17 @@ def _yaml_value(text: str) -> Any:
     return value
 
 
-def _explain(error: ValidationError) -> str:
-    """One line a mistake: the key, what is wrong, and what would be right."""
+def _explain(error: ValidationError, inside: tuple[str, ...] = ()) -> str:
+    """One line a mistake: the key, what is wrong, and what would be right.
+
+    `inside` is the section that was validated alone.
+    """
     lines = []
     for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
+        loc = (*inside, *item["loc"])
+        key = ".".join(str(part) for part in loc)
         if item["type"] == "extra_forbidden":
-            known = _known_keys(item["loc"][:-1])
+            known = _known_keys(loc[:-1])
             near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
             lines.append(f"unknown key {key!r}; {hint}")
@@ -420,9 +469,19 @@ def _explain(error: ValidationError) -> str:
 def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
     """The keys of the section at `loc`."""
     section: type[BaseModel] = Recipe
-    for part in loc:
-        annotation = section.model_fields[str(part)].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+    parts = iter(loc)
+    for part in parts:
+        if str(part) not in section.model_fields:
             return []
-        section = annotation
+        annotation = section.model_fields[str(part)].annotation
+        models = [a for a in (annotation, *get_args(annotation)) if _is_section(a)]
+        if not models:
+            return []
+        section = models[0]
+        if get_origin(annotation) is dict:
+            next(parts, None)  # a name of the user's
     return sorted(section.model_fields)
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

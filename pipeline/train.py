@@ -14,7 +14,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from torch import Tensor, nn
 
 from pipeline import feed
@@ -84,10 +84,12 @@ def fit(
     name: str,
     run: RunHandle | None = None,
     on_progress: OnProgress | None = None,
+    callbacks: Sequence[UserCallback] = (),
 ) -> TrainResult:
     """Train to the end and give the checkpoint with the lowest validation loss, or the last.
 
     Ray must be up. Workers take half a logical CPU each, so that they fit beside other work.
+    `callbacks` are Ray Train's, called on its controller.
 
     Raises:
         TrainingError: a loss is not finite, or workers died more often than config.max_failures.
@@ -108,6 +110,7 @@ def fit(
                     checkpoint_score_attribute="validation_loss",
                     checkpoint_score_order="min",
                 ),
+                callbacks=list(callbacks),
             ),
         )
         try:

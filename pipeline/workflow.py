@@ -35,7 +35,7 @@ from pipeline.bundle import (
 )  # fmt: skip
 from pipeline.card import write_card
 from pipeline.checkpoint import best_weights
-from pipeline.config import Recipe
+from pipeline.config import GeneratorConfig, Recipe
 from pipeline.contracts import Decision, EvalReport
 from pipeline.encode import encode_captions, encode_pictures
 from pipeline.evalset import EvalSet
@@ -274,16 +274,6 @@ class Chain:
         )
         return trained.path / "bundle"
 
-    @property
-    def reads(self) -> str:
-        """What the generator's family trains on: "image_tokens" or "images"."""
-        reads: str = registry.load("models", self.generator_config.family).READS
-        return reads
-
-    @property
-    def pictures(self) -> StepResult:
-        return self.tokens if self.reads == "image_tokens" else self.preprocessed
-
     @cached_property
     def generator(self) -> StepResult:
         """The candidate: a bundle trained on image tokens and caption states."""
@@ -291,7 +281,7 @@ class Chain:
 
         def work(context: StepContext) -> dict[str, Any]:
             encoder = load_caption_encoder(recipe.caption_encoder, cache=self.cache)
-            task = self._generator_task(encoder.width)
+            task = self.generator_task(config, encoder.width)
             result = train.fit(
                 task.build, config.train, storage=context.path, name="generator", run=context.run,
                 on_progress=context.on_progress,
@@ -317,37 +307,45 @@ class Chain:
             "generator",
             work,
             settings={"generator": config.model_dump(mode="json")},
-            inputs={
-                self.reads: self.pictures.digest,
-                "captions": self.captions.digest,
-                "base": bundle_digest(self.base) if self.base else "",
-            },
+            inputs=self.generator_inputs(config),
         )
 
-    def _generator_task(self, caption_width: int) -> generation.GeneratorTask:
-        recipe, config = self.recipe, self.generator_config
+    def generator_inputs(self, config: GeneratorConfig) -> dict[str, str]:
+        """Digests of all that a generator is trained on; makes what is not made yet."""
+        reads = reads_of(config)
+        pictures = self.tokens if reads == "image_tokens" else self.preprocessed
+        return {
+            reads: pictures.digest,
+            "captions": self.captions.digest,
+            "base": bundle_digest(self.base) if self.base else "",
+        }
+
+    def generator_task(
+        self, config: GeneratorConfig, caption_width: int
+    ) -> generation.GeneratorTask:
+        """What a worker needs to train a generator of that section."""
         found = set(pq.read_table(self.pixels, columns=["style"])["style"].to_pylist())
         wanted = set(config.data.styles or found) - set(config.data.exclude_styles)
-        language_model = self._language_model()
+        language_model = self._language_model(config)
         spec = generation.make_spec(
             self.tokenizer, caption_width, sorted(found & wanted), self.base, config,
             language_model,
         )  # fmt: skip
+        on_tokens = reads_of(config) == "image_tokens"
         return generation.GeneratorTask(
             config=config,
             spec=spec,
-            caption_encoder=recipe.caption_encoder,
+            caption_encoder=self.recipe.caption_encoder,
             tokenizer=self.tokenizer,
-            pictures=(self.tokens.path / "data" if self.reads == "image_tokens" else self.pixels),
+            pictures=self.tokens.path / "data" if on_tokens else self.pixels,
             captions=self.captions.path / "data",
             cache=self.cache,
             base=self.base,
             language_model=language_model,
         )
 
-    def _language_model(self) -> str | None:
+    def _language_model(self, config: GeneratorConfig) -> str | None:
         """Where the pretrained model, or the base's tokenizer of it, lies, if there is any."""
-        config = self.generator_config
         if registry.load("models", config.family).CAPTIONS != "ids":
             return None
         if self.base is not None:
@@ -436,3 +434,9 @@ class Chain:
         if decision.promoted:
             self.tracker.crown(name, version)
         return decision, version
+
+
+def reads_of(config: GeneratorConfig) -> str:
+    """What a generator's family trains on: "image_tokens" or "images"."""
+    reads: str = registry.load("models", config.family).READS
+    return reads

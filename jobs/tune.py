@@ -1,0 +1,44 @@
+"""Tune: search better settings for a recipe's generator, and write the best recipe out.
+
+tessera tune my-recipe.yaml
+tessera train .tessera/steps/tune-.../best.yaml
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Recipe
+from pipeline.runtime import ray_runtime
+from pipeline.steps import Reporter
+from pipeline.tuning import draw_trials, search
+from pipeline.workflow import Chain
+
+
+def run_search(
+    recipe: Recipe,
+    home: Path,
+    reporter: Reporter,
+    *,
+    out: Path | None = None,
+    debug: bool = False,
+) -> dict[str, Any]:
+    """Every trial that was not finished before; see pipeline.tuning.search for the result.
+
+    Args:
+        out: where to put a copy of the best recipe.
+
+    Raises:
+        TesseraError: something the user can mend; finished trials are kept.
+    """
+    chain = Chain(recipe, home, reporter)
+    trials = draw_trials(recipe, chain.base)
+    with ray_runtime(debug=debug), chain.open():
+        result = search(chain, trials)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(result["path"], out)
+        result["path"] = str(out)
+    return result

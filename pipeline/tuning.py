@@ -1,0 +1,367 @@
+"""Better settings for a recipe's generator: Ray Tune with ASHA over Ray Train.
+
+    result = search(chain, out)        # inside Chain.open(), with Ray up
+
+A trial is a Tune function that starts an ordinary training (train.fit) of its own settings, under
+an MLflow run nested in the search's. Every report of a trial is also kept in its directory; a
+search that was interrupted and is started again reports them to the scheduler once more, so that
+it decides as it did, and the trainings go on from their checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import yaml
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler
+
+from pipeline import generation, train
+from pipeline.config import Recipe, TuneConfig
+from pipeline.errors import RecipeError, ResourceError, TesseraError, TrainingError
+from pipeline.progress import OnProgress, Progress
+from pipeline.steps import StepContext
+from pipeline.text import load_caption_encoder
+from pipeline.tracking import RunHandle, RunLogger, Tracker
+from pipeline.workflow import Chain
+
+METRIC = "validation_loss"
+TRIAL_CPUS = 0.01  # a trial itself only waits for its training
+REPORTS, RUN, FAILURE = "reports.jsonl", "run.json", "failure.txt"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One draw: its settings by dotted key, and the recipe they make."""
+
+    number: int
+    settings: dict[str, Any]
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        return f"trial-{self.number:03d}"
+
+
+def draw_trials(recipe: Recipe, base: Path | None) -> list[Trial]:
+    """All trials of a recipe's search, each checked as a recipe of its own.
+
+    Raises:
+        RecipeError: there is nothing to search, or a combination is no valid recipe.
+    """
+    if recipe.tune is None:
+        raise RecipeError(
+            f"recipe {recipe.name} has no section `tune`: say what to search, for example "
+            "tune: {space: {generator.train.learning_rate: {loguniform: [1.0e-4, 3.0e-3]}}}"
+        )
+    trials = []
+    for number, settings in enumerate(recipe.tune.draws()):
+        try:
+            made = recipe.with_settings(settings)
+            if base is not None:
+                generation.shape_of_base(made.generator, base)
+        except RecipeError as error:
+            raise RecipeError(f"tune.space allows {settings}, but {error}") from error
+        trials.append(Trial(number, settings, made))
+    return trials
+
+
+def check_room(config: TuneConfig, trials: Sequence[Trial]) -> None:
+    """Refuse what could only wait for itself forever.
+
+    Raises:
+        ResourceError: the cluster has no room for `max_concurrent` trainings at once.
+    """
+    resources = ray.cluster_resources()
+    workers = [train.scaling_for(t.recipe.generator.train.num_workers, resources) for t in trials]
+    for kind in ("CPU", "GPU"):
+        each = max(w.total_resources.get(kind, 0) for w in workers)
+        have = resources.get(kind, 0) - (config.max_concurrent * TRIAL_CPUS) * (kind == "CPU")
+        if each * config.max_concurrent > have:
+            raise ResourceError(
+                f"tune.max_concurrent={config.max_concurrent} trainings need "
+                f"{each * config.max_concurrent:g} of Ray's {kind}s and the cluster has "
+                f"{resources.get(kind, 0):g}: lower it or generator.train.num_workers"
+            )
+
+
+def search(chain: Chain, trials: Sequence[Trial]) -> dict[str, Any]:
+    """Train the trials as a step of the chain.
+
+    Returns:
+        "path" of the best recipe, "settings" and `METRIC` of the best trial, all "trials", best
+        first.
+
+    Raises:
+        TrainingError: not one trial came to an end.
+        ResourceError: the cluster is too small.
+    """
+    recipe = chain.recipe
+    assert recipe.tune is not None
+    check_room(recipe.tune, trials)
+    inputs = {
+        name: digest
+        for trial in trials
+        for name, digest in chain.generator_inputs(trial.recipe.generator).items()
+    }
+    result = chain.workspace.run(
+        "tune",
+        lambda context: _search(chain, trials, context),
+        settings={
+            "tune": recipe.tune.model_dump(mode="json"),
+            "generator": recipe.generator.model_dump(mode="json"),
+        },
+        inputs=inputs,
+    )
+    # what is not searched may differ from what it was when the search was done: write it anew
+    path = result.path / "best.yaml"
+    write_recipe(recipe.with_settings(result.values["settings"]), path)
+    return {"path": str(path), **result.values}
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Only what differs from the defaults, as YAML that `load_recipe` reads."""
+    values = recipe.model_dump(mode="json", exclude_unset=True)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _search(chain: Chain, trials: Sequence[Trial], context: StepContext) -> dict[str, Any]:
+    recipe = chain.recipe
+    config, budget = recipe.tune, recipe.generator.train.max_steps
+    assert config is not None
+    width = load_caption_encoder(recipe.caption_encoder, cache=chain.cache).width
+    tasks = [
+        chain.generator_task(
+            generation.shape_of_base(t.recipe.generator, chain.base)
+            if chain.base
+            else t.recipe.generator,
+            width,
+        )
+        for t in trials
+    ]
+    folders = [context.path / "trials" / trial.name for trial in trials]
+    jobs = [
+        _Job(trial.name, trial.settings, task, folder, chain.home, context.run)
+        for trial, task, folder in zip(trials, tasks, folders, strict=True)
+    ]
+    scheduler = ASHAScheduler(
+        time_attr="step",
+        max_t=budget,
+        grace_period=config.grace_steps,
+        reduction_factor=config.reduction_factor,
+        stop_last_trials=False,  # a training ends by itself, and its run in MLflow with it
+    )
+    with _quiet_tune():
+        tuner = tune.Tuner(
+            tune.with_resources(tune.with_parameters(_trial, jobs=jobs), {"CPU": TRIAL_CPUS}),
+            param_space={"number": tune.grid_search([trial.number for trial in trials])},
+            tune_config=tune.TuneConfig(
+                metric=METRIC, mode="min", scheduler=scheduler,
+                max_concurrent_trials=config.max_concurrent,
+            ),
+            run_config=tune.RunConfig(
+                name="ray-tune", storage_path=str(context.path), verbose=0,
+                callbacks=[_Follower(jobs, budget, chain.tracker, context.on_progress)],
+            ),
+        )  # fmt: skip
+        results = tuner.fit()
+    failures = {
+        result.config["number"]: _reason(result.error, folders[result.config["number"]])
+        for result in results
+        if result.error is not None
+    }
+    return _conclude(trials, folders, failures, recipe, context)
+
+
+@contextlib.contextmanager
+def _quiet_tune() -> Iterator[None]:
+    """No files beside ours; Ctrl-C interrupts instead of ending the search as if it were done."""
+    wanted = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+# ---- A trial ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything a trial needs, wherever it runs.
+
+    Attributes:
+        folder: its training's storage, kept from one attempt to the next.
+        home: of the tracker.
+        search: the MLflow run that its own is nested in.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    task: generation.GeneratorTask
+    folder: Path
+    home: Path
+    search: RunHandle
+
+    @property
+    def reports(self) -> list[dict[str, float]]:
+        return _reports(self.folder)
+
+
+def _reports(folder: Path) -> list[dict[str, float]]:
+    """What a trial reported so far, by rising step; a line cut short by a kill is left out."""
+    file = folder / REPORTS
+    found: dict[float, dict[str, float]] = {}
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            report = json.loads(line)
+            found[report["step"]] = report
+    return [found[step] for step in sorted(found)]
+
+
+def _trial(config: dict[str, Any], jobs: Sequence[_Job]) -> None:
+    """A Tune function: report what was done before, then train on."""
+    job = jobs[config["number"]]
+    job.folder.mkdir(parents=True, exist_ok=True)
+    (job.folder / FAILURE).unlink(missing_ok=True)
+    for report in job.reports:
+        tune.report(report)
+    tracker, record = Tracker(job.home), job.folder / RUN
+    known = json.loads(record.read_text())["run_id"] if record.is_file() else None
+    with tracker.run(job.name, parent=job.search, resume=known) as run:
+        record.write_text(json.dumps({"run_id": run.run_id}))
+        RunLogger(run).params(job.settings)
+        try:
+            train.fit(
+                job.task.build, job.task.config.train, storage=job.folder, name="generator",
+                run=run, callbacks=[_Recorder(job.folder)],
+            )  # fmt: skip
+        except TesseraError as error:
+            (job.folder / FAILURE).write_text(str(error))
+            raise
+
+
+class _Recorder(TuneReportCallback):
+    """Hands a training's reports to Tune, and keeps them."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        known = _reports(folder)
+        self.step = known[-1]["step"] if known else 0
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+    ) -> None:
+        report = {name: float(value) for name, value in metrics[0].items()}
+        if report["step"] <= self.step:  # done again after a worker died
+            return
+        self.step = report["step"]
+        with (self.folder / REPORTS).open("a") as file:
+            file.write(json.dumps(report) + "\n")
+        super().after_report(run_context, [report], None)
+
+
+class _Follower(tune.Callback):
+    """On the driver: tells how far the search is, closes the runs of trials that were stopped."""
+
+    def __init__(
+        self, jobs: Sequence[_Job], budget: int, tracker: Tracker, on_progress: OnProgress
+    ) -> None:
+        self.jobs, self.budget = jobs, budget
+        self.tracker, self.on_progress = tracker, on_progress
+        self.steps: dict[int, float] = {}
+        self.best = float("inf")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune writes its callbacks to disk; a terminal and a database stay out of that."""
+        return {}
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        self.best = min(self.best, result[METRIC])
+        self._tell(trial.config["number"], result["step"])
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        job = self.jobs[trial.config["number"]]
+        record = job.folder / RUN
+        if record.is_file():
+            run_id = json.loads(record.read_text())["run_id"]
+            if self.tracker.client.get_run(run_id).info.status == "RUNNING":
+                self.tracker.client.set_tag(run_id, "stopped_by", "ASHA")
+                self.tracker.client.set_terminated(run_id, "FINISHED")
+        self._tell(trial.config["number"], self.budget)
+
+    def _tell(self, number: int, step: float) -> None:
+        self.steps[number] = step
+        share = sum(self.steps.values()) / (self.budget * len(self.jobs))
+        best = {METRIC: self.best} if self.best < float("inf") else {}
+        self.on_progress(Progress(share=share, step=len(self.steps), metrics=best))
+
+
+# ---- The result ------------------------------------------------------------------------------
+
+
+def _reason(error: BaseException, folder: Path) -> str:
+    """Why a trial failed: its own message, or the last line of what Tune says."""
+    failure = folder / FAILURE
+    return failure.read_text() if failure.is_file() else str(error).strip().splitlines()[-1]
+
+
+def _conclude(
+    trials: Sequence[Trial],
+    folders: Sequence[Path],
+    failures: Mapping[int, str],
+    recipe: Recipe,
+    context: StepContext,
+) -> dict[str, Any]:
+    """Rank the trials; raises TrainingError if there is none to rank."""
+    keep_last = recipe.generator.train.restore == "last"
+    table = [
+        summarise(_reports(folder), keep_last=keep_last)
+        | {"name": t.name, "settings": t.settings, "failure": failures.get(t.number)}
+        for t, folder in zip(trials, folders, strict=True)
+    ]
+    ranked = rank(table, keep_last=keep_last)
+    if not ranked:
+        reasons = "; ".join(f"{row['name']}: {row['failure'] or 'no report'}" for row in table)
+        raise TrainingError(f"not one trial came to an end: {reasons}. Widen or move tune.space")
+    best, everything = ranked[0], ranked + [row for row in table if row not in ranked]
+    (context.path / "trials.json").write_text(json.dumps(everything, indent=2))
+    RunLogger(context.run).files(context.path / "trials.json", folder="")
+    RunLogger(context.run).tags({"best_trial": best["name"]})
+    return {"settings": best["settings"], METRIC: best[METRIC], "trials": everything}
+
+
+def summarise(reports: Sequence[Mapping[str, float]], *, keep_last: bool) -> dict[str, Any]:
+    """Steps trained, and the loss of the checkpoint that training would keep: lowest or last."""
+    if not reports:
+        return {"steps": 0, METRIC: None}
+    losses = [report[METRIC] for report in reports]
+    return {"steps": int(reports[-1]["step"]), METRIC: losses[-1] if keep_last else min(losses)}
+
+
+def rank(table: Sequence[dict[str, Any]], *, keep_last: bool) -> list[dict[str, Any]]:
+    """The trials that did not fail, best first: by loss.
+
+    Where the last checkpoint is kept, losses may rise while training goes on, so that only trials
+    that trained for equally long can be compared: those that trained longest come first.
+    """
+    fine = [row for row in table if row["failure"] is None and row[METRIC] is not None]
+    return sorted(fine, key=lambda row: (-row["steps"] if keep_last else 0, row[METRIC]))

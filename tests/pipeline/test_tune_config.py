@@ -1,0 +1,110 @@
+"""Search spaces: what is drawn, and how each mistake is explained before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.config import Recipe, load_recipe
+from pipeline.errors import RecipeError
+from pipeline.tune_config import TuneConfig
+from pipeline.tuning import draw_trials, rank, summarise, write_recipe
+
+RATE = {"generator.train.learning_rate": {"loguniform": [1e-4, 1e-2]}}
+
+
+def written(directory: Path, tune: dict[str, Any], **sections: Any) -> Path:
+    path = directory / "searched.yaml"
+    path.write_text(yaml.safe_dump({"name": "searched", "tune": tune, **sections}))
+    return path
+
+
+def test_draws_repeat_and_stay_within_their_spaces() -> None:
+    space = {
+        **RATE,
+        "generator.depth": {"choice": [2, 4]},
+        "generator.dropout": {"uniform": [0.1, 0.2]},
+        "generator.train.warmup_steps": {"integer": [5, 7]},
+    }
+    config = TuneConfig.model_validate({"space": space, "num_trials": 60})
+    draws = config.draws()
+    assert draws == config.draws() != config.model_copy(update={"seed": 1}).draws()
+    rates, depths, dropouts, warmups = (
+        [draw[key] for draw in draws] for key in config.space
+    )  # fmt: skip
+    assert all(1e-4 <= rate <= 1e-2 for rate in rates)
+    assert 15 < sum(rate < 1e-3 for rate in rates) < 45, "evenly by its logarithm"
+    assert {*depths} == {2, 4} and {*warmups} == {5, 6, 7}
+    assert all(0.1 <= dropout <= 0.2 for dropout in dropouts)
+
+
+@pytest.mark.parametrize(
+    ("tune", "said"),
+    [
+        ({"space": {}}, "at least 1"),
+        ({"space": {"encode.num_views": {"choice": [1]}}}, "begins with 'generator.'"),
+        ({"space": {"generator.family": {"choice": ["gan"]}}}, "list them as candidates"),
+        ({"space": {"generator.train.max_steps": {"choice": [1]}}}, "the budget"),
+        ({"space": {"generator.widht": {"choice": [64]}}}, r"'generator.widht'; did you mean"),
+        ({"space": {"generator.depth": {"choice": [0]}}}, r"depth=0: .*greater than or equal to 1"),
+        ({"space": {"generator.dropout": {"uniform": [0.5, 1.5]}}}, r"dropout=1.5: .*less than 1"),
+        ({"space": {"generator.dropout": {"uniform": [0.5, 0.1]}}}, "must rise from low to high"),
+        ({"space": {"generator.depth": {"choice": [1], "integer": [1, 2]}}}, "choice, integer"),
+        ({"space": {"generator.depth": {}}}, "there is none"),
+        ({"space": {"generator.depth": {"chioce": [1]}}}, r"chioce'; did you mean 'choice'"),
+        ({"space": {"generator.train.momentum": {"loguniform": [0, 0.5]}}}, "must be above 0"),
+        ({"space": RATE, "num_trials": 1}, "num_trials=1"),
+        ({"space": RATE, "trials": 3}, r"'tune.trials'; did you mean 'num_trials'"),
+        ({"space": RATE, "grace_steps": 5_000}, "no trial could ever be stopped"),
+    ],
+)
+def test_a_bad_space_says_what_is_wrong(tune: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(written(tmp_path, tune), environment={})
+
+
+def test_values_that_do_not_fit_together_are_refused_when_drawn(tmp_path: Path) -> None:
+    space = {"generator.width": {"choice": [192, 256]}, "generator.heads": {"choice": [4, 6]}}
+    tune = {"space": space, "num_trials": 20}
+    recipe = load_recipe(written(tmp_path, tune, generator={"width": 192}), environment={})
+    with pytest.raises(RecipeError, match=r"tune.space allows .*width=256 must be a multiple of"):
+        draw_trials(recipe, None)
+
+
+def test_a_recipe_without_a_search_says_what_to_write() -> None:
+    with pytest.raises(RecipeError, match=r"no section `tune`: say what to search"):
+        draw_trials(load_recipe("smoke", environment={}), None)
+
+
+def test_a_shape_that_is_not_the_bases_is_refused(tmp_path: Path, tiny_bundle: Path) -> None:
+    tune = {"space": {"generator.width": {"choice": [64, 128]}}}
+    recipe = load_recipe(written(tmp_path, tune), environment={})
+    with pytest.raises(RecipeError, match=r"tune.space allows .* is not the base's, which has 32"):
+        draw_trials(recipe, tiny_bundle)
+
+
+def test_a_written_recipe_reads_back_with_the_settings(tmp_path: Path) -> None:
+    recipe = load_recipe(written(tmp_path, {"space": RATE}, base="asset:base"), environment={})
+    best = recipe.with_settings({"generator.train.learning_rate": 3e-5})
+    write_recipe(best, tmp_path / "best.yaml")
+    again: Recipe = load_recipe(tmp_path / "best.yaml", environment={})
+    assert again == best and again.tune is None and again.base == "asset:base"
+    assert again.generator.train.learning_rate == 3e-5
+    assert again.generator.model_fields_set == {"train"}, "the shape stays the base's"
+
+
+def test_trials_are_ranked_by_the_checkpoint_that_is_kept() -> None:
+    def row(name: str, *losses: float, failure: str | None = None) -> dict[str, Any]:
+        reports = [{"step": 10.0 * (i + 1), "validation_loss": v} for i, v in enumerate(losses)]
+        return {"name": name, "failure": failure, "reports": reports}
+
+    rows = [row("rose", 2.0, 1.0, 3.0), row("fell", 4.0, 2.5, 1.5), row("stopped", 1.2),
+            row("failed", 0.1, failure="nan"), row("silent")]  # fmt: skip
+    for keep_last, best in ((False, "rose"), (True, "fell")):
+        table = [r | summarise(r["reports"], keep_last=keep_last) for r in rows]
+        names = [r["name"] for r in rank(table, keep_last=keep_last)]
+        assert names[0] == best and {*names} == {"rose", "fell", "stopped"}
+    assert names == ["fell", "rose", "stopped"], "those that trained as long are compared first"
