@@ -3,7 +3,8 @@
     python tests/benchmarks/measure.py tessera demo --no-serve --home NEW
 
 Memory is the proportional set size (shared pages counted once), sampled every second over the
-command's whole process tree, which a local Ray belongs to.
+command's whole process tree, which a local Ray belongs to; the largest processes of the peak are
+named.
 """
 
 from __future__ import annotations
@@ -12,29 +13,34 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 
 
-def tree_bytes(root: psutil.Process) -> int:
-    """Proportional set size of a process and everything below it."""
-    total = 0
+def tree_bytes(root: psutil.Process) -> dict[str, int]:
+    """Proportional set size of a process and everything below it, by process title and id."""
+    sizes = {}
     for process in [root, *root.children(recursive=True)]:
         try:
-            total += process.memory_full_info().pss
+            title = Path((process.cmdline() or [process.name()])[0]).name
+            sizes[f"{title} {process.pid}"] = process.memory_full_info().pss
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue  # it ended between the listing and the look
-    return total
+    return sizes
 
 
 def main(command: list[str]) -> int:
     """Returns the command's exit status."""
-    began, peak = time.monotonic(), 0
+    began, peak, peak_at, largest = time.monotonic(), 0, 0.0, dict[str, int]()
     process = subprocess.Popen(command)
     root = psutil.Process(process.pid)
     while process.poll() is None:
-        peak = max(peak, tree_bytes(root))
+        sizes = tree_bytes(root)
+        if sum(sizes.values()) > peak:
+            peak, peak_at, largest = sum(sizes.values()), time.monotonic() - began, sizes
         time.sleep(1.0)
+    by_size = sorted(largest.items(), key=lambda item: -item[1])
     print(
         json.dumps(
             {
@@ -42,6 +48,9 @@ def main(command: list[str]) -> int:
                 "exit": process.returncode,
                 "seconds": round(time.monotonic() - began, 1),
                 "peak_gb": round(peak / 2**30, 2),
+                "peak_at_s": round(peak_at, 1),
+                "processes_at_peak": len(by_size),
+                "largest_gb": {name: round(size / 2**30, 2) for name, size in by_size[:12]},
             }
         )
     )

@@ -15,6 +15,7 @@ from pipeline.config import GanConfig, GeneratorConfig, TrainConfig
 from pipeline.contracts import GenerationRequest, ImageGenerator
 from pipeline.errors import BundleError, RecipeError, RequestError
 from pipeline.finetune import adapter_weights, apply_policy, merged_weights
+from pipeline.models import masked
 from pipeline.models._spec import ModelSpec
 
 SPEC = ModelSpec(
@@ -245,3 +246,15 @@ class TestBundle:
             manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 99'))
         with pytest.raises(BundleError, match="copy"):
             load_bundle(copy)
+
+
+def test_logits_come_in_few_shapes() -> None:
+    """Filled up to whole ROWS, with rows that neither the loss nor the accuracy counts."""
+    tokens = torch.arange(32 * 64).view(32, 64)
+    hidden = torch.rand(32, 64, generator=torch.Generator().manual_seed(0)) < 0.3
+    rows, target = masked._rows_to_guess(tokens, hidden)
+    count = int(hidden.sum())
+    assert len(rows) == len(target) == 2 * masked.ROWS > count
+    assert torch.equal(target[:count], tokens[hidden])
+    assert torch.equal(rows[:count], tokens[hidden])
+    assert (target[count:] == masked.NO_TARGET).all()
