@@ -10,12 +10,14 @@ near_duplicate     with preprocess.deduplicate=perceptual: it looks like another
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from pipeline.config import PreprocessConfig
 from pipeline.decoding import ACCEPTED, LEFT_OUT
@@ -24,6 +26,7 @@ from pipeline.errors import DataError
 DUPLICATE, TWIN = "duplicate_key", "held_out_twin"
 EQUAL, ALIKE = "duplicate_picture", "near_duplicate"
 HASH_BITS = 64
+QUARANTINE = pa.schema([(name, pa.string()) for name in ("shard", "key", "reason")])
 
 
 @dataclass(frozen=True)
@@ -67,68 +70,75 @@ def settle(rows: pa.Table, order: Mapping[str, int], config: PreprocessConfig) -
         config: which duplicates go.
 
     Returns:
-        The rows in that order with their final outcomes.
+        The rows in that order with their final outcomes, and the column "place" of their shard.
     """
-    places = pa.array([order[shard] for shard in rows["shard"].to_pylist()], pa.int64())
-    by_place = [(name, "ascending") for name in ("place", "key", "number")]
-    rows = rows.append_column("place", places).sort_by(by_place).drop_columns(["place"])
-    keys, splits, digests, outcomes = (
-        rows[name].to_pylist() for name in ("key", "split", "digest", "outcome")
-    )
-    seen: set[str] = set()
-    for i, (key, outcome) in enumerate(zip(keys, outcomes, strict=True)):
-        if outcome == ACCEPTED:
-            outcomes[i] = DUPLICATE if key in seen else ACCEPTED
-            seen.add(key)
-    held_out = {
-        digest
-        for digest, split, outcome in zip(digests, splits, outcomes, strict=True)
-        if outcome == ACCEPTED and split != "train"
-    }
-    for i, (digest, split) in enumerate(zip(digests, splits, strict=True)):
-        if outcomes[i] == ACCEPTED and split == "train" and digest in held_out:
-            outcomes[i] = TWIN
+    rows = rows.append_column("place", pa.array(_places(rows["shard"], order)))
+    rows = rows.sort_by([(name, "ascending") for name in ("place", "key", "number")])
+    verdicts: dict[str, NDArray[np.int64]] = {}  # by reason, the rows that go
+    left = np.flatnonzero(pc.equal(rows["outcome"], ACCEPTED).to_numpy())
+    is_train = pc.equal(rows["split"], "train").fill_null(False).to_numpy()
+
+    def drop(reason: str, goes: NDArray[np.bool_]) -> None:
+        nonlocal left
+        verdicts[reason], left = left[goes], left[~goes]
+
+    drop(DUPLICATE, ~_is_first(rows["key"].take(left)))
+    held_out = rows["digest"].take(left[~is_train[left]]).unique()
+    twins = pc.is_in(rows["digest"].take(left), held_out).to_numpy()
+    drop(TWIN, twins & is_train[left])
+    # held-out pictures first, so that what goes is a training picture
+    left = np.concatenate([left[~is_train[left]], left[is_train[left]]])
     if config.deduplicate != "no":
-        # stable: held-out pictures first, so that what goes is a training picture
-        first = sorted(range(len(rows)), key=lambda i: splits[i] == "train")
-        chosen = [i for i in first if outcomes[i] == ACCEPTED]
-        _drop_equal(chosen, digests, outcomes)
+        drop(EQUAL, ~_is_first(rows["digest"].take(left)))
     if config.deduplicate == "perceptual":
-        chosen = [i for i in chosen if outcomes[i] == ACCEPTED]
-        _drop_alike(chosen, rows["looks"].to_pylist(), outcomes, config.perceptual_distance)
-    column = rows.schema.get_field_index("outcome")
-    return rows.set_column(column, "outcome", pa.array(outcomes, pa.string()))
+        looks = rows["looks"].take(left).to_numpy()
+        drop(ALIKE, _is_alike(looks, config.perceptual_distance))
+    outcome = rows["outcome"]
+    for reason, those in verdicts.items():
+        mask = np.zeros(len(rows), bool)
+        mask[those] = True
+        outcome = pc.if_else(pa.array(mask), reason, outcome)
+    return rows.set_column(rows.schema.get_field_index("outcome"), "outcome", outcome)
 
 
-def _drop_equal(chosen: Sequence[int], digests: Sequence[bytes], outcomes: list[str]) -> None:
-    """Of the chosen rows the first of every digest stays."""
-    seen: set[bytes] = set()
-    for i in chosen:
-        if digests[i] in seen:
-            outcomes[i] = EQUAL
-        seen.add(digests[i])
+def _places(shards: pa.ChunkedArray, order: Mapping[str, int]) -> NDArray[np.int32]:
+    """The places of a column of labels, which may be dictionary-encoded."""
+    if not pa.types.is_dictionary(shards.type):
+        shards = shards.dictionary_encode()
+    found = [np.empty(0, np.int32)]
+    for chunk in shards.chunks:
+        known = np.array([order[label] for label in chunk.dictionary.to_pylist()], np.int32)
+        found.append(known[chunk.indices.to_numpy()])
+    return np.concatenate(found)
 
 
-def _drop_alike(
-    chosen: Sequence[int], looks: Sequence[int], outcomes: list[str], distance: int
-) -> None:
-    """Of the chosen rows those within `distance` bits of one that stays go.
+def _is_first(column: pa.ChunkedArray) -> NDArray[np.bool_]:
+    """bool (rows,): no row before has the same value. Codes are given in order of appearance."""
+    codes = [chunk.indices.to_numpy() for chunk in column.dictionary_encode().chunks]
+    highest = np.maximum.accumulate(np.concatenate([np.empty(0, np.int32), *codes]))
+    first: NDArray[np.bool_] = np.diff(highest, prepend=-1) > 0
+    return first
+
+
+def _is_alike(looks: NDArray[np.uint64], distance: int) -> NDArray[np.bool_]:
+    """bool (rows,): within `distance` bits of an earlier row that is not itself alike.
 
     Hashes that differ in at most d bits agree in one of d + 1 bands: only those are compared.
     """
     edges = [HASH_BITS * i // (distance + 1) for i in range(distance + 2)]
     bands = [(low, (1 << (high - low)) - 1) for low, high in pairwise(edges)]
     kept: list[dict[int, set[int]]] = [{} for _ in bands]
-    for i in chosen:
-        look = looks[i]
+    alike = np.zeros(len(looks), bool)
+    for i, look in enumerate(map(int, looks)):
         places = [(look >> low) & mask for low, mask in bands]
         near = (other for band, place in zip(kept, places, strict=True)
                 for other in band.get(place, ()))  # fmt: skip
         if any((look ^ other).bit_count() <= distance for other in near):
-            outcomes[i] = ALIKE
+            alike[i] = True
             continue
         for band, place in zip(kept, places, strict=True):
             band.setdefault(place, set()).add(look)
+    return alike
 
 
 def check_counts(rows: pa.Table, promised: Mapping[str, int]) -> None:
@@ -137,7 +147,8 @@ def check_counts(rows: pa.Table, promised: Mapping[str, int]) -> None:
     Raises:
         DataError: one did not; the message names it.
     """
-    found = Counter(rows["shard"].to_pylist())
+    counted = rows["shard"].value_counts().to_pylist()
+    found = Counter({row["values"]: row["counts"] for row in counted})
     wrong = [f"{s}: {found[s]} of {count}" for s, count in promised.items() if found[s] != count]
     if wrong:
         raise DataError(
@@ -164,19 +175,20 @@ def quarantine_table(rows: pa.Table) -> pa.Table:
     """shard, key, reason of every row that is neither accepted nor left out."""
     kept = pc.is_in(rows["outcome"], pa.array([ACCEPTED, LEFT_OUT]))
     bad = rows.filter(pc.invert(kept)).select(["shard", "key", "outcome"])
-    return bad.rename_columns(["shard", "key", "reason"])
+    return bad.rename_columns(["shard", "key", "reason"]).cast(QUARANTINE)
 
 
 def by_split_and_style(accepted: pa.Table) -> dict[str, dict[str, int]]:
     """Samples by split, then style."""
-    pairs = zip(accepted["split"].to_pylist(), accepted["style"].to_pylist(), strict=True)
+    counted = accepted.group_by(["split", "style"]).aggregate([([], "count_all")])
     splits: dict[str, dict[str, int]] = {}
-    for (split, style), count in sorted(Counter(pairs).items()):
-        splits.setdefault(split, {})[style] = count
+    for row in counted.sort_by([("split", "ascending"), ("style", "ascending")]).to_pylist():
+        splits.setdefault(row["split"], {})[row["style"]] = row["count_all"]
     return splits
 
 
 def groups_by_split(accepted: pa.Table) -> dict[str, int]:
     """Groups, not samples, by split."""
-    pairs = set(zip(accepted["split"].to_pylist(), accepted["group"].to_pylist(), strict=True))
-    return dict(sorted(Counter(split for split, _ in pairs).items()))
+    counted = accepted.group_by("split").aggregate([("group", "count_distinct")])
+    rows = counted.sort_by("split").to_pylist()
+    return {row["split"]: row["group_count_distinct"] for row in rows}

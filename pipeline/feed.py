@@ -11,6 +11,7 @@ depend on the number of workers either.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -46,9 +47,13 @@ def global_rows(step: int, *, length: int, batch_size: int, seed: int) -> np.nda
     rows = np.empty(batch_size, dtype=np.int64)
     for epoch in np.unique(epochs):
         here = epochs == epoch
-        order = np.random.default_rng((seed, int(epoch))).permutation(length)
-        rows[here] = order[positions[here] % length]
+        rows[here] = _order(seed, int(epoch), length)[positions[here] % length]
     return rows
+
+
+@lru_cache(maxsize=1)  # 8 bytes a row; shuffling anew every step would take longer than the step
+def _order(seed: int, epoch: int, length: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(length)
 
 
 def training_batch(
@@ -191,6 +196,20 @@ class CaptionIds:
         return {"caption_ids": self.ids[ids], "caption_mask": self.mask[ids]}
 
 
+class Ragged:
+    """Arrays of unequal lengths, one a row, without an object for each."""
+
+    def __init__(self, values: np.ndarray, lengths: np.ndarray) -> None:
+        self.values = values
+        self.ends = np.concatenate([[0], np.cumsum(lengths)])
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.values[self.ends[row] : self.ends[row + 1]]
+
+
 class CaptionedDataset:
     """Pictures (pixels or image tokens), each with one of its captions.
 
@@ -204,7 +223,7 @@ class CaptionedDataset:
         *,
         arrays: Mapping[str, np.ndarray | MappedRows],
         viewed: frozenset[str],
-        caption_ids: Sequence[np.ndarray],
+        caption_ids: Sequence[np.ndarray] | Ragged,
         captions: CaptionStates | CaptionIds,
         style: np.ndarray,
         group: np.ndarray,

@@ -14,17 +14,19 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
 from pipeline.config import PreprocessConfig
 from pipeline.labels import draw_label, load_font
 from pipeline.splits import hash_fraction
+
+if TYPE_CHECKING:  # preprocessing's workers decode without PyTorch, which takes seconds to import
+    from torch import Tensor
 
 FORMATS = ("PNG", "WEBP", "JPEG")
 WHITE = (255, 255, 255)
@@ -138,17 +140,17 @@ def resize(image: Image.Image, side: int) -> Image.Image:
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) -> float32 in [-1, 1]."""
-    return images.to(torch.float32).div_(127.5).sub_(1.0)
+    return images.float().div_(127.5).sub_(1.0)
 
 
 def to_uint8(images: Tensor) -> Tensor:
     """float (B, 3, H, W) in [-1, 1], anything beyond clamped -> uint8, rounded to nearest."""
-    return images.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    return images.float().add(1.0).mul(127.5).round().clamp(0, 255).byte()
 
 
 def to_pil(image: NDArray[np.uint8] | Tensor) -> Image.Image:
     """uint8 (3, H, W) -> RGB picture."""
-    array = image.cpu().numpy() if isinstance(image, Tensor) else image
+    array = image if isinstance(image, np.ndarray) else image.cpu().numpy()
     return Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0)))
 
 

@@ -1,8 +1,8 @@
-"""Pixels that may be larger than memory: a flat file beside the Parquet, mapped instead of read.
+"""Rows that may be larger than memory: a flat file beside the Parquet, mapped instead of read.
 
-A training takes rows in random order, which compressed Parquet cannot give. So the pixels of a
-large set are written once, uncompressed, into the folder of the Parquet, where the system keeps as
-much of them in memory as there is room for.
+A training takes rows in random order, which compressed Parquet cannot give. So the pixels (or image
+tokens) of a large set are written once, uncompressed, into the folder of the Parquet, where the
+system keeps as much of them in memory as there is room for.
 
     images = read_pixels(directory, places, image_size=64)
     images[np.array([7, 3])]        # uint8 (2, 3, 64, 64)
@@ -11,31 +11,42 @@ much of them in memory as there is room for.
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError
 
-IN_MEMORY_BYTES = 1 << 30  # of pixels; more are mapped
+IN_MEMORY_BYTES = 1 << 30  # of a column; more are mapped
 BATCH = 256  # rows read from Parquet at once
-FLAT = "_pixels.uint8"  # Parquet readers leave names with an underscore aside
+BUFFER_BYTES = 1 << 20  # of a file, read at once
 
 
 class MappedRows:
-    """Rows of a mapped array, chosen and put in order; indexing reads only what it asks for."""
+    """Rows of a mapped array, chosen and put in order; indexing reads only what it asks for.
 
-    def __init__(self, array: NDArray[np.uint8], places: NDArray[np.int64]) -> None:
+    `rows[numbers]`, or `rows[numbers, others]` with one index a row into the second dimension.
+    """
+
+    def __init__(self, array: NDArray[Any], places: NDArray[np.int64]) -> None:
         self.array, self.places = array, places
+        self.shape = (len(places), *array.shape[1:])
 
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+    def __getitem__(
+        self, rows: NDArray[np.int64] | tuple[NDArray[np.int64], NDArray[np.int64]]
+    ) -> NDArray[Any]:
+        if isinstance(rows, tuple):
+            return np.asarray(self.array[self.places[rows[0]], rows[1]])
         return np.asarray(self.array[self.places[rows]])
 
 
@@ -55,48 +66,90 @@ def read_pixels(
     Raises:
         DataError: the pictures are not of that size.
     """
-    picture = 3 * image_size**2
+    try:
+        return _read(directory, "image", places, np.dtype(np.uint8), (3, image_size, image_size))
+    except WrongLengthError as error:
+        raise DataError(f"{error}: preprocess.image_size is not what they were made with") from None
+
+
+def read_tokens(
+    directory: Path, places: NDArray[np.int64], *, num_tokens: int
+) -> NDArray[np.uint16] | MappedRows:
+    """The image tokens at `places`, as `read_pixels`: uint16 (rows, views, num_tokens)."""
+    with pq.ParquetFile(parquet_files(directory)[0]) as file:
+        first = next(file.iter_batches(1, columns=["image_tokens"])).column(0)[0].as_py()
+    views, rest = divmod(len(first), 2 * num_tokens)
+    if rest:
+        raise DataError(f"{directory} has rows of {len(first)} bytes, not of {num_tokens} tokens")
+    return _read(directory, "image_tokens", places, np.dtype(np.uint16), (views, num_tokens))
+
+
+class WrongLengthError(ValueError):
+    """A row is not as long as all should be."""
+
+
+def flat_file(directory: Path, column: str) -> Path:
+    """Where a mapped column lies; Parquet readers leave names with an underscore aside."""
+    return directory / f"_{column}.flat"
+
+
+def _read(
+    directory: Path, column: str, places: NDArray[np.int64], dtype: np.dtype, shape: tuple[int, ...]
+) -> NDArray[Any] | MappedRows:
+    """`places` of a binary column whose rows are arrays of a dtype and shape."""
+    width = dtype.itemsize * math.prod(shape)
     total = sum(pq.read_metadata(path).num_rows for path in parquet_files(directory))
-    if total * picture <= IN_MEMORY_BYTES:
-        array = np.empty((len(places), picture), np.uint8)
+    if total * width <= IN_MEMORY_BYTES:
+        array = np.empty((len(places), width), np.uint8)
         wanted = np.full(total, -1, np.int64)
         wanted[places] = np.arange(len(places))
         first = 0
-        for images in _batches(directory, picture):
-            rows = wanted[first : first + len(images)]
-            array[rows[rows >= 0]] = images[rows >= 0]
-            first += len(images)
-        return array.reshape(-1, 3, image_size, image_size)
-    _flatten(directory, total, picture)
-    shape = (total, 3, image_size, image_size)
-    return MappedRows(np.memmap(directory / FLAT, np.uint8, "r", shape=shape), places)
+        for found in _batches(directory, column, width):
+            rows = wanted[first : first + len(found)]
+            array[rows[rows >= 0]] = found[rows >= 0]
+            first += len(found)
+        return array.view(dtype).reshape(-1, *shape)
+    _flatten(directory, column, total, width)
+    flat = flat_file(directory, column)
+    return MappedRows(np.memmap(flat, dtype, "r", shape=(total, *shape)), places)
 
 
-def _flatten(directory: Path, total: int, picture: int) -> None:
+def _flatten(directory: Path, column: str, total: int, width: int) -> None:
     """Write the flat file unless it is there; of several processes one does, the others wait."""
-    flat = directory / FLAT
-    with (directory / f"{FLAT}.lock").open("w") as lock:
+    flat = flat_file(directory, column)
+    with flat.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if flat.is_file() and flat.stat().st_size == total * picture:
+        if flat.is_file() and flat.stat().st_size == total * width:
             return
         partial = flat.with_suffix(".partial")
         with partial.open("wb") as out:
-            for images in _batches(directory, picture):
-                out.write(images.tobytes())
+            for rows in _batches(directory, column, width):
+                out.write(rows.data)
             out.flush()
             os.fsync(out.fileno())
         partial.rename(flat)
 
 
-def _batches(directory: Path, picture: int) -> Iterator[NDArray[np.uint8]]:
-    """Pixels uint8 (rows, picture) of all files, a few rows at a time."""
+def _batches(directory: Path, column: str, width: int) -> Iterator[NDArray[np.uint8]]:
+    """A column as uint8 (rows, width) of all files, a few rows at a time.
+
+    Row group by row group and without Arrow's threads and read-ahead: these hold a whole file.
+    """
     for path in parquet_files(directory):
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(BATCH, columns=["image"]):
-                images = batch.column(0).to_pylist()
-                if any(len(image) != picture for image in images):
-                    raise DataError(
-                        f"{path} holds pictures of {len(images[0])} bytes, expected {picture}: "
-                        "preprocess.image_size is not what they were made with"
-                    )
-                yield np.frombuffer(b"".join(images), np.uint8).reshape(-1, picture)
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER_BYTES) as file:
+            for group in range(file.num_row_groups):
+                for batch in file.iter_batches(
+                    BATCH, row_groups=[group], columns=[column], use_threads=False
+                ):
+                    yield _equal_rows(batch.column(0), width, path)
+
+
+def _equal_rows(column: pa.BinaryArray, width: int, path: Path) -> NDArray[np.uint8]:
+    """A binary column without nulls as uint8 (rows, width); no bytes are copied."""
+    _, offsets, content = column.buffers()
+    ends = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1]
+    lengths = np.diff(ends)
+    if (wrong := lengths != width).any():
+        raise WrongLengthError(f"{path} holds rows of {lengths[wrong][0]} bytes, expected {width}")
+    flat = np.frombuffer(content, np.uint8)[ends[0] : ends[-1]]
+    return flat.reshape(len(column), width)

@@ -26,12 +26,15 @@ import json
 import logging
 import shutil
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
@@ -62,6 +65,7 @@ from pipeline.decoding import (
 from pipeline.errors import DataError, ResourceError, TesseraError
 from pipeline.progress import OnProgress, Progress
 from pipeline.reading import ShardFile, read_shards
+from pipeline.runtime import task_slots
 from pipeline.shards import Problem, locate, open_shards, read_manifest, verify
 from pipeline.splits import hash_fraction
 
@@ -233,7 +237,7 @@ def _run(
     """Decode with Ray Data, settle the outcomes, write the final tables."""
     started = time.monotonic()
     decoded, stats = _decode(plan, staging / "staged", data, config, on_progress)
-    staged = pads.dataset(staging / "staged", schema=STAGED).to_table(list(SETTLED))
+    staged = _staged_outcomes(staging / "staged")
     check_counts(staged, {shard.label: shard.samples for shard in plan.shards})
     order = plan.order
     rows = settle(staged, order, config)
@@ -243,7 +247,7 @@ def _run(
     accepted = rows.filter(pc.equal(rows["outcome"], ACCEPTED))
     if not len(accepted):
         raise DataError(f"none of {plan.total} samples can be used: {reasons}")
-    _write_tables(staging, accepted, quarantine, order, config)
+    _write_tables(staging, accepted, quarantine, len(order), config)
     seconds = time.monotonic() - started
     return PreprocessReport(
         promised=plan.total,
@@ -260,6 +264,16 @@ def _run(
         images_per_s=round(decoded / seconds, 1),
         stats=stats,
     )
+
+
+def _staged_outcomes(folder: Path) -> pa.Table:
+    """SETTLED of every staged row, the label of its shard stored once."""
+    fields = [
+        pa.field("shard", pa.dictionary(pa.int32(), pa.string())) if f.name == "shard" else f
+        for f in STAGED
+    ]
+    stored = pads.ParquetFileFormat(read_options={"dictionary_columns": {"shard"}})
+    return pads.dataset(folder, schema=pa.schema(fields), format=stored).to_table(list(SETTLED))
 
 
 @dataclass(frozen=True)
@@ -318,17 +332,22 @@ def _decode(
     rows_a_file = max(1, ROW_GROUP_BYTES // (3 * config.image_size**2))
     stager = _Stager(Decoder(groups, data, config), folders, rows_a_file)
     dataset = read_shards(waiting, plan.filesystem).map_batches(
-        stager, batch_size=None, batch_format="pyarrow"
+        stager,
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.TaskPoolStrategy(size=task_slots()),
     )
     before = sum(s.samples for s in plan.shards) - sum(s.samples for s in waiting)
     done, reasons = 0, Counter[str]()
-    for told in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for outcomes in told["outcomes"].to_pylist():
-            done += len(outcomes)
-            reasons.update(outcome for outcome in outcomes if outcome not in (ACCEPTED, LEFT_OUT))
-        check_fraction(reasons, plan.total, config.max_bad_fraction)  # a poisoned run ends here
-        if on_progress is not None:
-            on_progress(Progress(share=(before + done) / plan.total, step=before + done))
+    with warnings.catch_warnings():  # a set of few blocks is no mistake
+        warnings.filterwarnings("ignore", "The maximum number of concurrent tasks")
+        for told in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for outcomes in told["outcomes"].to_pylist():
+                done += len(outcomes)
+                reasons.update(o for o in outcomes if o not in (ACCEPTED, LEFT_OUT))
+            check_fraction(reasons, plan.total, config.max_bad_fraction)  # a poisoned run ends here
+            if on_progress is not None:
+                on_progress(Progress(share=(before + done) / plan.total, step=before + done))
     return done, str(dataset.stats())
 
 
@@ -355,10 +374,10 @@ def _write_tables(
     staging: Path,
     accepted: pa.Table,
     quarantine: pa.Table,
-    order: Mapping[str, int],
+    shards: int,
     config: PreprocessConfig,
 ) -> None:
-    """Final tables from the staged rows, a Ray task a shard."""
+    """Final tables from the staged rows, a Ray task a shard; rows come in order of shards."""
     final = staging / FINAL
     shutil.rmtree(final, ignore_errors=True)
     for name in ("pixels", "quarantine"):
@@ -367,9 +386,10 @@ def _write_tables(
     group_rows = max(1, ROW_GROUP_BYTES // (3 * config.image_size**2))
     write = ray.remote(_write_pixels)
     tasks = []
-    for label, place in order.items():
-        here = accepted.filter(pc.equal(accepted["shard"], label))["number"].combine_chunks()
-        if len(here):
+    edges = np.searchsorted(accepted["place"].to_numpy(), np.arange(shards + 1))
+    for place, (start, end) in enumerate(pairwise(edges)):
+        if start < end:
+            here = accepted["number"].slice(start, end - start).combine_chunks()
             folder = staging / "staged" / f"{place:05d}"
             target = final / "pixels" / f"{place:05d}.parquet"
             tasks.append(write.remote(folder, here, target, group_rows))

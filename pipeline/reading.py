@@ -22,7 +22,7 @@ from pipeline.records import Credits, record_of
 from pipeline.storage import open_patiently
 from pipeline.tars import TarSample, read_samples
 
-BLOCK_BYTES = 4_000_000  # of encoded samples that are decoded together
+BLOCK_BYTES = 2_000_000  # of encoded samples that are decoded together
 YIELD_SAMPLES = 128
 READER_CPUS = 0.5  # another share than the decoder's, or Ray would make one task of both
 

@@ -12,11 +12,14 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ray
-import torch
 
 from pipeline.errors import ResourceError
+
+if TYPE_CHECKING:  # data tasks do without PyTorch, which takes each process seconds to import
+    import torch
 
 LOCAL_LOGICAL_CPUS = 8
 """Logical CPUs of a local Ray, whatever the machine has: data tasks, two training workers and a
@@ -87,6 +90,8 @@ def ray_runtime(*, debug: bool = False) -> Iterator[None]:
 
 def choose_device(device: str = "auto") -> torch.device:
     """ "auto" is the GPU where there is one, else the CPU."""
+    import torch
+
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)
@@ -94,6 +99,8 @@ def choose_device(device: str = "auto") -> torch.device:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """bfloat16 where the device computes in it natively, else None (stay in float32)."""
+    import torch
+
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
     capabilities = torch.cpu.get_capabilities()
@@ -104,6 +111,8 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 @contextlib.contextmanager
 def autocast(device: torch.device) -> Iterator[None]:
     """Mixed precision where the device profits from it."""
+    import torch
+
     dtype = autocast_dtype(device)
     with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
         yield
@@ -112,6 +121,17 @@ def autocast(device: torch.device) -> Iterator[None]:
 def available_cpus() -> int:
     """CPUs this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def task_slots() -> int:
+    """CPU-bound Ray tasks that truly run at once: the cluster's CPUs, on one machine its own.
+
+    More would only start more processes, since a local Ray has LOCAL_LOGICAL_CPUS.
+    """
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    if sum(node["Alive"] for node in ray.nodes()) == 1:
+        cpus = min(cpus, available_cpus())
+    return max(1, cpus)
 
 
 def check_disk(path: Path, needed_mb: int) -> None:
