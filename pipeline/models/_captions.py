@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
+import transformers
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoTokenizer, ByT5Tokenizer
 
 from pipeline.contracts import CaptionEncoder
 
@@ -48,8 +48,8 @@ class CaptionTokenizer:
 
     def __init__(self, source: str | None, max_tokens: int) -> None:
         self.max_tokens = max_tokens
-        self._tokenizer = AutoTokenizer.from_pretrained(source) if source else None
-        self._bytes = ByT5Tokenizer()
+        self._tokenizer = transformers.AutoTokenizer.from_pretrained(source) if source else None
+        self._bytes = transformers.ByT5Tokenizer()
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """B captions -> ids int64 (B, max_tokens) and mask bool (B, max_tokens)."""
