@@ -251,6 +251,8 @@ class ServeConfig(Config):
     target_ongoing_requests: float = Field(
         4.0, gt=0, description="pictures a replica works on before another is started"
     )
+    upscale_delay_s: float = Field(30.0, ge=0, description="of load before one is started")
+    downscale_delay_s: float = Field(600.0, ge=0, description="of quiet before one is stopped")
     max_batch_size: int = Field(8, ge=1, description="pictures drawn together")
     batch_wait_s: float = Field(0.02, ge=0, description="for others to join a batch")
     max_queued_requests: int = Field(

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import StreamingResponse
+from fastapi.responses import PlainTextResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from ray import serve
 
@@ -34,6 +34,7 @@ from serve.schemas import (
     CHAMPION,
     Drawable,
     EditRequest,
+    ErrorEnvelope,
     Health,
     ImageRequest,
     ImagesResponse,
@@ -98,11 +99,19 @@ router = APIRouter(dependencies=[Depends(_caller)])
 open_router = APIRouter()
 """Routes that never do."""
 
+
+def _errors(*statuses: int | str) -> dict[int | str, dict[str, Any]]:
+    """What a route may answer instead, and any route 403 and 500."""
+    said = {"model": ErrorEnvelope, "description": "serve/README.md lists the codes"}
+    return dict.fromkeys((*statuses, 403, 500), said)
+
+
 PICTURES: dict[str, Any] = {
     "response_model": ImagesResponse,
     "response_model_exclude_none": True,
     "responses": {
-        200: {"content": {"text/event-stream": {}}, "description": "pictures, or events"}
+        200: {"content": {"text/event-stream": {}}, "description": "pictures, or events"},
+        **_errors(400, 401, 404, 409, 413, 415, 429, 503),
     },
 }
 """What every route that draws answers with."""
@@ -175,14 +184,14 @@ async def _answer(
     )
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", responses=_errors(401, 503))
 async def list_models(generators: Generators) -> ModelList:
     """The served model, under both of its names."""
     card = await generators.card()
     return ModelList(data=[model_entry(n, card) for n in dict.fromkeys((CHAMPION, card.name))])
 
 
-@router.get("/v1/models/{name}")
+@router.get("/v1/models/{name}", responses=_errors("4XX", 503))
 async def get_model(name: str, generators: Generators) -> Model:
     """The served model, under one of its names."""
     card = await generators.card()
@@ -190,7 +199,7 @@ async def get_model(name: str, generators: Generators) -> Model:
     return model_entry(name, card)
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse, responses=_errors(401))
 async def metrics(request: Request, generators: Generators) -> Response:
     """For Prometheus."""
     counted: Metrics = request.app.state.metrics
@@ -198,13 +207,13 @@ async def metrics(request: Request, generators: Generators) -> Response:
     return Response(rendered, media_type=CONTENT_TYPE_LATEST)
 
 
-@open_router.get("/healthz", response_model_exclude_none=True)
+@open_router.get("/healthz", response_model_exclude_none=True, responses=_errors())
 async def healthz() -> Health:
     """This process is alive."""
     return Health(status="ok")
 
 
-@open_router.get("/readyz", response_model_exclude_none=True)
+@open_router.get("/readyz", response_model_exclude_none=True, responses=_errors(503))
 async def readyz(generators: Generators) -> Health:
     """A replica draws pictures; which model, and if a newer one is refused, why."""
     await generators.check_ready()

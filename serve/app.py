@@ -55,6 +55,8 @@ def assemble(
             "min_replicas": config.min_replicas,
             "max_replicas": config.max_replicas,
             "target_ongoing_requests": config.target_ongoing_requests,
+            "upscale_delay_s": config.upscale_delay_s,
+            "downscale_delay_s": config.downscale_delay_s,
         },
         # one batch in the model, the next one waiting for it
         max_ongoing_requests=2 * config.max_batch_size,

@@ -6,8 +6,8 @@
     all     XMP: Iptc4xmpExt:DigitalSourceType is trainedAlgorithmicMedia (IPTC's word for
             "created by a generative model"), which picture libraries and search engines read
 
-The marker is plain: whoever edits the file can take it out. A signed C2PA manifest needs a
-certificate that Tessera does not have.
+The marker is plain: whoever edits the file can take it out. credentials.py signs besides, where
+there is a certificate.
 """
 
 from __future__ import annotations

@@ -27,6 +27,9 @@ from pipeline.contracts import GenerationRequest, ImageGenerator, SteppedGenerat
 
 logger = logging.getLogger("ray.serve")
 
+_PAUSE_S = 0.004
+"""So long after the last arrival a batch is thought complete."""
+
 
 class Late(Exception):  # noqa: N818 - an answer, not a failure
     """The picture cannot be drawn before its deadline."""
@@ -79,7 +82,7 @@ class Engine:
     Args:
         model: any ImageGenerator.
         max_batch_size: pictures drawn together.
-        batch_wait_s: how long the first of a batch waits for others.
+        batch_wait_s: how long the first of a batch waits for others, at most.
     """
 
     def __init__(self, model: ImageGenerator, *, max_batch_size: int, batch_wait_s: float) -> None:
@@ -90,6 +93,7 @@ class Engine:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self._worker: asyncio.Task[None] | None = None
         self._batch_s = 0.0
+        self._shared_until = 0.0
 
     def enter(self, request: GenerationRequest, *, deadline: float, num_previews: int = 0) -> Place:
         """Take a place in line; `deadline` is Unix time, seconds."""
@@ -123,14 +127,15 @@ class Engine:
             )
             for place, outcome in zip(batch, outcomes, strict=True):
                 _settle(place, outcome)
+            if len(batch) > 1:  # who was just answered may ask again
+                self._shared_until = time.monotonic() + self._batch_wait_s
 
     async def _next_batch(self) -> list[Place]:
         """The next places in line that are still wanted and can be in time."""
         while not self._line:
             self._arrived.clear()
             await self._arrived.wait()
-        if len(self._line) < self._max_batch_size:
-            await asyncio.sleep(self._batch_wait_s)
+        await self._gather()
         batch: list[Place] = []
         while self._line and len(batch) < self._max_batch_size:
             place = self._line.popleft()
@@ -141,6 +146,21 @@ class Engine:
             else:
                 batch.append(place)
         return batch
+
+    async def _gather(self) -> None:
+        """Give others a moment to join the first in line: as long as they keep coming, and longer
+        right after a shared batch. Who draws alone hardly waits."""
+        end = time.monotonic() + self._batch_wait_s
+        while len(self._line) < self._max_batch_size:
+            now = time.monotonic()
+            until = min(end, max(now + _PAUSE_S, self._shared_until))
+            if until <= now:
+                return
+            self._arrived.clear()
+            try:
+                await asyncio.wait_for(self._arrived.wait(), until - now)
+            except TimeoutError:
+                return
 
 
 def _settle(place: Place, outcome: Drawn | Exception) -> None:

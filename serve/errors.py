@@ -122,9 +122,18 @@ def json_body(shape: type[Body]) -> Callable[[Request], Awaitable[Body]]:
 
 
 def json_schema(shape: type[BaseModel]) -> dict[str, Any]:
-    """A route's `openapi_extra` for a body that `json_body` reads."""
-    content = {"application/json": {"schema": shape.model_json_schema()}}
+    """A route's `openapi_extra` for a body that `json_body` reads; null is a field's default."""
+    schema = shape.model_json_schema()
+    for name in schema["properties"].keys() - set(schema.get("required", ())):
+        _allow_null(schema["properties"][name])
+    content = {"application/json": {"schema": schema}}
     return {"requestBody": {"required": True, "content": content}}
+
+
+def _allow_null(field: dict[str, Any]) -> None:
+    if "anyOf" not in field:
+        kept = {key: field.pop(key) for key in field.keys() - {"title", "description", "default"}}
+        field["anyOf"] = [kept, {"type": "null"}]
 
 
 async def limited_body(request: Request, limit: int) -> bytes:

@@ -117,6 +117,11 @@ def _damaged(why: str) -> ApiError:
 def form_schema(shape: type[BaseModel], *files: str) -> dict[str, Any]:
     """A route's `openapi_extra` for a body that `form_body` reads."""
     schema = shape.model_json_schema()
+    for field in schema["properties"].values():  # a form knows no null
+        for kept in field.pop("anyOf", ()):
+            field |= kept if kept != {"type": "null"} else {}
+        if field.get("default", "") is None:
+            del field["default"]
     for name in files:
         schema["properties"][name] = {"type": "string", "format": "binary"}
     schema["required"] = [*schema.get("required", []), files[0]]

@@ -16,7 +16,7 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,6 +28,7 @@ from pipeline.config import ServeConfig
 from pipeline.contracts import GenerationRequest, ImageGenerator
 from pipeline.errors import RequestError
 from pipeline.provenance import describe
+from serve.credentials import load_signer
 from serve.encode import encode
 from serve.engine import Drawn, Engine, Late, Place
 from serve.pictures import PROBE, Card, Job, Output, Picture, Preview, Refusal, Timing
@@ -74,7 +75,7 @@ class Generator:
         self, found: Found, find: Find | None, config: ServeConfig, service: ServiceConfig
     ) -> None:
         torch.set_num_threads(max(1, int(config.num_cpus)))
-        self._safety = load_safety(service)
+        self._safety, self._sign = load_safety(service), load_signer(service.c2pa)
         self._find, self._every_s = find, service.watch_every_s
         model, self._card = _load(found)
         self._cards = WeakKeyDictionary({model: self._card})
@@ -140,12 +141,15 @@ class Generator:
     async def _encode(self, output: Output, request: GenerationRequest, drawn: Drawn) -> Picture:
         card, began = self._cards[drawn.model], time.monotonic()
         said = describe(request, model=card.name, version=card.version)
-        image = await asyncio.to_thread(encode, drawn.image, output, said)
+        image = await asyncio.to_thread(self._file, drawn.image, output, said)
         timing = Timing(
             drawn.queue_s, drawn.model_s, time.monotonic() - began, batch_size=drawn.batch_size
         )
         card = dataclasses.replace(card, notice=self._card.notice)
         return Picture(image, request.seed, card, timing, drawn.tokens)
+
+    def _file(self, image: Tensor, output: Output, said: Mapping[str, str]) -> bytes:
+        return self._sign(encode(image, output, said), output.format)
 
     async def _keep_watch(self) -> None:
         while True:

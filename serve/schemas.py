@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -36,6 +37,12 @@ MAX_PROMPT_CHARS = 1000
 MAX_PREVIEWS = 3
 
 
+_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_CONTROL = r"\x00-\x1f\x7f-\x9f"
+_ONE_LINE = rf"^[{_SPACE}]*[^{_SPACE}{_CONTROL}]([^{_CONTROL}]*[^{_SPACE}{_CONTROL}])?[{_SPACE}]*$"
+"""What `Prompt` checks, for the schema: no control characters but around it."""
+
+
 def _printable(prompt: str) -> str:
     """Refuse control characters (Unicode category Cc: NUL, escape, line breaks, ...)."""
     for position, char in enumerate(prompt):
@@ -51,6 +58,9 @@ Prompt = Annotated[
     str,
     StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_PROMPT_CHARS),
     AfterValidator(_printable),
+    WithJsonSchema(
+        {"type": "string", "minLength": 1, "maxLength": MAX_PROMPT_CHARS, "pattern": _ONE_LINE}
+    ),
 ]
 
 
@@ -94,10 +104,15 @@ class Drawable(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _null_is_default(cls, body: Any) -> Any:
+    def _as_json_means_it(cls, body: Any) -> Any:
+        """A null stands for the default, and 2.0 is an integer (JSON Schema, 6.1.1)."""
         if not isinstance(body, dict):
             return body
-        return {key: value for key, value in body.items() if value is not None}
+        return {
+            key: int(value) if isinstance(value, float) and value.is_integer() else value
+            for key, value in body.items()
+            if value is not None
+        }
 
     @field_validator("background", mode="before")
     @classmethod
@@ -249,6 +264,21 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[Model]
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong: for people, for programs, and with which field."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorEnvelope(BaseModel):
+    """Every answer that is not a success."""
+
+    error: ErrorDetail
 
 
 class Health(BaseModel):

@@ -29,6 +29,14 @@ class ApiKey(Config):
     megapixels_per_day: float = Field(1_000, gt=0, description="width * height * n / 1e6")
 
 
+class C2paConfig(Config):
+    """What signs pictures; the files are read where replicas run."""
+
+    certificates: Path = Field(description="PEM chain, the signing certificate first")
+    private_key: Path = Field(description="PEM, of the signing certificate")
+    algorithm: Literal["es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"] = "es256"
+
+
 class ServiceConfig(Config):
     """Access, limits, safety and caches."""
 
@@ -40,6 +48,7 @@ class ServiceConfig(Config):
     safety: str = Field(
         "words", description="'words', 'off', or module:factory of a serve.safety.Safety"
     )
+    c2pa: C2paConfig | None = Field(None, description="sign pictures; needs the extra c2pa")
     blocked_words: tuple[str, ...] = Field((), description="in addition to serve/blocked.txt")
     deadline_s: float = Field(60, gt=0, le=3600, description="a picture is answered within it")
     max_upload_bytes: int = Field(8_000_000, ge=1, description="of a multipart body")

@@ -54,6 +54,24 @@ def test_who_waits_is_drawn_together_in_turn(tmp_path: Path) -> None:
     run(tmp_path, work)
 
 
+def test_who_is_alone_hardly_waits_and_who_shared_a_batch_meets_again(tmp_path: Path) -> None:
+    async def main() -> None:
+        engine = Engine(HashGenerator(tmp_path / "log"), max_batch_size=4, batch_wait_s=10.0)
+        began = time.monotonic()
+        assert (await enter(engine, GenerationRequest("cat")).done).batch_size == 1
+        assert time.monotonic() - began < 5.0
+        for pause_s in (0.0, 0.05):  # who comes back one after the other is waited for
+            places = []
+            for seed in range(4):
+                places.append(enter(engine, replace(SLOW, seed=seed)))
+                await asyncio.sleep(pause_s)
+            drawn = await asyncio.gather(*[place.done for place in places])
+            assert [picture.batch_size for picture in drawn] == [4] * 4
+        engine.close()
+
+    asyncio.run(main())
+
+
 def test_who_leaves_frees_the_place_within_a_step(tmp_path: Path) -> None:
     async def work(engine: Engine) -> None:
         gone, stays = enter(engine, replace(SLOW, seed=1)), enter(engine, replace(SLOW, seed=2))
