@@ -8,13 +8,18 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
 import torch
 import yaml
 
 from pipeline import __version__
 from pipeline.config import Recipe
 from pipeline.contracts import EvalReport
+from pipeline.pixel_store import parquet_files
 from pipeline.reports import markdown_table
 from pipeline.runtime import available_cpus
 from pipeline.shards import Manifest
@@ -34,8 +39,13 @@ Seconds by step: {seconds}.
 |---|---|---|---|
 {data}
 
-The pictures keep their licences; every sample in the shards carries its attribution.
+The pictures keep their licences. Of those that preprocessing accepted, trained on or held out, who
+is to be credited{elsewhere}:
 
+| pictures | source | licence | credit |
+|---|---|---|---|
+{credits}
+{base}
 ## Captions
 
 Read by `{encoder}`, frozen and not part of this bundle.
@@ -57,6 +67,11 @@ drawn there; retrieval on unseen concepts above says how far it generalises.
 {recipe}```
 """
 
+BASE = """
+It goes on from `{base}`, whose own card names the data that was made from.
+"""
+CREDITS, CREDITS_SHOWN = "CREDITS.csv", 20
+
 
 def write_card(
     bundle: Path,
@@ -64,9 +79,17 @@ def write_card(
     reports: Mapping[str, EvalReport],
     manifests: Sequence[Manifest],
     *,
+    pixels: Path,
     seconds: Mapping[str, float],
 ) -> None:
-    """Write README.md, and the candidate's first picture grid as samples.png, into the bundle."""
+    """Write README.md, CREDITS.csv and the candidate's first grid as samples.png into the bundle.
+
+    Args:
+        pixels: the preprocessed pictures, which name their source, licence and author.
+        seconds: by step.
+    """
+    credits = credits_of(pixels)
+    pa.csv.write_csv(credits, bundle / CREDITS)
     shutil.copyfile(next(iter(reports["candidate"].grids.values())), bundle / "samples.png")
     data = "\n".join(
         f"| {m.digest[:16]} | {sum(s.samples for s in m.shards)} | {_counts(m.licenses)} "
@@ -82,6 +105,13 @@ def write_card(
         hardware=hardware(),
         seconds=", ".join(f"{step} {value:.0f}" for step, value in seconds.items()),
         data=data,
+        elsewhere=(
+            f" (the {CREDITS_SHOWN} most frequent; all {len(credits)} are in {CREDITS})"
+            if len(credits) > CREDITS_SHOWN
+            else f" (also in {CREDITS})"
+        ),
+        credits="\n".join(map(_credit, credits.slice(0, CREDITS_SHOWN).to_pylist())),
+        base=BASE.format(base=recipe.base) if recipe.base else "",
         encoder=recipe.caption_encoder.model,
         styles=", ".join(recipe.evaluate.styles) or "all styles",
         table=markdown_table(list(reports.values())),
@@ -92,6 +122,27 @@ def write_card(
         ),
     )  # fmt: skip
     (bundle / "README.md").write_text(text, encoding="utf-8")
+
+
+def credits_of(pixels: Path) -> pa.Table:
+    """Every combination of source, license and attribution with its pictures, most first.
+
+    Held in memory: the distinct combinations, and those of one file at a time.
+    """
+    names, counts = ["source", "license", "attribution"], []
+    for path in parquet_files(pixels):
+        table = pq.read_table(path, columns=names)
+        counts.append(table.group_by(names).aggregate([([], "count_all")]))
+    total = pa.concat_tables(counts).group_by(names).aggregate([("count_all", "sum")])
+    total = total.rename_columns([*names, "pictures"])
+    by_number = [("pictures", "descending"), *((name, "ascending") for name in names)]
+    return total.select(["pictures", *names]).sort_by(by_number)
+
+
+def _credit(row: Mapping[str, Any]) -> str:
+    """A row of the table; what would end a cell does not."""
+    cells = (str(value).replace("|", "\\|").replace("\n", " ") for value in row.values())
+    return f"| {' | '.join(cells)} |"
 
 
 def code_version() -> str:

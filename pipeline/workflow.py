@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from safetensors.torch import save_file
 
 from pipeline import autoencoding, evaluate, generation, registry, reports, train
+from pipeline.accounting import check_fraction
 from pipeline.aligner import Aligner
 from pipeline.aligning import build_aligner_training
 from pipeline.bundle import (
@@ -35,7 +36,7 @@ from pipeline.bundle import (
 )  # fmt: skip
 from pipeline.card import write_card
 from pipeline.checkpoint import best_weights
-from pipeline.config import GeneratorConfig, Recipe
+from pipeline.config import GeneratorConfig, PreprocessConfig, Recipe
 from pipeline.contracts import Decision, EvalReport
 from pipeline.encode import encode_captions, encode_pictures
 from pipeline.evalset import EvalSet
@@ -141,8 +142,11 @@ class Chain:
 
     @cached_property
     def preprocessed(self) -> StepResult:
-        """Shards -> pixels."""
+        """Shards -> pixels. How many bad ones are tolerated is no part of the step's key."""
         recipe = self.recipe
+        limit = recipe.preprocess.max_bad_fraction
+        default = PreprocessConfig.model_fields["max_bad_fraction"].default
+        settings = recipe.preprocess.model_copy(update={"max_bad_fraction": default})
 
         def work(context: StepContext) -> dict[str, Any]:
             report = preprocess(
@@ -155,12 +159,14 @@ class Chain:
             return values
 
         data = recipe.data.model_dump(mode="json", exclude={"shards"})
-        return self.workspace.run(
+        result = self.workspace.run(
             "preprocess",
             work,
-            settings={"data": data, "preprocess": recipe.preprocess.model_dump(mode="json")},
+            settings={"data": data, "preprocess": settings.model_dump(mode="json")},
             inputs={f"shards-{i}": m.digest for i, m in enumerate(self.manifests.values())},
         )
+        check_fraction(result.values["reasons"], result.values["promised"], limit)
+        return result
 
     @property
     def pixels(self) -> Path:
@@ -426,6 +432,7 @@ class Chain:
             self.recipe,
             found,
             list(self.manifests.values()),
+            pixels=self.pixels,
             seconds=self.workspace.cost,
         )
         version = self.tracker.register(bundle, model_name=name, handle=parent)

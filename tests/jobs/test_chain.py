@@ -84,11 +84,12 @@ def test_a_killed_worker_still_ends_in_a_champion(outcome: Outcome) -> None:
 def test_the_bundle_is_self_contained_and_has_a_card(outcome: Outcome) -> None:
     files = {str(p.relative_to(outcome.bundle)) for p in outcome.bundle.rglob("*") if p.is_file()}
     assert files == {
-        "README.md", "samples.png", "config.json", "model.safetensors",
+        "README.md", "CREDITS.csv", "samples.png", "config.json", "model.safetensors",
         "tokenizer/config.json", "tokenizer/model.safetensors",
     }  # fmt: skip
     card = (outcome.bundle / "README.md").read_text(encoding="utf-8")
     assert "CC-BY-4.0" in card and "recipe `smoke`" in card and "retrieval_seen" in card
+    assert "| emoji-datasource-twitter@16.0.0 | CC-BY-4.0 | Twemoji" in card, "authors are credited"
 
 
 def test_mlflow_holds_the_parent_and_a_run_a_step(outcome: Outcome, home: Path) -> None:
@@ -116,6 +117,13 @@ def test_done_again_everything_is_skipped(outcome: Outcome, home: Path) -> None:
     result = json.loads(again.stdout)
     assert result["promoted"] and result["version"] == "1"
     assert sorted(result["seconds"]) == sorted(STEPS) and not any(result["seconds"].values())
+
+
+def test_another_limit_of_bad_samples_redoes_nothing(outcome: Outcome, home: Path) -> None:
+    recipe = load_recipe("smoke", ["preprocess.max_bad_fraction=0.9"], environment={})
+    chain = Chain(recipe, home, Killer())
+    with chain.open():
+        assert chain.pixels == outcome.pixels and not chain.workspace.seconds["preprocess"]
 
 
 def test_one_chain_at_a_time(outcome: Outcome, home: Path) -> None:
