@@ -30,14 +30,17 @@ from pipeline.shards import Manifest, locate, open_shards, read_manifest
 from pipeline.storage import open_patiently
 from pipeline.tars import TarSample, read_samples
 
-SIDE = 96  # pixels a picture on a contact sheet
-COLUMNS = 8
+SIDE = 144  # pixels a picture on a contact sheet
+EFFECT_SIDE = 96  # and on a grid of effects
+COLUMNS = 6
 STRENGTHS = {
     "flip": 1.0, "zoom": 0.3, "rotate": 20.0, "random_crop": 0.4, "ten_crop": 0.75, "shift": 10,
     "color": 1.0, "swap_channels": 1.0, "blur": 1.0, "noise": 0.2, "cutout": 0.5, "mixup": 1.0,
     "cutmix": 1.0,
 }  # fmt: skip
 """Of the effects a recipe does not use, to show them all the same."""
+PROBABILITIES = ("flip", "swap_channels", "blur", "mixup", "cutmix")
+"""Effects whose setting says how often; shown on every picture that may have them."""
 
 
 def contact_sheet(uri: str, out: Path, *, count: int = 48) -> Manifest:
@@ -61,7 +64,8 @@ def augmentation_grid(
 ) -> None:
     """Write a PNG of a recipe's first pictures, a row an effect, then a row a section of its.
 
-    An effect the recipe uses somewhere has that strength, the others those of STRENGTHS.
+    An effect the recipe uses somewhere has that strength, the others those of STRENGTHS; what
+    happens now and then is shown on every picture that may have it.
 
     Raises:
         DataError: no shard set, or no picture in it that can be read.
@@ -91,17 +95,17 @@ def augmentation_grid(
     for name, config in {**_effects(list(sections.values())), **sections}.items():
         rows[name] = Augment(config)(pictures, seeds=seeds, flippable=may_flip)
     out.parent.mkdir(parents=True, exist_ok=True)
-    scale = max(1, SIDE // recipe.preprocess.image_size)
+    scale = max(1, EFFECT_SIDE // recipe.preprocess.image_size)
     stacked = torch.cat(list(rows.values()))
     grid(stacked, len(pictures), row_labels=tuple(rows), scale=scale).save(out)
 
 
 def _effects(sections: list[AugmentConfig]) -> dict[str, AugmentConfig]:
-    """Every effect alone, labelled with its strength."""
+    """Every effect alone, labelled with the recipe's setting; in brackets if it has none."""
     found = {}
     for name, default in STRENGTHS.items():
         used = max(getattr(section, name) for section in sections)
-        alone = {"flip": 0.0, name: used or default}
+        alone = {"flip": 0.0, name: 1.0 if name in PROBABILITIES else used or default}
         label = f"{name}={used:g}" if used else f"({name}={default:g})"
         found[label] = AugmentConfig.model_validate(alone)
     return found
@@ -138,7 +142,8 @@ def _cell(sample: TarSample, manifest: Manifest) -> tuple[NDArray[np.uint8], str
         record = _record(sample, manifest)
         if sample.problem or sample.picture is None:
             raise BadPicture(sample.problem or "no_picture")
-        captions = [caption["text"] for caption in record["captions"]]
+        first = {c["language"]: c["text"] for c in reversed(record["captions"])}
+        captions = list(reversed(first.values()))  # a language's first is the shortest
         return decode(sample.picture, config), " | ".join(captions) or sample.key
     except (BadPicture, BadCaption) as error:
         return np.full((3, SIDE, SIDE), WHITE[0] // 2, np.uint8), f"({error.reason})"
