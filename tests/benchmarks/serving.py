@@ -1,0 +1,437 @@
+"""Numbers of the service, every one as a ratio within one run; RESULTS.md holds what came out.
+
+    python tests/benchmarks/serving.py throughput --home HOME     offline, batched or not, peers
+    python tests/benchmarks/serving.py latency --home HOME        what the service adds to one
+    python tests/benchmarks/serving.py curve --home HOME          latency by load
+    python tests/benchmarks/serving.py swap --home HOME           a moved alias under load
+    python tests/benchmarks/serving.py kill --home HOME           kill -9 of a replica under load
+    python tests/benchmarks/serving.py autoscale --home HOME      replicas and load, a plot
+    python tests/benchmarks/serving.py soak --home HOME --duration-s 1800
+
+Serves asset:base on a Ray of its own with as many threads as there are CPUs, which the load
+generator shares. HOME/pretrained keeps the converted caption encoder. Each prints JSON lines.
+
+So far only `latency` has run to its end, on a machine too busy for its numbers to mean much; see
+RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import psutil
+import ray
+from PIL import Image
+from ray import serve
+
+from jobs.bench import Load, Result, bench
+from pipeline.bundle import load_generator, resolve_path
+from pipeline.config import ServeConfig
+from pipeline.contracts import GenerationRequest
+from pipeline.tracking import Tracker
+from serve.app import build_app
+from serve.launch import APP_NAME, Server, deploy, launch
+from serve.settings import ServiceConfig
+
+BUNDLE = "asset:base"
+CPUS = len(os.sched_getaffinity(0))
+BATCH, WAIT_S = 8, 0.02
+PEERS = Path(__file__).with_name("peers.py")
+
+
+def say(**values: Any) -> None:
+    rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}
+    print(json.dumps(rounded), flush=True)
+
+
+def config(**other: Any) -> ServeConfig:
+    values = {
+        "min_replicas": 1, "max_replicas": 1, "max_batch_size": BATCH, "batch_wait_s": WAIT_S,
+        "num_cpus": CPUS,
+    }  # fmt: skip
+    return ServeConfig(**(values | other))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def served(
+    home: Path, config: ServeConfig, model: str = BUNDLE, **service: Any
+) -> Iterator[Server]:
+    app = build_app(model, config, ServiceConfig(**service), home=str(home))
+    server = launch(app, host="127.0.0.1", port=free_port(), blocking=False, ready_timeout_s=300)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@contextlib.contextmanager
+def peer(what: str, home: Path, threads: int) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A process of peers.py, and its URL if it is a server."""
+    port = free_port()
+    command = [
+        sys.executable, str(PEERS), what, BUNDLE, "--pretrained", str(home / "pretrained"),
+        "--threads", str(threads), "--port", str(port), "--batch-size", str(BATCH),
+        "--batch-wait-s", str(WAIT_S),
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        if what == "offline":
+            assert process.stdout is not None
+            process.stdout.readline()
+        else:
+            _wait_for(port, process)
+        yield process, f"http://127.0.0.1:{port}"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _wait_for(port: int, process: subprocess.Popen[str]) -> None:
+    """Until the peer draws."""
+    body = json.dumps({"prompt": "a red apple", "seed": 0}).encode()
+    url = f"http://127.0.0.1:{port}/v1/images/generations"
+    for _ in range(600):
+        assert process.poll() is None, f"{process.args} ended"
+        with contextlib.suppress(OSError):
+            asked = urllib.request.Request(url, body, {"content-type": "application/json"})
+            urllib.request.urlopen(asked, timeout=60).read()
+            return
+        time.sleep(0.2)
+    raise TimeoutError(f"{process.args} did not start")
+
+
+def ask_offline(process: subprocess.Popen[str], what: str) -> dict[str, Any]:
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(what + "\n")
+    process.stdin.flush()
+    answer: dict[str, Any] = json.loads(process.stdout.readline())
+    return answer
+
+
+def load_on(url: str, duration_s: float, seed: int, users: int) -> Result:
+    load = Load(url, duration_s=duration_s, seed=seed)
+    return bench(load, concurrencies=[users], rates=[])[0]
+
+
+def throughput(args: argparse.Namespace) -> None:
+    """Pictures a second at saturation (two full batches of users), contenders in turn."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(served(args.home, config()))
+        unbatched = build_app(
+            BUNDLE, config(max_batch_size=1, batch_wait_s=0), ServiceConfig(), home=str(args.home)
+        )
+        deploy(unbatched, name="unbatched", route_prefix="/unbatched")
+        urls = {"service": server.url, "unbatched": f"{server.url}/unbatched"}
+        for what in args.peers:
+            urls[what] = stack.enter_context(peer(what, args.home, CPUS))[1]
+        offline, _ = stack.enter_context(peer("offline", args.home, CPUS))
+        ask_offline(offline, "draw 3")
+        rates: dict[str, list[float]] = {}
+        for turn in range(args.rounds):
+            answer = ask_offline(offline, f"draw {args.duration_s}")
+            rates.setdefault("offline", []).append(answer["pictures"] / answer["seconds"])
+            for name, url in urls.items():
+                result = load_on(url, args.duration_s, turn, 2 * BATCH)
+                assert not result.errors, result
+                rates.setdefault(name, []).append(result.pictures_per_s)
+            say(turn=turn, **{name: values[-1] for name, values in rates.items()})
+    for name in rates:
+        shares = [mine / theirs for mine, theirs in zip(rates["service"], rates[name], strict=True)]
+        say(
+            name=name, pictures_per_s=statistics.median(rates[name]),
+            service_against_it=statistics.median(shares), low=min(shares), high=max(shares),
+        )  # fmt: skip
+
+
+def latency(args: argparse.Namespace) -> None:
+    """One user: a request, then the same picture by a bare model call, in turn."""
+    body = {"prompt": "a red apple", "seed": 0}
+    with (
+        served(args.home, config(), result_cache_bytes=0) as server,
+        peer("offline", args.home, CPUS) as (offline, _),
+    ):
+        bare, whole = [], []
+        for seed in range(args.requests + 3):
+            body["seed"] = seed
+            asked = urllib.request.Request(
+                f"{server.url}/v1/images/generations", json.dumps(body).encode(),
+                {"content-type": "application/json"},
+            )  # fmt: skip
+            began = time.perf_counter()
+            urllib.request.urlopen(asked, timeout=60).read()
+            whole.append(time.perf_counter() - began)
+            bare.append(ask_offline(offline, f"one {seed}")["seconds"])
+        bare, whole = bare[3:], whole[3:]
+        stages = urllib.request.urlopen(f"{server.url}/metrics").read().decode()
+    added = [w - b for w, b in zip(whole, bare, strict=True)]
+    low, mid, high = np.quantile(added, (0.25, 0.5, 0.75)).tolist()
+    say(
+        requests=args.requests, bare_median_s=statistics.median(bare),
+        service_median_s=statistics.median(whole),
+        difference_of_medians_s=statistics.median(whole) - statistics.median(bare),
+        median_of_differences_s=mid, quartiles_s=[low, high],
+        stages=[line for line in stages.splitlines() if line.startswith("tessera_stage_seconds_s")],
+    )  # fmt: skip
+
+
+def curve(args: argparse.Namespace) -> None:
+    """p50, p95, p99 by Poisson arrivals and by users."""
+    with served(args.home, config()) as server:
+        load = Load(server.url, duration_s=args.duration_s)
+        for result in bench(load, concurrencies=[1, 2, 4, 8, 16, 32], rates=[0.5, 1, 2, 3, 4, 6]):
+            say(**asdict(result))
+
+
+def swap(args: argparse.Namespace) -> None:
+    """Latencies of users with and without a new champion being loaded among them."""
+    tracker = Tracker(args.home)
+    with tracker.run("made") as handle:
+        first = tracker.register(resolve_path(BUNDLE), model_name="swapped", handle=handle)
+        second = tracker.register(_copy(args.home), model_name="swapped", handle=handle)
+    tracker.crown("swapped", first)
+    with served(
+        args.home, config(min_replicas=args.replicas, max_replicas=args.replicas,
+                          num_cpus=CPUS / args.replicas),
+        model="models:/swapped@champion", watch_every_s=1,
+    ) as server:  # fmt: skip
+        load_on(server.url, 5, 0, args.users)
+        for turn in range(args.rounds):
+            quiet = load_on(server.url, args.duration_s, 2 * turn, args.users)
+            target = second if turn % 2 == 0 else first
+            threading.Timer(2.0, tracker.crown, ("swapped", target)).start()
+            swapped = load_on(server.url, args.duration_s, 2 * turn + 1, args.users)
+            now = json.load(urllib.request.urlopen(f"{server.url}/readyz"))["model_version"]
+            assert now == target, f"version {now} is served, not {target}"
+            say(
+                turn=turn, worst_without_s=quiet.worst, worst_with_s=swapped.worst,
+                more_s=(swapped.worst or 0) - (quiet.worst or 0), p50_without_s=quiet.p50,
+                p50_with_s=swapped.p50, requests=swapped.requests, errors=swapped.errors,
+            )  # fmt: skip
+
+
+def _copy(home: Path) -> Path:
+    """The same bundle, its manifest written another way: a version of its own."""
+    copy = home / "copy"
+    for file in resolve_path(BUNDLE).rglob("*"):
+        if file.is_file():
+            target = copy / file.relative_to(resolve_path(BUNDLE))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+    manifest = copy / "config.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text())))
+    return copy
+
+
+@dataclass
+class Answers:
+    """What users got: pictures by seed, failures by status or kind, the longest wait."""
+
+    pictures: dict[int, bytes]
+    failures: dict[str, int]
+    worst_s: float = 0.0
+
+
+async def _users(url: str, users: int, duration_s: float) -> Answers:
+    answers, seeds = Answers({}, {}), iter(range(10**6))
+    end = time.monotonic() + duration_s
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
+
+        async def user() -> None:
+            while time.monotonic() < end:
+                seed, began = next(seeds), time.monotonic()
+                body = {"prompt": "a red apple", "seed": seed}
+                failure = ""
+                try:
+                    async with session.post(f"{url}/v1/images/generations", json=body) as answer:
+                        said = await answer.json()
+                        if answer.status == 200:
+                            answers.pictures[seed] = base64.b64decode(said["data"][0]["b64_json"])
+                        else:
+                            failure = f"{answer.status} {said['error']['code']}"
+                except TimeoutError:
+                    failure = "hung"
+                except aiohttp.ClientError as error:
+                    failure = type(error).__name__
+                answers.worst_s = max(answers.worst_s, time.monotonic() - began)
+                if failure:
+                    answers.failures[failure] = answers.failures.get(failure, 0) + 1
+                    await asyncio.sleep(0.05)
+
+        await asyncio.gather(*[user() for _ in range(users)])
+    return answers
+
+
+def replicas() -> list[psutil.Process]:
+    """The generator's replicas on this machine."""
+    found = psutil.process_iter(["name", "cmdline"])
+    return [p for p in found if "Replica" in _title(p) and "generator" in _title(p).lower()]
+
+
+def _title(process: psutil.Process) -> str:
+    return " ".join(process.info["cmdline"] or [process.info["name"] or ""])
+
+
+def kill(args: argparse.Namespace) -> None:
+    """kill -9 of one of two replicas in mid-load; every picture is compared with its reference."""
+    model = load_generator(BUNDLE, pretrained_cache=args.home / "pretrained", device="cpu")
+    two = config(min_replicas=2, max_replicas=2, num_cpus=CPUS / 2)
+    with served(args.home, two, result_cache_bytes=0) as server:
+        mine = {child.pid for child in psutil.Process().children(recursive=True)}
+        victims = [process for process in replicas() if process.pid in mine]
+        assert len(victims) == 2, victims
+        for at in args.kill_at_s:
+            threading.Timer(at, lambda: _kill_one(mine)).start()
+        answers = asyncio.run(_users(server.url, args.users, args.duration_s))
+    wrong = 0
+    for seed, image in answers.pictures.items():
+        (expected,) = model.generate([GenerationRequest("a red apple", seed=seed)])
+        drawn = np.asarray(Image.open(io.BytesIO(image)))
+        wrong += not np.array_equal(drawn, expected.permute(1, 2, 0).numpy())
+    say(
+        pictures=len(answers.pictures), wrong=wrong, failures=answers.failures,
+        hung=answers.failures.get("hung", 0), worst_s=answers.worst_s, kills=len(args.kill_at_s),
+    )  # fmt: skip
+
+
+def _kill_one(known: set[int]) -> None:
+    victim = next(process for process in replicas() if process.pid in known)
+    say(killed=victim.pid)
+    os.kill(victim.pid, signal.SIGKILL)
+
+
+def autoscale(args: argparse.Namespace) -> None:
+    """1 to 3 replicas: quiet, load, quiet; replicas and waiting pictures over time."""
+    settings = config(
+        max_replicas=3, num_cpus=0.5, target_ongoing_requests=4, max_batch_size=4,
+        upscale_delay_s=3, downscale_delay_s=15,
+    )  # fmt: skip
+    phases = [(15, 1), (args.duration_s, 16), (15, 1)]
+    with served(args.home, settings, result_cache_bytes=0) as server:
+        seen: list[tuple[float, int, float]] = []
+        done, began = threading.Event(), time.monotonic()
+
+        def watch() -> None:
+            while not done.wait(0.5):
+                states = serve.status().applications[APP_NAME].deployments["generator"]
+                seen.append(
+                    (time.monotonic() - began, states.replica_states.get("RUNNING", 0),
+                     _metric(server.url, "tessera_waiting_pictures"))
+                )  # fmt: skip
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        errors: dict[str, int] = {}
+        for seconds, users in phases:
+            result = load_on(server.url, seconds, 0, users)
+            say(users=users, at_s=time.monotonic() - began, **asdict(result))
+            errors |= result.errors
+        time.sleep(60)
+        done.set()
+        watcher.join()
+    say(errors=errors, seen=[(round(t, 1), r, w) for t, r, w in seen])
+    _plot(seen, args.plot)
+
+
+def _metric(url: str, name: str) -> float:
+    text = urllib.request.urlopen(f"{url}/metrics").read().decode()
+    return next(float(row.split()[-1]) for row in text.splitlines() if row.startswith(name))
+
+
+def _plot(seen: list[tuple[float, int, float]], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    at, running, waiting = zip(*seen, strict=True)
+    figure, left = plt.subplots(figsize=(8, 3.5), layout="constrained")
+    left.step(at, running, where="post", color="tab:blue")
+    left.set(xlabel="seconds", ylim=(0, 4))
+    left.set_ylabel("replicas running", color="tab:blue")
+    right = left.twinx()
+    right.plot(at, waiting, color="tab:orange", linewidth=1)
+    right.set_ylabel("pictures under way", color="tab:orange")
+    figure.savefig(path, dpi=90)
+
+
+def soak(args: argparse.Namespace) -> None:
+    """Memory of every process over time under steady load."""
+    with served(args.home, config(), result_cache_bytes=1_000_000) as server:
+        rows: list[dict[str, float]] = []
+        done, began = threading.Event(), time.monotonic()
+
+        def watch() -> None:
+            while not done.wait(10):
+                sizes = {"minutes": (time.monotonic() - began) / 60}
+                for child in psutil.Process().children(recursive=True):
+                    with contextlib.suppress(psutil.Error):
+                        if "Replica" in (title := " ".join(child.cmdline())):
+                            sizes[f"{title.strip()} {child.pid}"] = child.memory_info().rss / 2**20
+                rows.append(sizes)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        result = load_on(server.url, args.duration_s, 0, 4)
+        done.set()
+        watcher.join()
+    settled = rows[len(rows) // 4 :]  # allocators settle first
+    for name in settled[-1].keys() - {"minutes"}:
+        at, mb = zip(*[(row["minutes"], row[name]) for row in settled if name in row], strict=True)
+        slope = float(np.polyfit(at, mb, 1)[0])
+        say(process=name, first_mb=mb[0], last_mb=mb[-1], mb_a_minute=slope)
+    say(**asdict(result))
+
+
+def main() -> None:
+    commands: dict[str, Callable[[argparse.Namespace], None]] = {
+        f.__name__: f for f in (throughput, latency, curve, swap, kill, autoscale, soak)
+    }
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=commands)
+    parser.add_argument("--home", type=Path, required=True)
+    parser.add_argument("--duration-s", type=float, default=20.0, help="of each load")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--requests", type=int, default=60)
+    parser.add_argument("--users", type=int, default=4)
+    parser.add_argument("--replicas", type=int, default=1)
+    parser.add_argument("--kill-at-s", type=float, nargs="*", default=[8.0])
+    parser.add_argument("--peers", nargs="*", default=["fastapi", "litserve"])
+    parser.add_argument("--plot", type=Path, default=Path(__file__).with_name("autoscaling.png"))
+    args = parser.parse_args()
+    args.home = args.home.absolute()
+    args.home.mkdir(parents=True, exist_ok=True)
+    try:
+        commands[args.what](args)
+    finally:
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()
