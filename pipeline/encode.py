@@ -1,8 +1,12 @@
 """Pixels and captions -> image tokens and caption states, once, with Ray Data actors.
 
+Results come in the order of the pixels (or of the captions' lengths), whatever the number of
+actors, and are written as they come: the driver holds a few thousand rows, and all captions' text.
+
     encode_pictures(pixels, tokenizer, output, ...)   output/*.parquet: key, group, style, split,
                                                       captions, image_tokens (uint16, views x N)
     encode_captions(pixels, output, ...)              output/states.npy, offsets.npy, captions.json
+                                                      (texts), all in the same order
 
 `captioned_dataset` puts both together for training.
 """
@@ -12,11 +16,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
 import torch
@@ -25,10 +31,12 @@ from torch import Tensor
 from pipeline.augment import Augment
 from pipeline.bundle import load_tokenizer
 from pipeline.config import CaptionEncoderConfig, EncodeConfig, PictureFilter
+from pipeline.errors import DataError
 from pipeline.feed import (
     CaptionedDataset,
     CaptionIds,
     CaptionStates,
+    Ragged,
     fixed_width,
     read_table,
     spread,
@@ -36,13 +44,14 @@ from pipeline.feed import (
 from pipeline.images import to_float
 from pipeline.mirror import may_mirror
 from pipeline.models._captions import CaptionTokenizer
-from pipeline.pixel_store import read_pixels
+from pipeline.pixel_store import parquet_files, read_pixels, read_tokens
 from pipeline.progress import OnProgress, Progress
-from pipeline.runtime import autocast, available_cpus, choose_device
+from pipeline.runtime import autocast, choose_device, task_slots
 from pipeline.text import load_caption_encoder
 
 KEPT = ("key", "group", "style", "split", "captions")
 CAPTIONS_A_CALL = 256
+ROWS_A_GROUP = 4_096  # of a Parquet file
 
 
 class _PictureEncoder:
@@ -110,11 +119,19 @@ def _view_seed(key: str, view: int, seed: int) -> int:
 
 
 def _actor_options() -> dict[str, Any]:
-    """As many actors as there are real CPUs, or one a GPU."""
+    """Up to as many actors as CPU-bound tasks run at once, or one a GPU."""
     if torch.cuda.is_available():
         return {"num_gpus": 1, "compute": ray.data.ActorPoolStrategy(min_size=1, max_size=8)}
-    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=available_cpus())
-    return {"num_cpus": 1, "compute": pool}
+    return {"num_cpus": 1, "compute": ray.data.ActorPoolStrategy(min_size=1, max_size=task_slots())}
+
+
+@contextmanager
+def _in_order() -> Iterator[None]:
+    """Ray Data gives results in the order of their inputs for datasets made in this block."""
+    context = ray.data.DataContext.get_current().copy()
+    context.execution_options.preserve_order = True
+    with ray.data.DataContext.current(context):
+        yield
 
 
 def encode_pictures(
@@ -127,29 +144,35 @@ def encode_pictures(
     seed: int = 0,
     on_progress: OnProgress | None = None,
 ) -> int:
-    """Write the image tokens of every accepted picture, rows in order of their keys.
+    """Write the image tokens of every accepted picture, in the order of the pixels.
 
     Returns:
         How many pictures.
     """
-    total = pq.read_table(pixels, columns=["key"]).num_rows
-    data = ray.data.read_parquet(str(pixels), columns=[*KEPT, "image"])
-    encoded = data.map_batches(
-        _PictureEncoder,
-        fn_constructor_args=(str(tokenizer), config, image_size, seed),
-        batch_format="pyarrow",
-        batch_size=config.batch_size,
-        **_actor_options(),
-    )
-    tables, done = [], 0
-    for batch in encoded.iter_batches(batch_size=None, batch_format="pyarrow"):
-        tables.append(batch)
-        done += batch.num_rows
-        _tell(on_progress, done, total)
-    table = pa.concat_tables(tables).sort_by("key")
+    total = sum(pq.read_metadata(path).num_rows for path in parquet_files(pixels))
+    with _in_order():
+        data = ray.data.read_parquet(str(pixels), columns=[*KEPT, "image"])
+        encoded = data.map_batches(
+            _PictureEncoder,
+            fn_constructor_args=(str(tokenizer), config, image_size, seed),
+            batch_format="pyarrow",
+            batch_size=config.batch_size,
+            **_actor_options(),
+        )
     output.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, output / "tokens.parquet", row_group_size=4096)
-    return table.num_rows
+    done, writer = 0, None
+    try:
+        for batch in encoded.iter_batches(batch_size=ROWS_A_GROUP, batch_format="pyarrow"):
+            if writer is None:
+                writer = pq.ParquetWriter(output / "tokens.parquet", batch.schema)
+            writer.write_table(batch)
+            done += batch.num_rows
+            _tell(on_progress, done, total)
+    finally:
+        if writer is not None:
+            writer.close()
+    assert done == total, f"{done} of {total} pictures came back encoded"
+    return done
 
 
 def encode_captions(
@@ -164,40 +187,66 @@ def encode_captions(
 
     Returns:
         How many captions.
+
+    Raises:
+        DataError: there are none.
     """
-    texts = sorted(set(_texts(pq.read_table(pixels, columns=["captions"]))))
-    load_caption_encoder(config, cache=cache)  # converts or downloads once, not in every actor
     # longest last, so that captions of like length share a batch
-    order = sorted(texts, key=len)
-    data = ray.data.from_arrow(
-        [pa.table({"text": order[i : i + 1024]}) for i in range(0, len(order), 1024)]
-    )
-    encoded = data.map_batches(
-        _CaptionEncoder,
-        fn_constructor_args=(config, str(cache)),
-        batch_format="pyarrow",
-        batch_size=CAPTIONS_A_CALL,
-        **_actor_options(),
-    )
-    found: dict[str, bytes] = {}
-    lengths: dict[str, int] = {}
-    for batch in encoded.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for row in batch.to_pylist():
-            found[row["text"]], lengths[row["text"]] = row["states"], row["num_tokens"]
-        _tell(on_progress, len(found), len(texts))
+    texts = sorted(_distinct_texts(pixels), key=lambda text: (len(text), text))
+    if not texts:
+        raise DataError(
+            f"none of the pictures in {pixels} has a caption, and a generator needs some"
+        )
+    load_caption_encoder(config, cache=cache)  # converts or downloads once, not in every actor
+    with _in_order():
+        data = ray.data.from_arrow(
+            [pa.table({"text": texts[i : i + 1024]}) for i in range(0, len(texts), 1024)]
+        )
+        encoded = data.map_batches(
+            _CaptionEncoder,
+            fn_constructor_args=(config, str(cache)),
+            batch_format="pyarrow",
+            batch_size=CAPTIONS_A_CALL,
+            **_actor_options(),
+        )
     output.mkdir(parents=True, exist_ok=True)
-    offsets = np.concatenate([[0], np.cumsum([lengths[t] for t in texts])]).astype(np.int64)
-    states = np.frombuffer(b"".join(found[t] for t in texts), np.float16)
-    np.save(output / "states.npy", states.reshape(int(offsets[-1]), -1))
+    offsets, done = np.zeros(len(texts) + 1, np.int64), 0
+    with (output / "states.npy").open("wb") as out:
+        for batch in encoded.iter_batches(batch_size=None, batch_format="pyarrow"):
+            end = done + batch.num_rows
+            assert batch["text"].to_pylist() == texts[done:end], "results come in order"
+            lengths = batch["num_tokens"].to_numpy()
+            offsets[done + 1 : end + 1] = offsets[done] + np.cumsum(lengths)
+            rows = batch["states"].to_pylist()
+            if not done:
+                width = len(rows[0]) // (2 * int(lengths[0]))
+                _write_header(out, 0, width)
+            out.writelines(rows)
+            done = end
+            _tell(on_progress, done, len(texts))
+        assert done == len(texts), f"{done} of {len(texts)} captions came back encoded"
+        out.seek(0)
+        _write_header(out, int(offsets[-1]), width)
     np.save(output / "offsets.npy", offsets)
     (output / "captions.json").write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
     return len(texts)
 
 
-def _texts(table: pa.Table) -> Iterator[str]:
-    for captions in table["captions"].to_pylist():
-        for caption in captions:
-            yield caption["text"]
+def _write_header(out: BinaryIO, rows: int, width: int) -> None:
+    """That of a float16 .npy file; it is as long for any number of rows, numpy leaves room."""
+    np.lib.format.write_array_header_1_0(
+        out, {"descr": "<f2", "fortran_order": False, "shape": (rows, width)}
+    )
+
+
+def _distinct_texts(pixels: Path) -> set[str]:
+    """Every caption, read a few thousand rows at a time."""
+    found: set[str] = set()
+    for path in parquet_files(pixels):
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            for batch in file.iter_batches(ROWS_A_GROUP, columns=["captions"]):
+                found.update(batch.column(0).flatten().field("text").to_pylist())
+    return found
 
 
 def _tell(on_progress: OnProgress | None, done: int, total: int) -> None:
@@ -229,34 +278,50 @@ def captioned_dataset(
     Raises:
         DataError: no picture is left after filtering.
     """
-    columns = [*KEPT, "image_tokens"] if num_tokens else KEPT
-    table = read_table(rows, split=split, only=only, columns=columns, captioned=True)
+    table = read_table(rows, split=split, only=only, columns=KEPT, captioned=True)
+    places = table["place"].to_numpy()
     texts = json.loads((captions / "captions.json").read_text(encoding="utf-8"))
-    ids = {text: i for i, text in enumerate(texts)}
-    said = [[caption["text"] for caption in row] for row in table["captions"].to_pylist()]
-    caption_ids = [np.array([ids[text] for text in row], np.int64) for row in said]
-    groups = table["group"].to_pylist()
-    group_ids = {group: i for i, group in enumerate(sorted(set(groups)))}
     if num_tokens:
-        flat = fixed_width(table["image_tokens"], np.uint16, (-1, num_tokens))
-        arrays, viewed = {"image_tokens": flat}, frozenset({"image_tokens"})
+        arrays = {"image_tokens": read_tokens(rows, places, num_tokens=num_tokens)}
+        viewed = frozenset({"image_tokens"})
     else:
         assert image_size is not None
-        pixels = read_pixels(rows, table["place"].to_numpy(), image_size=image_size)
-        flippable = np.array([may_mirror(row) for row in said])
+        flippable = np.fromiter(map(may_mirror, _said(table["captions"])), bool, len(table))
+        pixels = read_pixels(rows, places, image_size=image_size)
         arrays, viewed = {"images": pixels, "flippable": flippable}, frozenset()
     return CaptionedDataset(
         arrays=arrays,
         viewed=viewed,
-        caption_ids=caption_ids,
+        caption_ids=_caption_ids(table["captions"], texts),
         captions=(
             CaptionStates(captions, max_tokens=max_tokens)
             if caption_tokenizer is None
             else CaptionIds(texts, caption_tokenizer)
         ),
-        style=np.array([styles.index(s) for s in table["style"].to_pylist()], np.int64),
-        group=np.array([group_ids[g] for g in groups], np.int64),
+        style=_known(table["style"], styles),
+        group=pc.rank(table["group"], tiebreaker="dense").to_numpy().astype(np.int64) - 1,
     )
+
+
+def _said(captions: pa.ChunkedArray) -> Iterator[list[str]]:
+    """Every row's texts, a few rows in memory at a time."""
+    for start in range(0, len(captions), ROWS_A_GROUP):
+        for row in captions.slice(start, ROWS_A_GROUP).to_pylist():
+            yield [caption["text"] for caption in row]
+
+
+def _caption_ids(captions: pa.ChunkedArray, texts: Sequence[str]) -> Ragged:
+    """Places in `texts` of every row's captions."""
+    said = [chunk.flatten().field("text") for chunk in captions.chunks]
+    lengths = pc.list_value_length(captions).to_numpy()
+    return Ragged(_known(pa.chunked_array(said, pa.string()), texts), lengths)
+
+
+def _known(column: pa.ChunkedArray, names: Sequence[str]) -> np.ndarray:
+    """The places in `names` of a column's values, int64."""
+    found = pc.index_in(column, pa.array(names, pa.string()))
+    assert not found.null_count, "the step before named every one"
+    return found.to_numpy().astype(np.int64)
 
 
 def sample_captions(dataset: CaptionedDataset, count: int = 1_024) -> tuple[Tensor, Tensor]:

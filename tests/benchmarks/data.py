@@ -1,0 +1,291 @@
+"""The data path against plain webdataset, against decoding alone, and its memory as data grows.
+
+    python tests/benchmarks/data.py speed SET SET --repeats 3
+    python tests/benchmarks/data.py memory SET SET --times 10
+
+A SET is a local folder that `tessera ingest` wrote. `speed` runs, one after another and --repeats
+times over, on all cores:
+
+    decode      a tight loop over encoded pictures that lie in memory: the bound
+    webdataset  a DataLoader over the same tars: decode, square, resize, batch, augment; an epoch
+    preprocess  pipeline/preprocess.py in a Ray session just started, its workers not yet
+    feed        an epoch of training batches from what it wrote, augmented, a rank a core
+
+All decode with pipeline/images.py and augment with pipeline/augment.py. The start of Ray and
+Python's imports in this process count nowhere, those in workers everywhere. `memory` gives the
+peak of all processes (pipeline started, preprocess, an epoch) for the sets and for --times copies
+of them under new keys. Both print JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing as mp
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+import torch
+import webdataset
+from measure import tree_bytes
+from torch.utils.data import DataLoader
+
+from pipeline.augment import Augment
+from pipeline.config import AugmentConfig, DataConfig, PreprocessConfig
+from pipeline.contracts import Sample
+from pipeline.decoding import parse_record
+from pipeline.feed import PictureDataset, training_batch
+from pipeline.images import BadPicture, decode
+from pipeline.preprocess import preprocess
+from pipeline.runtime import available_cpus, start_ray
+from pipeline.shard_writer import write_shards
+from pipeline.shards import read_manifest
+from pipeline.tars import PICTURES, read_samples
+
+BATCH = 64
+PICTURE = PreprocessConfig(image_size=64, require_captions=False, max_bad_fraction=1.0)
+DATA = DataConfig(validation_fraction=0.0, test_fraction=0.0)  # every picture is trained on
+AUGMENT = AugmentConfig(flip=0.5, random_crop=0.6, color=0.4, rotate=5.0)
+EPOCHS = (1, 3, 10)
+
+
+def tars(sets: list[str]) -> list[str]:
+    """The shards of the sets."""
+    return [str(Path(s) / shard.file) for s in sets for shard in read_manifest(s).shards]
+
+
+def encoded(sets: list[str]) -> Iterator[bytes]:
+    """Every picture as it is stored."""
+    for path in tars(sets):
+        with Path(path).open("rb") as stream:
+            yield from (s.picture for s in read_samples(stream) if s.picture is not None)
+
+
+# ---- what is compared ----------------------------------------------------------------------------
+
+
+def decode_alone(sets: list[str]) -> tuple[float, int]:
+    """Seconds, and pictures, of decoding on all cores; reading is over before."""
+    cores, pictures = available_cpus(), list(encoded(sets))
+    context = mp.get_context("fork")
+    barrier = context.Barrier(cores + 1)
+    workers = [
+        context.Process(target=_decode_all, args=(pictures[i::cores], barrier))
+        for i in range(cores)
+    ]
+    for worker in workers:
+        worker.start()
+    barrier.wait()
+    began = time.monotonic()
+    for worker in workers:
+        worker.join()
+    return time.monotonic() - began, len(pictures)
+
+
+def _decode_all(pictures: list[bytes], barrier: Any) -> None:
+    barrier.wait()
+    for picture in pictures:
+        try:
+            decode(picture, PICTURE)
+        except BadPicture:
+            continue
+
+
+def plain_webdataset(sets: list[str]) -> tuple[float, int]:
+    """Seconds, and pictures, of an epoch of augmented batches from a DataLoader."""
+    paths = tars(sets)
+    data = (
+        webdataset.WebDataset(paths, shardshuffle=len(paths), seed=0, empty_check=False)
+        .shuffle(1_000)
+        .map(_picture, handler=webdataset.ignore_and_continue)
+        .batched(BATCH, collation_fn=torch.stack)
+        .map(_augmented)
+    )
+    loader = DataLoader(data, batch_size=None, num_workers=available_cpus())
+    began = time.monotonic()
+    found = sum(len(batch) for batch in loader)
+    return time.monotonic() - began, found
+
+
+def _picture(sample: dict[str, Any]) -> torch.Tensor:
+    encoded = next(sample[name] for name in PICTURES if name in sample)
+    return torch.from_numpy(decode(encoded, PICTURE))
+
+
+def _augmented(batch: torch.Tensor) -> torch.Tensor:
+    torch.set_num_threads(1)
+    return Augment(AUGMENT)(batch)
+
+
+def preprocessed(sets: list[str], output: Path) -> tuple[float, int, dict[str, Any]]:
+    """Seconds, pictures promised, and the report, of preprocessing with cold workers."""
+    start_ray()
+    try:
+        began = time.monotonic()
+        report = preprocess(sets, output, data=DATA, config=PICTURE)
+        seconds = time.monotonic() - began
+    finally:
+        ray.shutdown()
+    return seconds, report.promised, dataclasses.asdict(report)
+
+
+def feed_epoch(pixels: Path) -> tuple[float, int]:
+    """Seconds, and pictures, of an epoch of augmented batches, opening the data included."""
+    world = available_cpus()
+    context = mp.get_context("fork")
+    queue = context.Queue()
+    began = time.monotonic()
+    ranks = [context.Process(target=_rank, args=(pixels, i, world, queue)) for i in range(world)]
+    for rank in ranks:
+        rank.start()
+    found = sum(queue.get() for _ in ranks)
+    for rank in ranks:
+        rank.join()
+    return time.monotonic() - began, found
+
+
+def _rank(pixels: Path, rank: int, world_size: int, queue: Any) -> None:
+    torch.set_num_threads(1)
+    data = PictureDataset.from_parquet(pixels, image_size=PICTURE.image_size, split="train")
+    augment, found = Augment(AUGMENT), 0
+    for step in range(len(data) // (BATCH * world_size)):
+        batch = training_batch(
+            data, step, batch_size=BATCH * world_size, seed=0, rank=rank, world_size=world_size
+        )
+        found += len(augment(batch["images"], seeds=batch["seeds"]))
+    queue.put(found)
+
+
+# ---- speed ---------------------------------------------------------------------------------------
+
+
+def speed(sets: list[str], repeats: int, scratch: Path) -> dict[str, Any]:
+    """Rates in pictures a second, and ratios of what ran in one repeat."""
+    rounds = []
+    for number in range(repeats):
+        output = scratch / f"out{number}"
+        bound = _rate(*decode_alone(sets))
+        plain = _rate(*plain_webdataset(sets))
+        seconds, promised, report = preprocessed(sets, output)
+        fed_seconds, fed = feed_epoch(output / "pixels")
+        prepared, feeding = promised / seconds, fed / fed_seconds
+        ratios = {
+            f"ours / webdataset, {epochs} epochs": _over(prepared, feeding, epochs) / plain
+            for epochs in EPOCHS
+        }
+        rounds.append(
+            {
+                "decode": bound, "webdataset": plain, "preprocess": prepared, "feed": feeding,
+                "feed / webdataset": feeding / plain, "preprocess / decode": prepared / bound,
+                **ratios,
+            }
+        )  # fmt: skip
+        print(json.dumps({k: round(v, 3) for k, v in rounds[-1].items()}), file=sys.stderr)
+    middle = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
+    spread = {n: [min(r[n] for r in rounds), max(r[n] for r in rounds)] for n in rounds[0]}
+    return {
+        "pictures": report["promised"], "accepted": report["accepted"], "repeats": repeats,
+        "median": middle, "from_to": spread,
+    }  # fmt: skip
+
+
+def _rate(seconds: float, pictures: int) -> float:
+    return pictures / seconds
+
+
+def _over(prepared: float, feeding: float, epochs: int) -> float:
+    """Pictures trained on a second, preprocessing once and feeding so many epochs."""
+    return epochs / (1 / prepared + epochs / feeding)
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def copies(sets: list[str], times: int) -> Iterator[Sample]:
+    """The samples of the sets, `times` over, each time under other keys."""
+    for time_ in range(times):
+        for number, path in enumerate(tars(sets)):
+            with Path(path).open("rb") as stream:
+                for sample in read_samples(stream):
+                    said = parse_record(sample.files["json"]) | {"captions": ()}
+                    extension = next((e for e in PICTURES if e in sample.files), "png")
+                    yield Sample(
+                        key=f"{time_}-{number}-{sample.key}", image=sample.picture or b"",
+                        extension=extension, **said,
+                    )  # fmt: skip
+
+
+def memory(sets: list[str], times: int, scratch: Path) -> dict[str, Any]:
+    """Peaks in MB of preprocessing and an epoch, for the sets and for `times` copies."""
+    found = {}
+    for count in (1, times):
+        home = scratch / f"x{count}"
+        manifest = write_shards(copies(sets, count), home / "set", max_bytes=8_000_000)
+        command = [sys.executable, __file__, "once", str(home / "set"), "--out", str(home / "out")]
+        found[count] = {"pictures": manifest.samples} | _peak(command)
+    ratios = {
+        f"{name} ratio": found[times][name] / found[1][name]
+        for name in found[1]
+        if name.endswith("_mb")
+    }
+    return {str(count): values for count, values in found.items()} | ratios
+
+
+def _peak(command: list[str]) -> dict[str, float]:
+    """Peak memory in MB: of all processes, of the driver, of its largest worker."""
+    peak = {"all_mb": 0.0, "driver_mb": 0.0, "largest_worker_mb": 0.0}
+    process = subprocess.Popen(command)
+    root = psutil.Process(process.pid)
+    while process.poll() is None:
+        sizes = {name: size / 1e6 for name, size in tree_bytes(root).items()}
+        driver = sum(s for name, s in sizes.items() if name.endswith(f" {process.pid}"))
+        others = [s for name, s in sizes.items() if not name.endswith(f" {process.pid}")]
+        now = {
+            "all_mb": sum(sizes.values()),
+            "driver_mb": driver,
+            "largest_worker_mb": max(others, default=0.0),
+        }
+        peak = {name: max(peak[name], now[name]) for name in peak}
+        time.sleep(0.25)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+    return peak
+
+
+def once(sets: list[str], output: Path) -> dict[str, Any]:
+    """Preprocess and feed an epoch, to be watched from outside."""
+    preprocessed(sets, output)
+    feed_epoch(output / "pixels")
+    return {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("speed", "memory", "once"))
+    parser.add_argument("sets", nargs="+")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--times", type=int, default=10)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    if arguments.what == "once":
+        once(arguments.sets, arguments.out)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        if arguments.what == "speed":
+            found = speed(arguments.sets, arguments.repeats, Path(scratch))
+        else:
+            found = memory(arguments.sets, arguments.times, Path(scratch))
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
