@@ -23,7 +23,7 @@ def retrain(recipe: Recipe, home: Path, reporter: Reporter, *, debug: bool = Fal
         TesseraError: something the user can mend; finished steps are kept.
     """
     chain = Chain(recipe, home, reporter)
-    with ray_runtime(debug=debug):
+    with chain.open(), ray_runtime(debug=debug):
         return chain.retrain()
 
 

@@ -49,5 +49,5 @@ def run_step(
         "path" of the result, and the step's values.
     """
     chain = Chain(recipe, home, reporter)
-    with ray_runtime(debug=debug), chain.open():
+    with chain.open(), ray_runtime(debug=debug):
         return STEPS[name](chain)

@@ -35,7 +35,7 @@ def run_search(
     """
     chain = Chain(recipe, home, reporter)
     trials = draw_trials(recipe, chain.base)
-    with ray_runtime(debug=debug), chain.open():
+    with chain.open(), ray_runtime(debug=debug):
         result = search(chain, trials)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 """The chain from captioned pictures to a champion, step by step; every step is done once.
 
-    with ray_runtime():
-        outcome = Chain(recipe, home, reporter).retrain()
+    chain = Chain(recipe, home, reporter)
+    with chain.open(), ray_runtime():
+        outcome = chain.retrain()
 
 Steps, with what each depends on: preprocess (shards), tokenizer (pixels; or a given one),
 captions and tokens (pixels, encoder, tokenizer), aligner (pixels, captions; or a trained one),
@@ -80,8 +81,8 @@ class Outcome:
 class Chain:
     """One recipe's steps in one home directory.
 
-    Making one checks what the recipe names, before Ray or any work is started; Ray must be up for
-    the steps.
+    Making one checks what the recipe names, before Ray or any work is started; the steps run inside
+    `open` and with Ray up.
 
     Raises:
         TesseraError: shards, base, caption encoder, tracking server or disk space are lacking.
@@ -120,19 +121,18 @@ class Chain:
         return self._workspace
 
     def retrain(self) -> Outcome:
-        """Every step, in order, to the decision."""
-        with self.open() as parent:
-            candidate = self.generator
-            judged = self.evaluation
-            found = {
-                name: reports.from_dict(values) for name, values in judged.values["reports"].items()
-            }
-            decision, version = self._promote(candidate.path / "bundle", found)
-            RunLogger(parent).metrics(reports.metric_values(found["candidate"]))
-            return Outcome(
-                candidate.path / "bundle", found, decision, version,
-                dict(self.workspace.seconds), parent, self.pixels,
-            )  # fmt: skip
+        """Every step, in order, to the decision; inside `open`."""
+        candidate = self.generator
+        judged = self.evaluation
+        found = {
+            name: reports.from_dict(values) for name, values in judged.values["reports"].items()
+        }
+        decision, version = self._promote(candidate.path / "bundle", found)
+        RunLogger(self.workspace.parent).metrics(reports.metric_values(found["candidate"]))
+        return Outcome(
+            candidate.path / "bundle", found, decision, version,
+            dict(self.workspace.seconds), self.workspace.parent, self.pixels,
+        )  # fmt: skip
 
     # ---- Data ------------------------------------------------------------------------------------
 

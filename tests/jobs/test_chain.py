@@ -61,7 +61,9 @@ def home(tmp_path_factory: pytest.TempPathFactory, pretrained_cache: Path) -> Pa
 def outcome(home: Path, ray_session: None) -> Outcome:
     """The smoke recipe, with a worker killed on the way."""
     killer = Killer()
-    result = Chain(load_recipe("smoke", environment={}), home, killer).retrain()
+    chain = Chain(load_recipe("smoke", environment={}), home, killer)
+    with chain.open():
+        result = chain.retrain()
     assert killer.killed
     assert sorted(killer.finished_steps) == sorted(STEPS)
     return result

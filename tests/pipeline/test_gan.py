@@ -131,6 +131,7 @@ def build_training() -> Training:
     return Training(objective(), ColourRows(), ColourRows())
 
 
+@pytest.mark.slow
 def test_the_loop_moves_both_networks_on_two_workers(ray_session: None, tmp_path: Path) -> None:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not see tests/
     config = TrainConfig(
