@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,13 +80,17 @@ def start_ray(*, object_store_mb: int = 600, debug: bool = False) -> bool:
 
 @contextlib.contextmanager
 def ray_runtime(*, debug: bool = False) -> Iterator[None]:
-    """Ray for the duration of a job; a local one that this call started is shut down after."""
-    started = start_ray(debug=debug)
-    try:
-        yield
-    finally:
-        if started:
-            ray.shutdown()
+    """Ray for the duration of a job; a local one that this call started is shut down after.
+
+    Standard output is the job's own, for its result: what Ray prints goes to standard error.
+    """
+    with contextlib.redirect_stdout(sys.stderr):
+        started = start_ray(debug=debug)
+        try:
+            yield
+        finally:
+            if started:
+                ray.shutdown()
 
 
 def choose_device(device: str = "auto") -> torch.device:
