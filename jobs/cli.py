@@ -96,6 +96,8 @@ def retrain(
 
 
 def _print_decision(outcome: Any) -> None:
+    for sentence in outcome.choice:
+        console.print(sentence, highlight=False)
     verdict = "promoted to champion" if outcome.decision.promoted else "not promoted"
     console.print(f"version {outcome.version}: [bold]{verdict}[/bold]")
     for reason in outcome.decision.reasons:
@@ -143,12 +145,16 @@ def _run_step(
     from jobs.steps import run_step
 
     result = run_step(name, loaded, home, ConsoleReporter(console), debug=debug)
+    for sentence in result.get("choice", ()):
+        console.print(sentence, highlight=False)
     typer.echo(json.dumps(result) if as_json else result["path"])
 
 
 _step_command("pretrain", "Train a recipe's image tokenizer on pictures alone.")
 _step_command("align", "Train a recipe's aligner, which evaluation retrieves captions with.")
-_step_command("train", "Train a recipe's generator and print the candidate bundle's path.")
+_step_command(
+    "train", "Train a recipe's generator, or its candidates; print the best bundle's path."
+)
 _step_command("evaluate", "Judge the candidate against champion, untuned base and floors.")
 
 

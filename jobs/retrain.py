@@ -33,6 +33,7 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "bundle": str(outcome.bundle),
         "promoted": outcome.decision.promoted,
         "reasons": list(outcome.decision.reasons),
+        "choice": list(outcome.choice),
         "version": outcome.version,
         "run_id": outcome.run.run_id,
         "tracking_uri": outcome.run.tracking_uri,

@@ -3,7 +3,7 @@
 tessera preprocess RECIPE      shards -> pixels and quarantine
 tessera pretrain RECIPE        the image tokenizer, on pictures alone
 tessera align RECIPE           the aligner that evaluation retrieves with
-tessera train RECIPE           the generator: a candidate bundle
+tessera train RECIPE           the generator: a candidate bundle; of several, the best
 tessera evaluate RECIPE        the candidate against champion, untuned base and floors
 """
 
@@ -24,7 +24,14 @@ def _preprocess(chain: Chain) -> dict[str, Any]:
 
 
 def _train(chain: Chain) -> dict[str, Any]:
-    return {"path": str(chain.generator.path / "bundle"), **chain.generator.values}
+    """The candidate; several are trained, and evaluated to tell which it is."""
+    trained = chain.generators
+    winner, reasons = chain.choice
+    result = {"path": str(trained[winner].path / "bundle"), **trained[winner].values}
+    if reasons:
+        bundles = {name: str(step.path / "bundle") for name, step in trained.items()}
+        result |= {"candidate": winner, "choice": list(reasons), "candidates": bundles}
+    return result
 
 
 def _evaluate(chain: Chain) -> dict[str, Any]:

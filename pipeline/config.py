@@ -12,23 +12,29 @@ from __future__ import annotations
 import copy
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, get_args, get_origin
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from pipeline import registry
 from pipeline.data_config import AugmentConfig as AugmentConfig
 from pipeline.data_config import Config as Config
 from pipeline.data_config import DataConfig as DataConfig
 from pipeline.data_config import PictureFilter as PictureFilter
 from pipeline.data_config import PreprocessConfig as PreprocessConfig
+from pipeline.data_config import later
 from pipeline.errors import RecipeError
+from pipeline.overrides import explain, merged, override, set_key
 from pipeline.tune_config import TuneConfig as TuneConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 ENVIRONMENT_PREFIX = "TESSERA__"
+SUBJECTS = frozenset({"candidate", "champion", "untuned", "tokenizer", "real"})
+"""Of evaluation's reports: no candidate of a recipe can have these names."""
 
 
 class CaptionEncoderConfig(Config):
@@ -176,6 +182,11 @@ class GeneratorConfig(Config):
     """The text-to-image model."""
 
     family: str = Field("masked", description="a file of pipeline/models")
+    tasks: tuple[str, ...] = later(
+        ("text_to_image",),
+        min_length=1,
+        description="what it learns to do, in equal shares: files of pipeline/tasks",
+    )
     width: int = Field(256, ge=32)
     depth: int = Field(6, ge=1, description="transformer blocks")
     heads: int = Field(4, ge=1)
@@ -215,6 +226,12 @@ class EvaluateConfig(Config):
     """What is measured, on how many pictures."""
 
     num_pictures: int = Field(200, ge=8, description="pictures a set, and captions to choose from")
+    num_other_pictures: int | None = later(
+        None,
+        ge=8,
+        description="as many for the further styles and languages, which nothing but forgetting "
+        "hangs on; None for num_pictures",
+    )
     styles: tuple[str, ...] = Field((), description="styles judged, first is the one gated on")
     languages: tuple[str, ...] = Field(
         ("en", "zh"),
@@ -241,6 +258,9 @@ class PromoteConfig(Config):
     max_forgetting: float = Field(
         0.15, ge=0, description="retrieval on the other styles may fall by so much at most"
     )
+    choose_by: Literal["kid_unseen", "retrieval"] = Field(
+        "kid_unseen", description="what the best of several candidates is best at"
+    )
 
 
 class ServeConfig(Config):
@@ -262,6 +282,14 @@ class ServeConfig(Config):
     num_gpus: float = Field(0.0, ge=0, description="a replica; 0 draws on the CPU")
 
 
+class TrackingConfig(Config):
+    """Where runs are recorded beside MLflow."""
+
+    sinks: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        (), description="each an extra of its name; see pipeline/sinks.py"
+    )
+
+
 class Recipe(Config):
     """One use of Tessera from captioned pictures to a served champion."""
 
@@ -278,11 +306,28 @@ class Recipe(Config):
     tokenizer: TokenizerConfig = TokenizerConfig()
     encode: EncodeConfig = EncodeConfig()
     generator: GeneratorConfig = GeneratorConfig()
+    candidates: dict[str, dict[str, Any]] = Field(
+        {},
+        description="several generators to train, by name: what each has other than the section "
+        "`generator`; the best by promote.choose_by goes to the gate",
+    )
     aligner: AlignerConfig = AlignerConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     promote: PromoteConfig = PromoteConfig()
     serve: ServeConfig = ServeConfig()
+    tracking: TrackingConfig = TrackingConfig()
     tune: TuneConfig | None = Field(None, description="the search that `tessera tune` makes")
+
+    @property
+    def generators(self) -> dict[str, GeneratorConfig]:
+        """The candidates by name; without a list of them the one there is, as "candidate"."""
+        if not self.candidates:
+            return {"candidate": self.generator}
+        shared = self.model_dump(mode="json", include={"generator"}, exclude_unset=True)
+        return {
+            name: GeneratorConfig.model_validate(merged(shared.get("generator", {}), changes))
+            for name, changes in self.candidates.items()
+        }
 
     def with_settings(self, settings: Mapping[str, Any]) -> Self:
         """This recipe without its search, with other values for dotted keys, checked again.
@@ -292,11 +337,11 @@ class Recipe(Config):
         """
         values = self.model_dump(mode="json", exclude_unset=True, exclude={"tune"})
         for key, value in settings.items():
-            _set(values, key, value, origin=key)
+            set_key(values, key, value, origin=key)
         try:
             return type(self).model_validate(values)
         except ValidationError as error:
-            raise RecipeError(_explain(error)) from error
+            raise RecipeError(explain(error, Recipe)) from error
 
     @model_validator(mode="after")
     def _every_end_of_the_search_is_a_recipe(self) -> Self:
@@ -312,12 +357,40 @@ class Recipe(Config):
         for key, space in self.tune.space.items():
             for value in space.ends:  # values together are checked as they are drawn
                 values = copy.deepcopy(section)
-                _set(values, key, value, origin=key)
+                set_key(values, key, value, origin=key)
                 try:
                     GeneratorConfig.model_validate(values["generator"])
                 except ValidationError as error:
-                    said = _explain(error, inside=("generator",))
+                    said = explain(error, Recipe, ("generator",))
                     raise ValueError(f"tune.space: {said}") from error
+        return self
+
+    @model_validator(mode="after")
+    def _every_candidate_is_a_generator(self) -> Self:
+        names = list(self.candidates)
+        if len(names) == 1:
+            raise ValueError(
+                f"candidates lists {names[0]!r} alone: list at least two, or say in the section "
+                "`generator` what the one shall be"
+            )
+        for name in names:
+            if name in SUBJECTS or not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
+                raise ValueError(
+                    f"candidates: {name!r} is no name for one: use small letters, digits and "
+                    f"hyphens, and none of {', '.join(sorted(SUBJECTS))}"
+                )
+        if names and self.tune is not None:
+            raise ValueError(
+                "tune searches the settings of one generator: remove `candidates` or `tune`"
+            )
+        try:
+            found = self.generators
+        except ValidationError as error:
+            raise ValueError(f"candidates: {explain(error, Recipe, ('generator',))}") from error
+        for name, config in found.items() if names else ():
+            if config.family not in registry.names("models"):
+                registry.load("models", config.family)  # says what there is
+            _check_generator(config, f"candidates.{name}")
         return self
 
     @model_validator(mode="after")
@@ -341,19 +414,26 @@ class Recipe(Config):
                     f"{name}.augment mixes pictures (mixup={augment.mixup}, cutmix="
                     f"{augment.cutmix}), and a mixture has no caption: set both to 0"
                 )
-        for section in (self.tokenizer, self.generator, self.aligner):
-            train = section.train
-            if train.batch_size % train.num_workers:
-                raise ValueError(
-                    f"train.batch_size={train.batch_size} must be a multiple of "
-                    f"train.num_workers={train.num_workers}"
-                )
-        if self.generator.width % self.generator.heads:
-            raise ValueError(
-                f"generator.width={self.generator.width} must be a multiple of "
-                f"generator.heads={self.generator.heads}"
-            )
+        for section in (self.tokenizer, self.aligner):
+            _check_train(section.train, "train")
+        _check_generator(self.generator, "generator")
         return self
+
+
+def _check_train(train: TrainConfig, name: str) -> None:
+    if train.batch_size % train.num_workers:
+        raise ValueError(
+            f"{name}.batch_size={train.batch_size} must be a multiple of "
+            f"{name}.num_workers={train.num_workers}"
+        )
+
+
+def _check_generator(config: GeneratorConfig, name: str) -> None:
+    _check_train(config.train, f"{name}.train")
+    if config.width % config.heads:
+        raise ValueError(
+            f"{name}.width={config.width} must be a multiple of {name}.heads={config.heads}"
+        )
 
 
 def recipe_names() -> list[str]:
@@ -387,16 +467,16 @@ def load_recipe(
     for name in sorted(environment):
         if name.startswith(ENVIRONMENT_PREFIX):
             key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
-            _override(values, key, environment[name], origin=name)
-    for override in overrides:
-        key, equals, value = override.partition("=")
+            override(values, key, environment[name], origin=name)
+    for given in overrides:
+        key, equals, value = given.partition("=")
         if not equals:
-            raise RecipeError(f"override {override!r} is not of the form section.key=value")
-        _override(values, key.strip(), value, origin=override)
+            raise RecipeError(f"override {given!r} is not of the form section.key=value")
+        override(values, key.strip(), value, origin=given)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(f"recipe {path.stem}: {_explain(error)}") from error
+        raise RecipeError(f"recipe {path.stem}: {explain(error, Recipe)}") from error
 
 
 def _find(recipe: str | Path) -> Path:
@@ -414,76 +494,3 @@ def _find(recipe: str | Path) -> Path:
             f"or give the path of a .yaml file.{hint}"
         )
     return shipped
-
-
-def _override(values: dict[str, Any], key: str, text: str, *, origin: str) -> None:
-    """Set a dotted key in the nested mapping to a YAML value."""
-    try:
-        value = _yaml_value(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override {origin!r}: {text!r} is not a YAML value: {error}") from error
-    _set(values, key, value, origin=origin)
-
-
-def _set(values: dict[str, Any], key: str, value: Any, *, origin: str) -> None:
-    """Set a dotted key in the nested mapping."""
-    *sections, last = key.split(".")
-    node = values
-    for section in sections:
-        child = node.setdefault(section, {})
-        if not isinstance(child, dict):
-            raise RecipeError(f"override {origin!r}: {section!r} is a value, not a section")
-        node = child
-    node[last] = value
-
-
-def _yaml_value(text: str) -> Any:
-    """YAML's value, except that 3e-4 is the number people mean (YAML 1.1 reads a string)."""
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _explain(error: ValidationError, inside: tuple[str, ...] = ()) -> str:
-    """One line a mistake: the key, what is wrong, and what would be right.
-
-    `inside` is the section that was validated alone.
-    """
-    lines = []
-    for item in error.errors():
-        loc = (*inside, *item["loc"])
-        key = ".".join(str(part) for part in loc)
-        if item["type"] == "extra_forbidden":
-            known = _known_keys(loc[:-1])
-            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-            lines.append(f"unknown key {key!r}; {hint}")
-        else:
-            prefix = f"{key}={item['input']!r}: " if key else ""
-            lines.append(prefix + item["msg"].removeprefix("Value error, "))
-    return "; ".join(lines)
-
-
-def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
-    """The keys of the section at `loc`."""
-    section: type[BaseModel] = Recipe
-    parts = iter(loc)
-    for part in parts:
-        if str(part) not in section.model_fields:
-            return []
-        annotation = section.model_fields[str(part)].annotation
-        models = [a for a in (annotation, *get_args(annotation)) if _is_section(a)]
-        if not models:
-            return []
-        section = models[0]
-        if get_origin(annotation) is dict:
-            next(parts, None)  # a name of the user's
-    return sorted(section.model_fields)
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

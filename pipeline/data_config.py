@@ -22,7 +22,7 @@ class Config(BaseModel):
             self.__dict__.setdefault(name, field.get_default(call_default_factory=True))
 
 
-def _later(default: Any, **options: Any) -> Any:
+def later(default: Any, **options: Any) -> Any:
     """A setting younger than the steps' content keys: at its default it stays out of them, so that
     what was done before there was such a setting stays done."""
     return Field(default, exclude_if=lambda value: value == default, **options)
@@ -59,7 +59,7 @@ class PreprocessConfig(Config):
     square: Literal["pad", "center_crop", "random_crop"] = Field(
         "pad", description="how a picture that is not square is made so"
     )
-    crop_seed: int = _later(0, ge=0, description="random_crop depends on (key, seed) alone")
+    crop_seed: int = later(0, ge=0, description="random_crop depends on (key, seed) alone")
     min_side: int = Field(16, ge=1, description="pixels; smaller pictures are quarantined")
     max_aspect: float = Field(4.0, ge=1, description="long side / short side")
     max_pixels: int = Field(64_000_000, ge=1, description="width * height; more is a bomb")
@@ -67,18 +67,18 @@ class PreprocessConfig(Config):
     max_bad_fraction: float = Field(
         0.05, ge=0, le=1, description="quarantined / promised; above it the job fails"
     )
-    require_captions: bool = _later(
+    require_captions: bool = later(
         True, description="false keeps pictures without captions, to train a tokenizer on"
     )
-    languages: tuple[str, ...] = _later(
+    languages: tuple[str, ...] = later(
         (), description="captions to keep; zh keeps zh-hant too; empty keeps all"
     )
-    deduplicate: Literal["no", "exact", "perceptual"] = _later(
+    deduplicate: Literal["no", "exact", "perceptual"] = later(
         "no",
         description="keep one of pictures with equal pixels (exact), or also of pictures whose "
         "perceptual hashes nearly agree; held-out pictures stay before training ones",
     )
-    perceptual_distance: int = _later(
+    perceptual_distance: int = later(
         4, ge=0, le=12, description="of the 64 bits of perceptual hashes that may differ"
     )
 
@@ -93,24 +93,24 @@ class AugmentConfig(Config):
     swap_channels: float = Field(0.0, ge=0, le=1, description="probability of permuting R, G, B")
     blur: float = Field(0.0, ge=0, le=1, description="probability of a Gaussian blur")
     noise: float = Field(0.0, ge=0, le=1, description="largest sigma of Gaussian noise")
-    rotate: float = _later(0.0, ge=0, le=180, description="turn by up to so many degrees")
-    random_crop: float = _later(
+    rotate: float = later(0.0, ge=0, le=180, description="turn by up to so many degrees")
+    random_crop: float = later(
         0.0, ge=0, le=1, description="enlarge a random part of at least this share of the area"
     )
-    ten_crop: float = _later(
+    ten_crop: float = later(
         0.0,
         ge=0,
         le=1,
         description="enlarge one of ten crops (corners, centre, and these mirrored) whose side has "
         "this share of the picture's",
     )
-    cutout: float = _later(
+    cutout: float = later(
         0.0, ge=0, le=1, description="whiten a square with up to this share of the side"
     )
-    mixup: float = _later(
+    mixup: float = later(
         0.0, ge=0, le=1, description="probability of blending with another picture of the batch"
     )
-    cutmix: float = _later(
+    cutmix: float = later(
         0.0, ge=0, le=1, description="probability of a square from another picture of the batch"
     )
 

@@ -26,9 +26,12 @@ from pipeline.errors import RecipeError
 from pipeline.images import grid
 from pipeline.models._captions import CaptionTokenizer
 from pipeline.models._spec import ModelParts, ModelSpec
+from pipeline.tasks import gives_source
+from pipeline.tasks._dataset import TaskDataset
 from pipeline.text import load_caption_encoder
 from pipeline.train import Training
 
+TOKENS = "image_tokens"
 SHAPE_FIELDS = ("family", "width", "depth", "heads", "caption_depth", "num_styles")
 SAMPLE_PROMPTS = (
     "red apple", "dog face", "house", "fire engine", "rainbow", "pizza", "sailboat", "robot",
@@ -79,7 +82,7 @@ class GeneratorTask:
         family, model, tokenizer = self.family, self.model(), self.caption_ids
         sizes = (
             {"num_tokens": self.spec.num_tokens}
-            if family.READS == "image_tokens"
+            if family.READS == TOKENS
             else {"image_size": self.spec.image_size}
         )
         train, validation = (
@@ -97,17 +100,37 @@ class GeneratorTask:
         )
         if self.base is None and tokenizer is None:
             model.standardise_captions(*sample_captions(train))
+        if gives_source(self.config.tasks):
+            train, validation = (
+                TaskDataset(rows, self.config.tasks) for rows in (train, validation)
+            )
         objective = family.Objective(model, self.config)
         return Training(objective, train, validation, sample=partial(draw_samples, task=self))
 
 
-def shape_of_base(config: GeneratorConfig, base: Path) -> GeneratorConfig:
-    """The recipe's generator section with what it leaves open of the network's shape from the base.
+def check_tasks(config: GeneratorConfig) -> None:
+    """Refuse tasks that do not exist or that the family cannot learn.
+
+    Raises:
+        RecipeError: names the task and what there is.
+    """
+    if gives_source(config.tasks) and registry.load("models", config.family).READS != TOKENS:
+        raise RecipeError(
+            f"generator.tasks={list(config.tasks)}: {config.family} draws pixels in one pass and "
+            "sees no source picture; take text_to_image alone, or the family masked or causal"
+        )
+
+
+def shape_of_base(config: GeneratorConfig, base: Path | None) -> GeneratorConfig:
+    """The recipe's generator section with what it leaves open of the network's shape from the base;
+    as it is without a base.
 
     Raises:
         RecipeError: the recipe sets a shape that is not the base's.
         BundleError: the base cannot be read.
     """
+    if base is None:
+        return config
     built = load_bundle(base).manifest.generator
     for name in SHAPE_FIELDS:
         wanted, given = getattr(config, name), getattr(built, name)
@@ -116,7 +139,8 @@ def shape_of_base(config: GeneratorConfig, base: Path) -> GeneratorConfig:
                 f"generator.{name}={wanted} is not the base's, which has {given}: leave it out to "
                 "take the base's, or train from scratch with base=null"
             )
-    return config.model_copy(update={name: getattr(built, name) for name in SHAPE_FIELDS})
+    taken = SHAPE_FIELDS if "tasks" in config.model_fields_set else (*SHAPE_FIELDS, "tasks")
+    return config.model_copy(update={name: getattr(built, name) for name in taken})
 
 
 def make_spec(
@@ -165,9 +189,26 @@ def _language_model_config(
 
 @torch.no_grad()
 def start_from(model: nn.Module, base: Path, spec: ModelSpec) -> None:
-    """Copy a base bundle's weights; `model` has the base's shape (`shape_of_base`)."""
+    """Copy a base bundle's weights; `model` has the base's shape (`shape_of_base`).
+
+    Where it learns tasks that the base does not know, its tables may have more rows: those at the
+    end stay as they are.
+
+    Raises:
+        RecipeError: the base knows tasks that the recipe leaves out, and has weights for them.
+    """
     bundle = load_bundle(base)
-    model.load_state_dict(bundle.model.state_dict())
+    weights, wanted = bundle.model.state_dict(), model.state_dict()
+    for name, known in weights.items():
+        if known.shape == wanted[name].shape:
+            continue
+        if len(known) > len(wanted[name]):
+            raise RecipeError(
+                f"generator.tasks leaves out some of {list(bundle.manifest.generator.tasks)}, "
+                "which the base has learnt: leave the setting out to take the base's"
+            )
+        weights[name] = torch.cat([known, wanted[name][len(known) :]])
+    model.load_state_dict(weights)
     known = bundle.manifest.model_spec.styles
     style = getattr(model, "style", None)
     if known and isinstance(style, nn.Embedding):

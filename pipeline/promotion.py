@@ -6,9 +6,14 @@ Both reports must judge the same pictures. The rule, on the gated style: KID on 
 falls by more than `min_kid_gain`; retrieval gains at least `min_retrieval_gain`. On every other
 style retrieval falls by at most `max_forgetting`. Differences are of the values; every reason also
 says whether its difference is clear of chance.
+
+    best, reasons = choose({"masked": ..., "gan": ...}, champion_report, recipe.promote)
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
 
 from pipeline.config import PromoteConfig
 from pipeline.contracts import Decision, EvalReport, Interval
@@ -46,6 +51,40 @@ def decide(candidate: EvalReport, champion: EvalReport | None, config: PromoteCo
         promoted=all(passed for passed, _ in verdicts),
         reasons=tuple(f"{'yes' if passed else 'no'}: {reason}" for passed, reason in verdicts),
     )
+
+
+def choose(
+    candidates: Mapping[str, EvalReport], champion: EvalReport | None, config: PromoteConfig
+) -> tuple[str, tuple[str, ...]]:
+    """The one of several candidates that goes to the gate: the best by config.choose_by.
+
+    Of those that would pass the gate, if any would; the first listed of equals.
+
+    Returns:
+        Its name, and what was compared, one sentence a candidate, the best first.
+
+    Raises:
+        DataError: reports judge different pictures, or not one of them has a number to choose by.
+    """
+    metric, sign = config.choose_by, -1 if config.choose_by == RETRIEVAL else 1
+    passes = {
+        name: decide(report, champion, config).promoted for name, report in candidates.items()
+    }
+    values = {name: report.metrics[metric].value for name, report in candidates.items()}
+    if not any(map(math.isfinite, values.values())):
+        raise DataError(f"{metric} is not a number for {', '.join(values)}: train them anew")
+    ranked = sorted(
+        candidates,
+        key=lambda name: (not math.isfinite(values[name]), not passes[name], sign * values[name]),
+    )
+    best = candidates[ranked[0]].metrics[metric]
+    reasons = [f"{ranked[0]} is the best of {len(ranked)} candidates: {metric} {_show(best)}"]
+    for name in ranked[1:]:
+        number = candidates[name].metrics[metric]
+        apart = "apart" if number.high < best.low or best.high < number.low else "overlapping"
+        fails = "" if passes[name] or not passes[ranked[0]] else ", and the gate would refuse it"
+        reasons.append(f"{name}: {metric} {_show(number)}, intervals {apart}{fails}")
+    return ranked[0], tuple(reasons)
 
 
 def _kid(candidate: EvalReport, champion: EvalReport, config: PromoteConfig) -> tuple[bool, str]:

@@ -105,11 +105,13 @@ class Workspace:
             (path / "run.json").write_text(json.dumps({"run_id": handle.run_id}))
             logger = RunLogger(handle)
             logger.params(_flat({"settings": settings, "inputs": inputs}))
+            logger.close()  # the step's workers write meanwhile
             report = lambda progress: self.reporter.progress(name, progress)  # noqa: E731
             values = work(StepContext(path, handle, report))
             seconds = time.monotonic() - began
             numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
             logger.metrics(numbers | {"seconds": seconds})
+            logger.close()
         record = {"key": key, "seconds": seconds, "values": values}
         staging = done.with_suffix(".partial")
         staging.write_text(json.dumps(record, indent=2))

@@ -3,7 +3,7 @@
 The tracking URI is MLFLOW_TRACKING_URI, or a sqlite database under the home directory. One parent
 run per retrain, one nested run per step; runs are created on the driver and workers write to them
 by id, so a restarted worker goes on in the same run. The winner is the registered model's version
-with the alias `champion`.
+with the alias `champion`. Optional sinks (pipeline/sinks.py) are told what MLflow is told of a run.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from mlflow import MlflowClient
 from mlflow.data.http_dataset_source import HTTPDatasetSource
@@ -26,6 +26,7 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.bundle import bundle_digest, resolve_path
 from pipeline.errors import BundleError, ResourceError
+from pipeline.sinks import Sink, SinkAddress, check_sinks, open_sinks
 
 EXPERIMENT = "tessera"
 CHAMPION = "champion"
@@ -38,6 +39,7 @@ class RunHandle:
 
     tracking_uri: str
     run_id: str
+    sinks: SinkAddress | None = None
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,34 @@ class ResolvedModel:
 
 
 class RunLogger:
-    """Writes parameters, metrics, images and files of one run; does nothing without a handle."""
+    """Writes parameters, metrics, images and files of one run; does nothing without a handle.
+
+    Sinks are opened when they are first written to. Who has them closes them: at most one process
+    at a time should have a run's sinks open.
+    """
 
     def __init__(self, handle: RunHandle | None) -> None:
         self.run_id = handle.run_id if handle else ""
         self.client = MlflowClient(handle.tracking_uri) if handle else None
+        self._address = handle.sinks if handle else None
+        self._open: list[Sink] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the sinks; what is written later opens them again."""
+        for sink in self._open:
+            sink.close()
+        self._open = []
+
+    def _sinks(self) -> list[Sink]:
+        if not self._open:
+            self._open = open_sinks(self._address)
+        return self._open
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Log parameters; those already logged by an earlier, interrupted attempt stay."""
@@ -62,17 +87,23 @@ class RunLogger:
             known = self.client.get_run(self.run_id).data.params
             fresh = [Param(k, str(v)[:6000]) for k, v in values.items() if k not in known]
             self.client.log_batch(self.run_id, params=fresh)
+        for sink in self._sinks():
+            sink.params(values)
 
     def metrics(self, values: Mapping[str, float], *, step: int = 0) -> None:
         if self.client is not None:
             now = int(time.time() * 1000)
             batch = [Metric(name, float(value), now, step) for name, value in values.items()]
             self.client.log_batch(self.run_id, metrics=batch)
+        for sink in self._sinks():
+            sink.metrics(values, step)
 
     def image(self, name: str, image: Any, *, step: int) -> None:
         """A PIL image as the artifact NAME/STEP.png."""
         if self.client is not None:
             self.client.log_image(self.run_id, image, artifact_file=f"{name}/{step:07d}.png")
+        for sink in self._sinks():
+            sink.image(name, image, step)
 
     def files(self, path: Path, *, folder: str) -> None:
         """A file, or a directory's content, as artifacts under `folder`."""
@@ -87,10 +118,16 @@ class RunLogger:
 
 
 class Tracker:
-    """The driver's side: runs, and the model registry."""
+    """The driver's side: runs, and the model registry.
 
-    def __init__(self, home: Path) -> None:
-        self.home = home
+    Raises:
+        MissingExtraError: a sink's package is not installed.
+        ResourceError: nothing answers at the tracking URI.
+    """
+
+    def __init__(self, home: Path, sinks: Sequence[str] = ()) -> None:
+        check_sinks(sinks)
+        self.home, self.sinks = home, tuple(sinks)
         self.uri = tracking_uri(home)
         self.client = connect(home)
         experiment = self.client.get_experiment_by_name(EXPERIMENT)
@@ -114,13 +151,19 @@ class Tracker:
         run_id = self._reopen(resume) or self._create(name, parent)
         status = "FAILED"
         try:
-            yield RunHandle(self.uri, run_id)
+            yield RunHandle(self.uri, run_id, self._sinks_of(run_id, name, parent))
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
             raise
         finally:
             self.client.set_terminated(run_id, status)
+
+    def _sinks_of(self, run_id: str, name: str, parent: RunHandle | None) -> SinkAddress | None:
+        if not self.sinks:
+            return None
+        group = parent.run_id if parent else run_id
+        return SinkAddress(self.sinks, str(self.home.absolute()), run_id, name, group)
 
     def _create(self, name: str, parent: RunHandle | None) -> str:
         tags = {PARENT: parent.run_id} if parent else {}

@@ -176,7 +176,11 @@ def _is_number(value: object) -> bool:
 
 def _worker(settings: dict[str, Any]) -> None:
     """Runs on every rank."""
-    _Worker(**settings).train()
+    worker = _Worker(**settings)
+    try:
+        worker.train()
+    finally:
+        worker.logger.close()
 
 
 class _Worker:

@@ -1,6 +1,7 @@
 """Better settings for a recipe's generator: Ray Tune with ASHA over Ray Train.
 
-    result = search(chain, out)        # inside Chain.open(), with Ray up
+    trials = draw_trials(recipe, chain.base)
+    result = search(chain, trials)     # inside Chain.open(), with Ray up
 
 A trial is a Tune function that starts an ordinary training (train.fit) of its own settings, under
 an MLflow run nested in the search's. Every report of a trial is also kept in its directory; a
@@ -66,8 +67,7 @@ def draw_trials(recipe: Recipe, base: Path | None) -> list[Trial]:
     for number, settings in enumerate(recipe.tune.draws()):
         try:
             made = recipe.with_settings(settings)
-            if base is not None:
-                generation.shape_of_base(made.generator, base)
+            generation.shape_of_base(made.generator, base)
         except RecipeError as error:
             raise RecipeError(f"tune.space allows {settings}, but {error}") from error
         trials.append(Trial(number, settings, made))
@@ -139,15 +139,8 @@ def _search(chain: Chain, trials: Sequence[Trial], context: StepContext) -> dict
     config, budget = recipe.tune, recipe.generator.train.max_steps
     assert config is not None
     width = load_caption_encoder(recipe.caption_encoder, cache=chain.cache).width
-    tasks = [
-        chain.generator_task(
-            generation.shape_of_base(t.recipe.generator, chain.base)
-            if chain.base
-            else t.recipe.generator,
-            width,
-        )
-        for t in trials
-    ]
+    configs = [generation.shape_of_base(t.recipe.generator, chain.base) for t in trials]
+    tasks = [chain.generator_task(config, width) for config in configs]
     folders = [context.path / "trials" / trial.name for trial in trials]
     jobs = [
         _Job(trial.name, trial.settings, task, folder, chain.home, context.run)
@@ -218,10 +211,6 @@ class _Job:
     home: Path
     search: RunHandle
 
-    @property
-    def reports(self) -> list[dict[str, float]]:
-        return _reports(self.folder)
-
 
 def _reports(folder: Path) -> list[dict[str, float]]:
     """What a trial reported so far, by rising step; a line cut short by a kill is left out."""
@@ -239,13 +228,15 @@ def _trial(config: dict[str, Any], jobs: Sequence[_Job]) -> None:
     job = jobs[config["number"]]
     job.folder.mkdir(parents=True, exist_ok=True)
     (job.folder / FAILURE).unlink(missing_ok=True)
-    for report in job.reports:
+    for report in _reports(job.folder):
         tune.report(report)
-    tracker, record = Tracker(job.home), job.folder / RUN
+    sinks = job.search.sinks
+    tracker, record = Tracker(job.home, sinks.names if sinks else ()), job.folder / RUN
     known = json.loads(record.read_text())["run_id"] if record.is_file() else None
     with tracker.run(job.name, parent=job.search, resume=known) as run:
         record.write_text(json.dumps({"run_id": run.run_id}))
-        RunLogger(run).params(job.settings)
+        with RunLogger(run) as logger:
+            logger.params(job.settings)
         try:
             train.fit(
                 job.task.build, job.task.config.train, storage=job.folder, name="generator",

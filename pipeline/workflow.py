@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ from pipeline.finetune import adapter_weights, merged_weights
 from pipeline.metrics import ImageNetFeatures
 from pipeline.preprocess import preprocess
 from pipeline.pretrained import find_language_model
-from pipeline.promotion import decide
+from pipeline.promotion import choose, decide
 from pipeline.runtime import check_disk
 from pipeline.shards import locate, read_manifest
 from pipeline.steps import Reporter, StepContext, StepResult, Workspace, exclusive
@@ -61,8 +61,10 @@ class Outcome:
 
     Attributes:
         bundle: the candidate.
-        reports: by subject: candidate, real, tokenizer, and untuned and champion where they exist.
+        reports: by subject: candidate, real, tokenizer, and untuned and champion where they exist;
+            of several candidates the others by their names.
         decision: of the gate.
+        choice: why this candidate, one sentence for each of several; empty for a single one.
         version: the candidate's in the model registry.
         seconds: by step; 0 for steps that were done before.
         run: the parent MLflow run.
@@ -76,6 +78,7 @@ class Outcome:
     seconds: dict[str, float]
     run: RunHandle
     pixels: Path
+    choice: tuple[str, ...] = ()
 
 
 class Chain:
@@ -93,20 +96,24 @@ class Chain:
         self.recipe, self.home, self.reporter = recipe, home, reporter
         self.cache = home / "pretrained"
         self.base = resolve_model(recipe.base, home=home).path if recipe.base else None
-        self.generator_config = (
-            generation.shape_of_base(recipe.generator, self.base) if self.base else recipe.generator
-        )
+        self.candidates = {
+            name: generation.shape_of_base(config, self.base) if self.base else config
+            for name, config in recipe.generators.items()
+        }
+        for config in self.candidates.values():
+            generation.check_tasks(config)
         self.manifests = {uri: read_manifest(uri) for uri in self.shard_sets}
         check_available(recipe.caption_encoder, cache=self.cache)
         check_disk(home, NEEDED_MB)
-        self.tracker = Tracker(home)
+        self.tracker = Tracker(home, recipe.tracking.sinks)
         self._workspace: Workspace | None = None
 
     @contextmanager
     def open(self) -> Iterator[RunHandle]:
         """Hold the home directory and a parent run; the steps below need both."""
         with exclusive(self.home), self.tracker.run(self.recipe.name) as parent:
-            RunLogger(parent).params({"recipe": self.recipe.name, "base": self.recipe.base})
+            with RunLogger(parent) as logger:
+                logger.params({"recipe": self.recipe.name, "base": self.recipe.base})
             self._workspace = Workspace(self.home, self.tracker, parent, self.reporter)
             for uri, manifest in self.manifests.items():
                 name = uri.rstrip("/").rpartition("/")[2]
@@ -122,16 +129,18 @@ class Chain:
 
     def retrain(self) -> Outcome:
         """Every step, in order, to the decision; inside `open`."""
-        candidate = self.generator
-        judged = self.evaluation
-        found = {
-            name: reports.from_dict(values) for name, values in judged.values["reports"].items()
-        }
-        decision, version = self._promote(candidate.path / "bundle", found)
-        RunLogger(self.workspace.parent).metrics(reports.metric_values(found["candidate"]))
+        parent = self.workspace.parent
+        winner, choice = self.choice
+        bundle, found = self.generators[winner].path / "bundle", dict(self.judged)
+        if winner != "candidate":
+            found["candidate"] = replace(found.pop(winner), subject=f"candidate ({winner})")
+            RunLogger(parent).tags({"candidate": winner})
+        decision, version = self._promote(bundle, found, choice)
+        with RunLogger(parent) as logger:
+            logger.metrics(reports.metric_values(found["candidate"]))
         return Outcome(
-            candidate.path / "bundle", found, decision, version,
-            dict(self.workspace.seconds), self.workspace.parent, self.pixels,
+            bundle, found, decision, version,
+            dict(self.workspace.seconds), parent, self.pixels, choice,
         )  # fmt: skip
 
     # ---- Data ------------------------------------------------------------------------------------
@@ -281,9 +290,12 @@ class Chain:
         return trained.path / "bundle"
 
     @cached_property
-    def generator(self) -> StepResult:
-        """The candidate: a bundle trained on image tokens and caption states."""
-        recipe, config = self.recipe, self.generator_config
+    def generators(self) -> dict[str, StepResult]:
+        """Every candidate by name: a bundle trained on pictures and captions."""
+        return {name: self._generator(name) for name in self.candidates}
+
+    def _generator(self, name: str) -> StepResult:
+        recipe, config = self.recipe, self.candidates[name]
 
         def work(context: StepContext) -> dict[str, Any]:
             encoder = load_caption_encoder(recipe.caption_encoder, cache=self.cache)
@@ -310,7 +322,7 @@ class Chain:
             return result.metrics
 
         return self.workspace.run(
-            "generator",
+            f"generator-{name}" if recipe.candidates else "generator",
             work,
             settings={"generator": config.model_dump(mode="json")},
             inputs=self.generator_inputs(config),
@@ -319,7 +331,7 @@ class Chain:
     def generator_inputs(self, config: GeneratorConfig) -> dict[str, str]:
         """Digests of all that a generator is trained on; makes what is not made yet."""
         reads = reads_of(config)
-        pictures = self.tokens if reads == "image_tokens" else self.preprocessed
+        pictures = self.tokens if reads == generation.TOKENS else self.preprocessed
         return {
             reads: pictures.digest,
             "captions": self.captions.digest,
@@ -337,7 +349,7 @@ class Chain:
             self.tokenizer, caption_width, sorted(found & wanted), self.base, config,
             language_model,
         )  # fmt: skip
-        on_tokens = reads_of(config) == "image_tokens"
+        on_tokens = reads_of(config) == generation.TOKENS
         return generation.GeneratorTask(
             config=config,
             spec=spec,
@@ -367,13 +379,13 @@ class Chain:
 
     @cached_property
     def evaluation(self) -> StepResult:
-        """Candidate, champion and untuned base on the same pictures, the floors beside them."""
-        candidate = self.generator.path / "bundle"
-        subjects = {"candidate": candidate}
+        """Candidates, champion and untuned base on the same pictures, the floors beside them."""
+        subjects = {name: step.path / "bundle" for name, step in self.generators.items()}
+        known = {bundle_digest(path) for path in subjects.values()}
         if self.base is not None:
             subjects["untuned"] = self.base
         champion = self.champion
-        if champion is not None and bundle_digest(champion.path) != bundle_digest(candidate):
+        if champion is not None and bundle_digest(champion.path) not in known:
             subjects["champion"] = champion.path
         return self.workspace.run(
             "evaluate",
@@ -385,6 +397,29 @@ class Chain:
                 **{name: bundle_digest(path) for name, path in subjects.items()},
             },
         )
+
+    @cached_property
+    def judged(self) -> dict[str, EvalReport]:
+        """What evaluation says, by subject."""
+        values = self.evaluation.values["reports"]
+        return {name: reports.from_dict(report) for name, report in values.items()}
+
+    @property
+    def champion_report(self) -> EvalReport | None:
+        """The champion's, which may be one of the candidates; None while there is none."""
+        if self.champion is None:
+            return None
+        digest = bundle_digest(self.champion.path)
+        same = [n for n, s in self.generators.items() if bundle_digest(s.path / "bundle") == digest]
+        return self.judged[same[0] if same else "champion"]
+
+    @cached_property
+    def choice(self) -> tuple[str, tuple[str, ...]]:
+        """The candidate that goes to the gate, and why it of several."""
+        if not self.recipe.candidates:
+            return "candidate", ()
+        candidates = {name: self.judged[name] for name in self.generators}
+        return choose(candidates, self.champion_report, self.recipe.promote)
 
     def _evaluate(self, context: StepContext, *, subjects: Mapping[str, Path]) -> dict[str, Any]:
         recipe = self.recipe
@@ -402,7 +437,7 @@ class Chain:
         tokenizer = load_tokenizer(self.tokenizer)
         found = [judge.real(), judge.tokenizer(tokenizer)]
         (context.path / "grids").mkdir(exist_ok=True)
-        losses = {"candidate": self.generator.values["validation_loss"]}
+        losses = {n: step.values["validation_loss"] for n, step in self.generators.items()}
         for name, path in subjects.items():
             found.append(
                 judge.generator(
@@ -419,14 +454,16 @@ class Chain:
         logger.files(context.path / "report.md", folder="")
         return {"reports": {report.subject: reports.to_dict(report) for report in found}}
 
-    def _promote(self, bundle: Path, found: Mapping[str, EvalReport]) -> tuple[Decision, str]:
+    def _promote(
+        self, bundle: Path, found: Mapping[str, EvalReport], choice: tuple[str, ...]
+    ) -> tuple[Decision, str]:
         """Decide, register the candidate, and crown it if it won; repeated, it changes nothing."""
         name, parent = self.recipe.promote.model_name, self.workspace.parent
         champion = self.champion
         if champion is not None and bundle_digest(champion.path) == bundle_digest(bundle):
             reason = f"it is already the champion, version {champion.version}"
             return Decision(True, (reason,)), champion.version
-        decision = decide(found["candidate"], found.get("champion"), self.recipe.promote)
+        decision = decide(found["candidate"], self.champion_report, self.recipe.promote)
         write_card(
             bundle,
             self.recipe,
@@ -437,6 +474,8 @@ class Chain:
         )
         version = self.tracker.register(bundle, model_name=name, handle=parent)
         record = {"promoted": decision.promoted, "reasons": decision.reasons, "version": version}
+        if choice:
+            record["choice"] = choice
         self.tracker.log_decision(parent, record)
         if decision.promoted:
             self.tracker.crown(name, version)

@@ -3,42 +3,25 @@
 MaskGIT (Chang et al. 2022, arXiv 2202.04200), sec. 3.2. Every row follows its own schedule and its
 own noise, so rows may end, or be dropped, while the others go on.
 
-Shapes: B pictures, N image tokens, S pixels a side.
+Shapes: B pictures, N image tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pipeline.contracts import Canvas, ImageTokenizer
-from pipeline.images import to_float, to_uint8
+from pipeline.contracts import ImageTokenizer
+from pipeline.images import to_uint8
 from pipeline.models import _sampling as sampling
+from pipeline.models._canvas import lay_out
 from pipeline.models._requests import Settings
 from pipeline.runtime import autocast
 
 Guess = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(rows int64 (R,), tokens (R, N), hidden bool (R, N)) -> logits with and without the caption."""
-
-
-@dataclass
-class Start:
-    """What is known of B pictures before the first step.
-
-    Attributes:
-        tokens: int64 (B, N), meaningless where hidden.
-        hidden: bool (B, N).
-        pixels: uint8 (B, 3, S, S), kept where `redrawn` is False.
-        redrawn: bool (B, 1, S, S).
-    """
-
-    tokens: Tensor
-    hidden: Tensor
-    pixels: Tensor
-    redrawn: Tensor
 
 
 class ParallelDrawing:
@@ -69,7 +52,7 @@ class ParallelDrawing:
         self._done = torch.zeros_like(self._steps)
         self._dropped = torch.zeros_like(self._steps, dtype=torch.bool)
         with autocast(device):
-            self._start = self._prepare(settings.canvases, num_tokens)
+            self._start = lay_out(settings.canvases, tokenizer, num_tokens, self._noise, device)
         self._tokens, self._known = self._start.tokens, ~self._start.hidden
 
     def progress(self, row: int) -> tuple[int, int]:
@@ -114,32 +97,3 @@ class ParallelDrawing:
             drawn = to_uint8(self._tokenizer.decode(self._tokens[index]))
         kept = self._start.pixels[index]
         return torch.where(self._start.redrawn[index], drawn, kept).cpu()
-
-    def _prepare(self, canvases: Sequence[Canvas | None], num_tokens: int) -> Start:
-        B, S = len(canvases), self._tokenizer.image_size
-        at = {"device": self._device}
-        start = Start(
-            tokens=torch.zeros(B, num_tokens, dtype=torch.long, **at),
-            hidden=torch.ones(B, num_tokens, dtype=torch.bool, **at),
-            pixels=torch.zeros(B, 3, S, S, dtype=torch.uint8, **at),
-            redrawn=torch.ones(B, 1, S, S, dtype=torch.bool, **at),
-        )
-        for row, canvas in enumerate(canvases):
-            if canvas is not None:
-                self._lay(canvas, start, row)
-        return start
-
-    def _lay(self, canvas: Canvas, start: Start, row: int) -> None:
-        """One at a time: a batch's size must not move the last bits of anybody's tokens."""
-        S, N = self._tokenizer.image_size, start.hidden.shape[1]
-        pixels = torch.frombuffer(bytearray(canvas.pixels), dtype=torch.uint8)
-        start.pixels[row] = pixels.view(S, S, 3).permute(2, 0, 1)
-        start.tokens[row] = self._tokenizer.encode(to_float(start.pixels[row : row + 1]))[0]
-        if canvas.mask is None:
-            order = torch.rand(N, generator=self._noise[row]).argsort()
-            start.hidden[row] = False
-            start.hidden[row, order[: max(1, round(canvas.share * N))]] = True
-            return
-        mask = torch.frombuffer(bytearray(canvas.mask), dtype=torch.uint8).view(S, S) != 0
-        start.redrawn[row, 0] = mask
-        start.hidden[row] = sampling.touched_cells(mask, round(N**0.5))

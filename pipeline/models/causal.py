@@ -8,7 +8,8 @@ Sources: Ramesh et al. 2021, DALL-E (arXiv 2102.12092): caption, then image toke
 cross-entropy; Sun et al. 2024, LlamaGen (arXiv 2406.06525): guidance, top-k and top-p on image
 tokens; Ho and Salimans 2022 (arXiv 2207.12598): classifier-free guidance.
 
-A row reads  [padding] caption  style-marker  begin-marker  image tokens...  (see _tokens.py).
+A row reads  [padding] caption  style-marker  begin-marker  image tokens...  (see _tokens.py);
+models whose tasks give a source picture read it, too, between caption and style, holes marked.
 Shapes: B pictures, N image tokens, L caption tokens with padding on the left, D model width, V
 codebook.
 """
@@ -37,13 +38,19 @@ from pipeline.contracts import GenerationRequest, OnStep
 from pipeline.errors import RecipeError
 from pipeline.images import to_uint8
 from pipeline.models import _sampling as sampling
-from pipeline.models._requests import check_requests
+from pipeline.models._canvas import Start, lay_out
+from pipeline.models._requests import Settings, check_requests
 from pipeline.models._spec import ModelParts, ModelSpec
 from pipeline.models._tokens import ImageVocabulary
 from pipeline.runtime import autocast
+from pipeline.tasks import gives_source
 
 READS = "image_tokens"
 CAPTIONS = "ids"
+NO_TARGET = -100
+
+Source = tuple[Tensor, Tensor]
+"""Source pictures as image tokens int64 (B, N), and which of these are given, bool (B, N)."""
 
 
 def language_model_config(config: GeneratorConfig, source: str | None) -> dict[str, Any]:
@@ -79,15 +86,20 @@ class CausalTransformer(nn.Module):
             raise RecipeError("a causal model needs spec.language_model, a Hugging Face config")
         hf = AutoConfig.for_model(**spec.language_model)
         self.spec, self.no_style = spec, config.num_styles
-        self.vocabulary = ImageVocabulary(hf.vocab_size, spec.codebook_size, config.num_styles)
+        self.vocabulary = ImageVocabulary(
+            hf.vocab_size, spec.codebook_size, config.num_styles, gives_source(config.tasks)
+        )
         prompt = config.causal.max_prompt_tokens
-        needed = prompt + 2 + spec.num_tokens
+        source = 1 + spec.num_tokens if self.vocabulary.with_source else 0
+        needed = prompt + source + 2 + spec.num_tokens
         context = getattr(hf, "max_position_embeddings", needed)
         if context < needed:
+            parts = f"{prompt} caption tokens, 2 markers and {spec.num_tokens} image tokens"
+            if source:
+                parts = f"{source} tokens of a source picture, {parts}"
             raise RecipeError(
-                f"generator.causal: {prompt} caption tokens, 2 markers and {spec.num_tokens} image "
-                f"tokens do not fit the language model's context of {context}; lower "
-                "max_prompt_tokens or take another model"
+                f"generator.causal: {parts} do not fit the language model's context of {context}; "
+                "lower max_prompt_tokens or take another model"
             )
         whole = AutoModelForCausalLM.from_config(hf, dtype=torch.float32)
         self.lm: PreTrainedModel = whole.base_model
@@ -119,24 +131,42 @@ class CausalTransformer(nn.Module):
         self.image_table.weight.normal_(std=0.2 * float(old.std())).add_(old.mean(0))
         self.image_head.weight.normal_(std=float(old.std()))
 
-    def prompt(self, ids: Tensor, mask: Tensor, style: Tensor) -> tuple[Tensor, Tensor]:
+    def prompt(
+        self, ids: Tensor, mask: Tensor, style: Tensor, source: Source | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Everything before the picture.
 
         Args:
             ids: int64 (B, L); mask: bool (B, L), padding on the left; all False: no caption.
             style: int64 (B,), `no_style` leaves it open.
+            source: tokens int64 (B, N), meaningless where not given, and given bool (B, N); a row
+                of which nothing is given has no source. For models that see sources alone.
 
         Returns:
-            embeddings (B, L + 2, D) and mask bool (B, L + 2).
+            embeddings (B, L + 2, D) and mask bool (B, L + 2); 1 + N more with sources.
         """
         text = self.lm.get_input_embeddings()(ids)
         begin = torch.full_like(style, self.vocabulary.begin)
-        markers = self.image_table(torch.stack([self.vocabulary.style(style), begin], 1))
+        new = torch.stack([self.vocabulary.style(style), begin], 1)
+        if source is not None:
+            tokens, given = source
+            holed = torch.where(given, tokens, self.vocabulary.hole)
+            new = torch.cat([F.pad(holed, (1, 0), value=self.vocabulary.source), new], 1)
+            seen = given.any(1, keepdim=True).expand(-1, 1 + given.shape[1])
+            mask = torch.cat([mask, seen], 1)
+        markers = self.image_table(new)
         return torch.cat([text, markers.to(text.dtype)], 1), F.pad(mask, (0, 2), value=True)
 
-    def forward(self, image_tokens: Tensor, ids: Tensor, mask: Tensor, style: Tensor) -> Tensor:
+    def forward(
+        self,
+        image_tokens: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        style: Tensor,
+        source: Source | None = None,
+    ) -> Tensor:
         """int64 (B, N) and the prompt -> logits float (B, N, V), each from what is before it."""
-        before, keys = self.prompt(ids, mask, style)
+        before, keys = self.prompt(ids, mask, style, source)
         picture = self.image_table(image_tokens[:, :-1]).to(before.dtype)
         keys = F.pad(keys, (0, picture.shape[1]), value=True)
         states = self.lm(
@@ -173,18 +203,20 @@ class Objective(nn.Module):
             mask, style = sampling.drop_conditions(
                 mask, style, config=config, no_style=model.no_style
             )
-        logits = model(tokens, batch["caption_ids"], mask, style).flatten(0, 1)
+        source, target = None, tokens.flatten()
+        if "source_given" in batch:
+            source = batch["source_tokens"], batch["source_given"]
+            target = target.masked_fill(source[1].flatten(), NO_TARGET)  # nothing to learn there
+        logits = model(tokens, batch["caption_ids"], mask, style, source).flatten(0, 1)
         smoothing = config.label_smoothing if self.training else 0.0
-        loss = F.cross_entropy(logits, tokens.flatten(), label_smoothing=smoothing)
+        loss = F.cross_entropy(logits, target, ignore_index=NO_TARGET, label_smoothing=smoothing)
         with torch.no_grad():
-            accuracy = (logits.argmax(-1) == tokens.flatten()).float().mean()
+            accuracy = (logits.argmax(-1) == target).sum() / (target != NO_TARGET).sum()
         return {"loss": loss, "accuracy": accuracy}
 
 
 class Generator:
     """contracts.ImageGenerator: token by token with a cache, guided, image tokens alone."""
-
-    tasks = frozenset({"text_to_image"})
 
     def __init__(
         self, model: CausalTransformer, config: GeneratorConfig, spec: ModelSpec, parts: ModelParts
@@ -194,6 +226,7 @@ class Generator:
         assert parts.caption_ids is not None, "the causal family reads captions as token ids"
         self.read_ids = parts.caption_ids
         self.styles, self.image_size = spec.styles, spec.image_size
+        self.tasks = frozenset(config.tasks)
 
     @torch.inference_mode()
     def generate(
@@ -204,29 +237,58 @@ class Generator:
         Raises:
             RequestError: also for num_steps: it is the number of image tokens.
         """
-        tokens = self.draw_tokens(requests, on_step=on_step)
+        settings = self._check(requests)
+        noise = [torch.Generator().manual_seed(seed) for seed in settings.seeds]
+        start = self._lay_out(settings, noise)
+        tokens = self._draw(settings, start, noise, on_step)
         with autocast(self.parts.device):
-            return to_uint8(self.parts.tokenizer.decode(tokens)).cpu()
+            drawn = to_uint8(self.parts.tokenizer.decode(tokens))
+        return torch.where(start.redrawn, drawn, start.pixels).cpu()
 
     @torch.inference_mode()
     def draw_tokens(
         self, requests: Sequence[GenerationRequest], *, on_step: OnStep | None = None
     ) -> Tensor:
         """int64 (B, N)."""
-        settings = check_requests(
-            requests, self.config, self.styles, fixed_steps=self.spec.num_tokens
-        )
+        settings = self._check(requests)
+        noise = [torch.Generator().manual_seed(seed) for seed in settings.seeds]
+        return self._draw(settings, self._lay_out(settings, noise), noise, on_step)
+
+    def _check(self, requests: Sequence[GenerationRequest]) -> Settings:
+        sees_sources = self.model.vocabulary.with_source
+        return check_requests(
+            requests, self.config, self.styles, fixed_steps=self.spec.num_tokens,
+            canvas_size=self.image_size if sees_sources else None,
+        )  # fmt: skip
+
+    def _lay_out(self, settings: Settings, noise: Sequence[torch.Generator]) -> Start:
+        parts = self.parts
+        with autocast(parts.device):
+            return lay_out(
+                settings.canvases, parts.tokenizer, self.spec.num_tokens, noise, parts.device
+            )
+
+    def _draw(
+        self,
+        settings: Settings,
+        start: Start,
+        generators: Sequence[torch.Generator],
+        on_step: OnStep | None,
+    ) -> Tensor:
+        """int64 (B, N); what a canvas gives stays as it is."""
         device = self.parts.device
         ids, mask = self.read_ids(settings.prompts)
         style = torch.tensor([self.model.no_style if s is None else s for s in settings.styles])
         ids, style = ids.to(device).repeat(2, 1), style.to(device).repeat(2)
         keys = torch.cat([mask, torch.zeros_like(mask)]).to(device)  # guided rows, then free ones
+        source = None
+        if self.model.vocabulary.with_source:
+            source = start.tokens.repeat(2, 1), ~start.hidden.repeat(2, 1)
         scale = torch.tensor(settings.guidance_scales, device=device)
         temperature = torch.tensor(settings.temperatures, device=device)[:, None]
-        generators = [torch.Generator().manual_seed(seed) for seed in settings.seeds]
         cache, drawn = DynamicCache(config=self.model.lm.config), []
         with autocast(device):
-            inputs, keys = self.model.prompt(ids, keys, style)
+            inputs, keys = self.model.prompt(ids, keys, style, source)
             positions = _positions(keys)
             for step in range(self.spec.num_tokens):
                 states = self.model.lm(
@@ -240,7 +302,8 @@ class Generator:
                     top_k=self.config.causal.top_k, top_p=self.config.causal.top_p,
                 )  # fmt: skip
                 noise = sampling.gumbel_noise((self.spec.codebook_size,), generators).to(device)
-                token = (logits + (temperature > 0) * noise).argmax(-1)
+                guess = (logits + (temperature > 0) * noise).argmax(-1)
+                token = torch.where(start.hidden[:, step], guess, start.tokens[:, step])
                 drawn.append(token)
                 inputs = self.model.image_table(token.repeat(2))[:, None].to(inputs.dtype)
                 keys, positions = F.pad(keys, (0, 1), value=True), positions[:, -1:] + 1

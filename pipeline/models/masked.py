@@ -231,6 +231,10 @@ class Objective(nn.Module):
             rectangle_fraction=config.rectangle_fraction,
             device=tokens.device,
         )
+        if "source_given" in batch:  # what is given is seen, and nothing to learn
+            given = batch["source_given"]
+            hidden = torch.where((hidden & ~given).any(1, keepdim=True), hidden, True) & ~given
+            tokens = torch.where(given, batch["source_tokens"], tokens)
         reading = model.read(batch["caption_states"], mask, style)
         features, table = model(tokens, hidden, reading)
         rows, target = _rows_to_guess(tokens, hidden)

@@ -97,3 +97,38 @@ def test_a_config_of_an_earlier_version_unpickles_with_defaults() -> None:
     found = TrainConfig.__new__(TrainConfig)
     found.__setstate__(state)
     assert found == config and found.seed == 0
+
+
+def test_candidates_are_the_generator_section_with_changes() -> None:
+    recipe = load_recipe("emoji-families", environment={})
+    assert [c.family for c in recipe.generators.values()] == ["masked", "causal", "gan"]
+    gan = recipe.generators["gan"]
+    assert gan.train.optimizer == "adamw" and gan.train.batch_size == 64, "changed and shared"
+    smoke = load_recipe("smoke", environment={})
+    assert smoke.generators == {"candidate": smoke.generator}
+    changed = load_recipe("emoji-families", ["candidates.gan.train.max_steps=3"], environment={})
+    assert [c.train.max_steps for c in changed.generators.values()] == [20_000, 20_000, 3]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("candidates={a: {}}", "list at least two"),
+        ("candidates={a: {}, champion: {}}", "'champion' is no name for one"),
+        ("candidates={a: {}, B b: {}}", "'B b' is no name for one"),
+        ("candidates={a: {}, b: {widht: 3}}", r"'generator.widht'; did you mean 'width'"),
+        ("candidates={a: {}, b: {depth: 0}}", r"generator.depth=0: .*greater than or equal to 1"),
+        ("candidates={a: {}, b: {family: maskd}}", r"maskd.*masked"),
+        ("candidates={a: {}, b: {width: 65}}", r"candidates.b.width=65 must be a multiple"),
+        ("candidates={a: {}, b: {train: {batch_size: 7}}}", r"candidates.b.train.batch_size=7"),
+    ],
+)
+def test_a_bad_candidate_says_what_is_wrong(override: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        load_recipe("smoke", [override], environment={})
+
+
+def test_a_search_among_candidates_is_refused() -> None:
+    space = "tune={space: {generator.depth: {choice: [1]}}, grace_steps: 5}"
+    with pytest.raises(RecipeError, match="remove `candidates` or `tune`"):
+        load_recipe("smoke", ["candidates={a: {}, b: {}}", space], environment={})

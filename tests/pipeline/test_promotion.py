@@ -11,7 +11,7 @@ from pipeline.config import PromoteConfig
 from pipeline.contracts import EvalReport, Interval
 from pipeline.errors import DataError
 from pipeline.metrics import mean_interval
-from pipeline.promotion import decide
+from pipeline.promotion import choose, decide
 from pipeline.reports import pack_hits
 
 RULE = PromoteConfig(min_kid_gain=0.01, min_retrieval_gain=0.0, max_forgetting=0.15)
@@ -86,3 +86,33 @@ def test_other_pictures_cannot_be_compared() -> None:
     other = replace(CHAMPION, details={**CHAMPION.details, "eval_set": "other"})
     with pytest.raises(DataError, match="on the same evaluation set"):
         decide(report(kid=0.05, hits=60), other, RULE)
+
+
+def test_the_best_of_several_candidates_is_chosen_by_the_recipes_rule() -> None:
+    candidates = {
+        "masked": report(kid=0.08, hits=60),
+        "causal": report(kid=0.06, hits=50),
+        "gan": report(kid=0.30, hits=1),
+    }
+    winner, (best, *others) = choose(candidates, None, RULE)
+    assert winner == "causal" and best.startswith("causal is the best of 3 candidates: kid_unseen")
+    assert [sentence.split(":")[0] for sentence in others] == ["masked", "gan"]
+    assert "intervals apart" in others[1]
+    by_retrieval = RULE.model_copy(update={"choose_by": "retrieval"})
+    assert choose(candidates, None, by_retrieval)[0] == "masked"
+
+
+def test_a_candidate_the_gate_would_refuse_is_chosen_only_among_its_like() -> None:
+    forgot, sound = report(kid=0.02, hits=60, other_hits=0), report(kid=0.05, hits=60)
+    assert choose({"forgot": forgot, "sound": sound}, None, RULE)[0] == "forgot"
+    winner, reasons = choose({"forgot": forgot, "sound": sound}, CHAMPION, RULE)
+    assert winner == "sound" and "the gate would refuse it" in reasons[1]
+    worse = report(kid=0.5, hits=1)
+    assert choose({"worse": worse, "forgot": forgot}, CHAMPION, RULE)[0] == "forgot"
+
+
+def test_a_candidate_without_a_number_is_never_chosen() -> None:
+    broken, poor = report(kid=float("nan"), hits=200), report(kid=9.0, hits=0)
+    assert choose({"broken": broken, "poor": poor}, None, RULE)[0] == "poor"
+    with pytest.raises(DataError, match="kid_unseen is not a number for broken, again"):
+        choose({"broken": broken, "again": broken}, None, RULE)

@@ -1,0 +1,14 @@
+"""A caption becomes a picture: nothing of the picture is given."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipeline.tasks import Example
+
+SOURCE = False
+
+
+def example(image_tokens: np.ndarray, rng: np.random.Generator) -> Example:
+    """int64 (N,) -> an example without a source."""
+    return Example(image_tokens, np.zeros(len(image_tokens), bool), image_tokens)
