@@ -70,7 +70,7 @@ class Decoder:
     config: PreprocessConfig
 
     def table(self, samples: Sequence[Mapping[str, Any]]) -> pa.Table:
-        """reading.ENCODED rows -> a STAGED table."""
+        """reading.Samples -> a STAGED table."""
         return pa.Table.from_pylist([self.row(sample) for sample in samples], schema=STAGED)
 
     def row(self, sample: Mapping[str, Any]) -> dict[str, Any]:

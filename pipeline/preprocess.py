@@ -28,11 +28,10 @@ import shutil
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -64,7 +63,7 @@ from pipeline.decoding import (
 )
 from pipeline.errors import DataError, ResourceError, TesseraError
 from pipeline.progress import OnProgress, Progress
-from pipeline.reading import ShardFile, read_shards
+from pipeline.reading import Samples, ShardFile, map_samples
 from pipeline.runtime import task_slots
 from pipeline.shards import Problem, locate, open_shards, read_manifest, verify
 from pipeline.splits import hash_fraction
@@ -278,17 +277,17 @@ def _staged_outcomes(folder: Path) -> pa.Table:
 
 @dataclass(frozen=True)
 class _Stager:
-    """Decodes a block of encoded samples and puts the rows into their shard's folder."""
+    """Decodes samples of a shard and puts the rows into its folder, a file at a time."""
 
     decoder: Decoder
     folders: Mapping[str, str]
     rows_a_file: int
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """ENCODED -> one row a file written: how many samples, and the outcomes."""
+    def __call__(self, samples: Samples) -> pa.Table:
+        """One row a file written: the outcomes of its samples."""
         told = []
-        samples = batch.to_pylist()
-        for piece in _pieces(samples, self.rows_a_file):
+        for start in range(0, len(samples), self.rows_a_file):
+            piece = samples[start : start + self.rows_a_file]
             table = self.decoder.table(piece)
             folder = Path(self.folders[piece[0]["shard"]])
             folder.mkdir(exist_ok=True)
@@ -298,16 +297,6 @@ class _Stager:
             partial.rename(folder / name)  # never half a file under its name
             told.append({"outcomes": table["outcome"].to_pylist()})
         return pa.Table.from_pylist(told)
-
-
-def _pieces(samples: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    """Samples in files of up to `size`, each of one shard."""
-    start = 0
-    for end in range(1, len(samples) + 1):
-        full = end == len(samples) or end - start == size
-        if full or samples[end]["shard"] != samples[start]["shard"]:
-            yield samples[start:end]
-            start = end
 
 
 def _decode(
@@ -331,12 +320,7 @@ def _decode(
     groups = None if data.limit is None else _first_groups(plan, data.limit, data.split_seed)
     rows_a_file = max(1, ROW_GROUP_BYTES // (3 * config.image_size**2))
     stager = _Stager(Decoder(groups, data, config), folders, rows_a_file)
-    dataset = read_shards(waiting, plan.filesystem).map_batches(
-        stager,
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ray.data.TaskPoolStrategy(size=task_slots()),
-    )
+    dataset = map_samples(waiting, plan.filesystem, stager, tasks=task_slots())
     before = sum(s.samples for s in plan.shards) - sum(s.samples for s in waiting)
     done, reasons = 0, Counter[str]()
     with warnings.catch_warnings():  # a set of few blocks is no mistake
@@ -360,12 +344,11 @@ def _is_staged(folder: Path, shard: ShardFile) -> bool:
 def _first_groups(plan: _Plan, limit: int, seed: int) -> frozenset[str]:
     """The first `limit` groups by hash: a random choice that more data hardly changes."""
 
-    def groups(batch: pa.Table) -> pa.Table:
-        found = {group for group in map(group_of, batch["record"].to_pylist()) if group is not None}
+    def groups(samples: Samples) -> pa.Table:
+        found = {group for group in map(group_of, (s["record"] for s in samples)) if group}
         return pa.table({"group": pa.array(sorted(found), pa.string())})
 
-    dataset = read_shards(plan.shards, plan.filesystem, pictures=False)
-    rows = dataset.map_batches(groups, batch_format="pyarrow").take_all()
+    rows = map_samples(plan.shards, plan.filesystem, groups, tasks=task_slots()).take_all()
     found = {row["group"] for row in rows}
     return frozenset(sorted(found, key=lambda g: (hash_fraction("limit", g, seed), g))[:limit])
 

@@ -1,18 +1,21 @@
-"""Shards -> encoded samples with Ray Data: a task a shard, as many bytes at once as a block holds.
+"""Shards -> encoded samples with Ray Data, as one stream a task: nothing encoded is copied around.
 
-    dataset = read_shards(shards, filesystem)        # columns ENCODED
+    dataset = map_samples(shards, filesystem, work, tasks=4)
 
-Whoever wrote a shard, its samples come out alike: key, picture, record (our JSON) and, where the
-tar itself makes a sample unusable, the problem.
+Tasks read parts of shards; `work` is called there with some samples at a time and what it returns
+is a block of the data set. Whoever wrote a shard, its samples come out alike: key, picture, record
+(our JSON) and, where the tar itself makes a sample unusable, the problem.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.fs
 import ray.data
@@ -22,20 +25,13 @@ from pipeline.records import Credits, record_of
 from pipeline.storage import open_patiently
 from pipeline.tars import TarSample, read_samples
 
-BLOCK_BYTES = 2_000_000  # of encoded samples that are decoded together
-YIELD_SAMPLES = 128
-READER_CPUS = 0.5  # another share than the decoder's, or Ray would make one task of both
+WORK_BYTES = 16_000_000  # of encoded pictures, and
+WORK_SAMPLES = 256  # at most that are worked on together
+PARTS_A_TASK = 4  # at least, so that all tasks end at about the same time
+PART_SAMPLES = 512  # at least: a part's beginning must be read past
 
-ENCODED = pa.schema(
-    [
-        ("shard", pa.string()),
-        ("number", pa.int64()),  # the sample's place in its shard
-        ("key", pa.string()),
-        ("picture", pa.binary()),
-        ("record", pa.binary()),
-        ("problem", pa.string()),
-    ]
-)
+Samples = Sequence[dict[str, Any]]
+"""Each of shard, number (its place in the shard), key, picture, record and problem."""
 
 
 @dataclass(frozen=True)
@@ -57,32 +53,42 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Labels in, encoded samples out."""
+    """Parts of shards in, blocks of results out."""
 
     filesystem: pyarrow.fs.FileSystem
     shards: Mapping[str, ShardFile]
-    pictures: bool
+    work: Callable[[Samples], pa.Table]
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        for label in batch["label"].to_pylist():
-            yield from self._read(self.shards[label])
+        for part in batch.to_pylist():
+            samples = self._read(self.shards[part["label"]], part["start"], part["end"])
+            yield from map(self.work, _batches(samples))
 
-    def _read(self, shard: ShardFile) -> Iterator[pa.Table]:
-        rows: list[dict[str, Any]] = []
-        size = 0
+    def _read(self, shard: ShardFile, start: int, end: int) -> Iterator[dict[str, Any]]:
+        """The last part reads on to the end of the tar, which may promise too little."""
+        last = end == shard.samples
         with open_patiently(self.filesystem, shard.path) as stream:
             for number, sample in enumerate(read_samples(stream, name=shard.label)):
-                row = _row(sample, shard, number, pictures=self.pictures)
-                rows.append(row)
-                size += len(row["picture"] or b"")
-                if len(rows) == YIELD_SAMPLES or size > BLOCK_BYTES:
-                    yield pa.Table.from_pylist(rows, schema=ENCODED)
-                    rows, size = [], 0
-        if rows:
-            yield pa.Table.from_pylist(rows, schema=ENCODED)
+                if number >= end and not last:
+                    return
+                if number >= start:
+                    yield _row(sample, shard, number)
 
 
-def _row(sample: TarSample, shard: ShardFile, number: int, *, pictures: bool) -> dict[str, Any]:
+def _batches(samples: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    batch: list[dict[str, Any]] = []
+    size = 0
+    for sample in samples:
+        batch.append(sample)
+        size += len(sample["picture"] or b"")
+        if len(batch) == WORK_SAMPLES or size > WORK_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _row(sample: TarSample, shard: ShardFile, number: int) -> dict[str, Any]:
     problem, record = sample.problem, sample.files.get("json")
     if shard.credits is not None and problem is None:
         try:
@@ -93,25 +99,38 @@ def _row(sample: TarSample, shard: ShardFile, number: int, *, pictures: bool) ->
         "shard": shard.label,
         "number": number,
         "key": sample.key,
-        "picture": sample.picture if pictures else None,
+        "picture": sample.picture,
         "record": record,
         "problem": problem,
     }
 
 
-def read_shards(
-    shards: Sequence[ShardFile], filesystem: pyarrow.fs.FileSystem, *, pictures: bool = True
+def map_samples(
+    shards: Sequence[ShardFile],
+    filesystem: pyarrow.fs.FileSystem,
+    work: Callable[[Samples], pa.Table],
+    *,
+    tasks: int,
 ) -> ray.data.Dataset:
-    """Every sample of the shards as an ENCODED row.
+    """`work` on every sample of the shards, in `tasks` tasks at once.
 
     A damaged shard raises DataError in its task, an unreachable one OSError.
     """
-    reader = _Reader(filesystem, {shard.label: shard for shard in shards}, pictures)
-    labels = [pa.table({"label": [shard.label]}) for shard in shards]
-    context = ray.data.DataContext.get_current().copy()
-    context.target_max_block_size = BLOCK_BYTES
-    with ray.data.DataContext.current(context):
-        dataset = ray.data.from_arrow(labels)
-        return dataset.map_batches(
-            reader, batch_size=1, batch_format="pyarrow", num_cpus=READER_CPUS
-        )
+    reader = _Reader(filesystem, {shard.label: shard for shard in shards}, work)
+    total = sum(shard.samples for shard in shards)
+    size = max(PART_SAMPLES, -(-total // (PARTS_A_TASK * tasks)))
+    parts = [part for shard in shards for part in _parts(shard, size)]
+    dataset = ray.data.from_arrow([pa.Table.from_pylist([part]) for part in parts])
+    return dataset.map_batches(
+        reader,
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.TaskPoolStrategy(size=tasks),
+    )
+
+
+def _parts(shard: ShardFile, size: int) -> Iterator[dict[str, Any]]:
+    """Of about that many samples each; a shard without samples is a part, too."""
+    edges = np.linspace(0, shard.samples, max(1, round(shard.samples / size)) + 1).astype(int)
+    for start, end in pairwise(edges.tolist()):
+        yield {"label": shard.label, "start": start, "end": end}

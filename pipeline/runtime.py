@@ -33,6 +33,7 @@ _QUIET = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_prestart_worker_first_driver": "0",  # workers start when there is work for them
     "RAY_raylet_start_wait_time_s": "240",  # a loaded machine is slow, not broken
     # Ray runs its workers at nice 15, behind everything else on the machine; they are the work here
     "RAY_worker_niceness": "0",
