@@ -148,6 +148,22 @@ class Drawing(Protocol):
         """These rows as they stand, uint8 (len(rows), 3, H, W)."""
 
 
+@runtime_checkable
+class JoinableDrawing(Drawing, Protocol):
+    """A batch that never closes: requests join, and who is done leaves, between two steps.
+
+    `joinable`: False where the model at hand cannot do it.
+    """
+
+    joinable: bool
+
+    def join(self, requests: Sequence[GenerationRequest]) -> range:
+        """Add requests; their rows. Raises as `generate` does, and nothing has changed then."""
+
+    def forget(self, rows: Sequence[int]) -> None:
+        """Drop these rows and what is known of them; their numbers are not used again."""
+
+
 @dataclass(frozen=True)
 class TokenCount:
     """What one picture cost: tokens of its captions and its canvas read, image tokens drawn."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,18 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     ByT5Tokenizer,
-    DynamicCache,
     LlamaConfig,
     PreTrainedModel,
 )  # fmt: skip
 
 from pipeline.config import GeneratorConfig
-from pipeline.contracts import GenerationRequest, OnStep
+from pipeline.contracts import GenerationRequest, OnStep, TokenCount
 from pipeline.errors import RecipeError
-from pipeline.images import to_uint8
 from pipeline.models import _sampling as sampling
-from pipeline.models._canvas import Start, lay_out
-from pipeline.models._requests import Settings, check_requests
+from pipeline.models._canvas import lay_out
+from pipeline.models._decoding import DecoderMaker, positions_of
+from pipeline.models._requests import check_requests
+from pipeline.models._sequential import Prompts, SequentialDrawing
 from pipeline.models._spec import ModelParts, ModelSpec
 from pipeline.models._tokens import ImageVocabulary
 from pipeline.runtime import autocast
@@ -172,15 +173,10 @@ class CausalTransformer(nn.Module):
         states = self.lm(
             inputs_embeds=torch.cat([before, picture], 1),
             attention_mask=keys.long(),
-            position_ids=_positions(keys),
+            position_ids=positions_of(keys),
             use_cache=False,
         ).last_hidden_state
         return self.image_head(states[:, -image_tokens.shape[1] :]).float()
-
-
-def _positions(keys: Tensor) -> Tensor:
-    """bool (B, T), padding on the left -> int64 (B, T), 0 at the first token that counts."""
-    return (keys.long().cumsum(1) - 1).clamp_min(0)
 
 
 class Objective(nn.Module):
@@ -216,7 +212,7 @@ class Objective(nn.Module):
 
 
 class Generator:
-    """contracts.ImageGenerator: token by token with a cache, guided, image tokens alone."""
+    """contracts.SteppedGenerator: token by token with a cache, guided, image tokens alone."""
 
     def __init__(
         self, model: CausalTransformer, config: GeneratorConfig, spec: ModelSpec, parts: ModelParts
@@ -227,8 +223,8 @@ class Generator:
         self.read_ids = parts.caption_ids
         self.styles, self.image_size = spec.styles, spec.image_size
         self.tasks = frozenset(config.tasks)
+        self.make_decoder = DecoderMaker(self.model.lm, self.model.image_head)
 
-    @torch.inference_mode()
     def generate(
         self, requests: Sequence[GenerationRequest], *, on_step: OnStep | None = None
     ) -> Tensor:
@@ -237,79 +233,68 @@ class Generator:
         Raises:
             RequestError: also for num_steps: it is the number of image tokens.
         """
-        settings = self._check(requests)
-        noise = [torch.Generator().manual_seed(seed) for seed in settings.seeds]
-        start = self._lay_out(settings, noise)
-        tokens = self._draw(settings, start, noise, on_step)
-        with autocast(self.parts.device):
-            drawn = to_uint8(self.parts.tokenizer.decode(tokens))
-        return torch.where(start.redrawn, drawn, start.pixels).cpu()
+        return self._draw(requests, on_step).images(range(len(requests)))
 
-    @torch.inference_mode()
-    def draw_tokens(
-        self, requests: Sequence[GenerationRequest], *, on_step: OnStep | None = None
-    ) -> Tensor:
+    def draw_tokens(self, requests: Sequence[GenerationRequest]) -> Tensor:
         """int64 (B, N)."""
-        settings = self._check(requests)
-        noise = [torch.Generator().manual_seed(seed) for seed in settings.seeds]
-        return self._draw(settings, self._lay_out(settings, noise), noise, on_step)
+        return self._draw(requests, None).tokens(range(len(requests)))
 
-    def _check(self, requests: Sequence[GenerationRequest]) -> Settings:
-        sees_sources = self.model.vocabulary.with_source
-        return check_requests(
-            requests, self.config, self.styles, fixed_steps=self.spec.num_tokens,
-            canvas_size=self.image_size if sees_sources else None,
-        )  # fmt: skip
+    def start(self, requests: Sequence[GenerationRequest]) -> SequentialDrawing:
+        """See contracts.SteppedGenerator.start; more requests may join."""
+        causal, sources = self.config.causal, self.model.vocabulary.with_source
+        N = self.spec.num_tokens
+        length = causal.max_prompt_tokens + 2 + N + (1 + N if sources else 0)
+        drawing = SequentialDrawing(
+            self.make_decoder(length),
+            self._begin,
+            self.model.image_table,
+            self.parts.tokenizer,
+            partial(sampling.truncated, top_k=causal.top_k, top_p=causal.top_p),
+            N,
+        )
+        drawing.join(requests)
+        return drawing
 
-    def _lay_out(self, settings: Settings, noise: Sequence[torch.Generator]) -> Start:
-        parts = self.parts
-        with autocast(parts.device):
-            return lay_out(
-                settings.canvases, parts.tokenizer, self.spec.num_tokens, noise, parts.device
-            )
+    def count_tokens(self, request: GenerationRequest) -> TokenCount:
+        """See contracts.SteppedGenerator.count_tokens."""
+        text = int(self.read_ids([request.prompt])[1].sum())
+        canvas = self.spec.num_tokens if request.canvas else 0
+        return TokenCount(text=text, canvas=canvas, drawn=self.spec.num_tokens)
 
     def _draw(
-        self,
-        settings: Settings,
-        start: Start,
-        generators: Sequence[torch.Generator],
-        on_step: OnStep | None,
-    ) -> Tensor:
-        """int64 (B, N); what a canvas gives stays as it is."""
-        device = self.parts.device
+        self, requests: Sequence[GenerationRequest], on_step: OnStep | None
+    ) -> SequentialDrawing:
+        drawing = self.start(requests)
+        while drawing.step():
+            if on_step is not None:
+                on_step(*drawing.progress(0))
+        return drawing
+
+    def _begin(self, requests: Sequence[GenerationRequest]) -> Prompts:
+        sources, device = self.model.vocabulary.with_source, self.parts.device
+        settings = check_requests(
+            requests, self.config, self.styles, fixed_steps=self.spec.num_tokens,
+            canvas_size=self.image_size if sources else None,
+        )  # fmt: skip
+        noise = [torch.Generator().manual_seed(seed) for seed in settings.seeds]
         ids, mask = self.read_ids(settings.prompts)
         style = torch.tensor([self.model.no_style if s is None else s for s in settings.styles])
         ids, style = ids.to(device).repeat(2, 1), style.to(device).repeat(2)
-        keys = torch.cat([mask, torch.zeros_like(mask)]).to(device)  # guided rows, then free ones
-        source = None
-        if self.model.vocabulary.with_source:
-            source = start.tokens.repeat(2, 1), ~start.hidden.repeat(2, 1)
-        scale = torch.tensor(settings.guidance_scales, device=device)
-        temperature = torch.tensor(settings.temperatures, device=device)[:, None]
-        cache, drawn = DynamicCache(config=self.model.lm.config), []
+        mask = torch.cat([mask, torch.zeros_like(mask)]).to(device)
         with autocast(device):
-            inputs, keys = self.model.prompt(ids, keys, style, source)
-            positions = _positions(keys)
-            for step in range(self.spec.num_tokens):
-                states = self.model.lm(
-                    inputs_embeds=inputs, attention_mask=keys.long(), position_ids=positions,
-                    past_key_values=cache, use_cache=True,
-                ).last_hidden_state[:, -1]  # fmt: skip
-                guided, free = self.model.image_head(states).float().chunk(2)
-                logits = sampling.classifier_free_guidance(guided, free, scale)
-                logits = sampling.truncated(
-                    logits / temperature.clamp_min(1e-6),
-                    top_k=self.config.causal.top_k, top_p=self.config.causal.top_p,
-                )  # fmt: skip
-                noise = sampling.gumbel_noise((self.spec.codebook_size,), generators).to(device)
-                guess = (logits + (temperature > 0) * noise).argmax(-1)
-                token = torch.where(start.hidden[:, step], guess, start.tokens[:, step])
-                drawn.append(token)
-                inputs = self.model.image_table(token.repeat(2))[:, None].to(inputs.dtype)
-                keys, positions = F.pad(keys, (0, 1), value=True), positions[:, -1:] + 1
-                if on_step is not None:
-                    on_step(step + 1, self.spec.num_tokens)
-        return torch.stack(drawn, 1)
+            start = lay_out(
+                settings.canvases, self.parts.tokenizer, self.spec.num_tokens, noise, device
+            )
+            source = (start.tokens.repeat(2, 1), ~start.hidden.repeat(2, 1)) if sources else None
+            inputs, keys = self.model.prompt(ids, mask, style, source)
+        return Prompts(
+            inputs=inputs,
+            keys=keys,
+            start=start,
+            noise=noise,
+            scale=torch.tensor(settings.guidance_scales),
+            temperature=torch.tensor(settings.temperatures),
+        )
 
 
 @torch.no_grad()

