@@ -66,11 +66,12 @@ def picture_grid(
     pictures: PictureSet, drawn: Mapping[str, Tensor], tokenizer: ImageTokenizer | None = None
 ) -> Image.Image:
     """The set's first pictures: real | as image tokens | drawn, a column a language."""
-    real = pictures.images[:GRID_ROWS]
+    rows = min(GRID_ROWS, *(len(images) for images in drawn.values()))
+    real = pictures.images[:rows]
     columns = {"real": real}
     if tokenizer is not None:
-        columns["tokens"] = reconstruct(tokenizer, real, GRID_ROWS)
-    columns |= {language: images[:GRID_ROWS] for language, images in drawn.items()}
+        columns["tokens"] = reconstruct(tokenizer, real, rows)
+    columns |= {language: images[:rows] for language, images in drawn.items()}
     captions = next(iter(pictures.captions.values()))
     return comparison_grid(columns, captions[: len(real)])
 

@@ -93,11 +93,12 @@ class EvalSet:
         languages = _languages(list(tables.values()), config.languages)
         sets = []
         for style in styles:
+            enough = config.num_pictures if style == styles[0] else num_other_pictures(config)
             for name, split in SPLITS.items():
                 others = [t for (s, p), t in tables.items() if s == style and p != split]
-                sets.append(
-                    _choose(tables[style, split], others, name, languages, config, image_size)
-                )
+                rng = np.random.default_rng((config.seed, zlib.crc32(f"{style}/{name}".encode())))
+                picker = _Picker(languages, enough, rng)
+                sets.append(_choose(tables[style, split], others, name, picker, image_size))
         training = {style: _pixels(tables[style, SPLITS["seen"]], image_size) for style in styles}
         return cls(tuple(sets), training, languages)
 
@@ -132,30 +133,28 @@ def _languages(tables: Sequence[pa.Table], wanted: Sequence[str]) -> tuple[str, 
     return kept
 
 
+def num_other_pictures(config: EvaluateConfig) -> int:
+    """Pictures a set of the further styles, and those asked in the further languages."""
+    return config.num_other_pictures or config.num_pictures
+
+
 def _choose(
-    table: pa.Table,
-    others: Sequence[pa.Table],
-    name: str,
-    languages: tuple[str, ...],
-    config: EvaluateConfig,
-    image_size: int,
+    table: pa.Table, others: Sequence[pa.Table], name: str, picker: _Picker, image_size: int
 ) -> PictureSet:
-    """Up to config.num_pictures rows in a seeded order, and distractors if they are fewer.
+    """As many rows as the picker takes, and distractors if they are fewer than it wants.
 
     Raises:
         DataError: fewer than MIN_PICTURES differ in subject and captions.
     """
     style = table["style"][0].as_py()
-    rng = np.random.default_rng((config.seed, zlib.crc32(f"{style}/{name}".encode())))
-    picker = _Picker(languages, config.num_pictures)
-    rows = picker.take(table, rng)
+    rows = picker.take(table)
     if len(rows) < MIN_PICTURES:
         raise DataError(
             f"only {len(rows)} {name} pictures of style {style!r} differ in subject and captions, "
             f"at least {MIN_PICTURES} are needed: give more data or another evaluate.styles"
         )
     for other in others:
-        picker.take(other, rng)
+        picker.take(other)
     chosen = table.take(rows)
     return PictureSet(
         name=name,
@@ -167,18 +166,19 @@ def _choose(
 
 
 class _Picker:
-    """Takes rows until there are enough, never two of a group or with a caption in common."""
+    """Takes rows in a random order until there are enough, never two of a group or with a caption
+    in common."""
 
-    def __init__(self, languages: tuple[str, ...], enough: int) -> None:
-        self.enough = enough
+    def __init__(self, languages: tuple[str, ...], enough: int, rng: np.random.Generator) -> None:
+        self.enough, self.rng = enough, rng
         self.groups: set[str] = set()
         self.captions: dict[str, list[str]] = {language: [] for language in languages}
 
-    def take(self, table: pa.Table, rng: np.random.Generator) -> list[int]:
+    def take(self, table: pa.Table) -> list[int]:
         """The rows taken of this table, in the order of their captions."""
         groups, captions = table["group"].to_pylist(), table["captions"].to_pylist()
         taken = []
-        for row in rng.permutation(table.num_rows).tolist():
+        for row in self.rng.permutation(table.num_rows).tolist():
             if len(self.groups) == self.enough:
                 break
             if self._accept(groups[row], captions[row]):

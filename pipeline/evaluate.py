@@ -8,7 +8,8 @@
 
 Metrics, by name ("/" parts the style from the metric for all styles but the first, gated one):
 
-    kid_seen, kid_unseen            distance to the real pictures of the same captions; 0 is best
+    kid_seen, kid_unseen, kid (both together)
+                                    distance to the real pictures of the same captions; 0 is best
     retrieval_seen, retrieval_unseen, retrieval (both together)
                                     how often the aligner finds a picture's own caption among M
     retrieval_seen_zh ...           the same, asked in the other languages
@@ -17,6 +18,8 @@ Metrics, by name ("/" parts the style from the metric for all styles but the fir
     copies_unseen                   share nearer to one than 95 % of new real pictures are
     seconds_per_picture, latency_s  in batches, and alone
     guidance_1/retrieval_seen ...   at the further guidance scales of the configuration
+    over_untuned/kid_unseen ...     the gain over another report's subject, the same pictures of
+                                    both resampled together: above zero is better
     validation_loss                 as training measured it
     psnr_*, ssim_*                  of reconstructions
 """
@@ -43,8 +46,7 @@ from pipeline.contracts import (
     Interval,
 )
 from pipeline.drawing import draw, picture_grid, reconstruct, requests_for
-from pipeline.evalset import EvalSet, PictureSet
-from pipeline.reports import pack_hits
+from pipeline.evalset import EvalSet, PictureSet, num_other_pictures
 from pipeline.text import HFCaptionEncoder, check_encoder
 
 LATENCY_REQUESTS = 3
@@ -73,6 +75,7 @@ class _Findings:
 
     metrics: dict[str, Interval] = field(default_factory=dict)
     hits: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    features: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Judge:
@@ -110,6 +113,7 @@ class Judge:
             }
             for pictures in eval_set.sets
         ]
+        self._judged: dict[str, _Findings] = {}
 
     # ---- Subjects --------------------------------------------------------------------------------
 
@@ -135,6 +139,8 @@ class Judge:
             drawn = {}
             for language in self._languages(pictures):
                 requests = requests_for(pictures, language, generator.styles, seed=self.config.seed)
+                if language != self.eval_set.languages[0]:
+                    requests = requests[: num_other_pictures(self.config)]
                 drawn[language], seconds = draw(generator, requests, self.config.batch_size)
                 speed.extend(seconds)
                 self._judge(found, index, drawn[language], language)
@@ -161,8 +167,9 @@ class Judge:
                 self._retrieve(found, index, pictures.images, language)
             if pictures.name == "unseen":
                 pool = self.eval_set.training[pictures.style]
-                self._kid(
-                    found, index, self.features(pool[rng.permutation(len(pool))[: len(pictures)]])
+                chosen = pool[rng.permutation(len(pool))[: len(pictures)]]
+                found.metrics[self._name(pictures, "kid")] = self._kid(
+                    self.features(chosen), [index]
                 )
                 self._nearest(found, pictures, pictures.images)
         return self._report("real", found)
@@ -178,6 +185,33 @@ class Judge:
                     measure(images, pictures.images)
                 )
         return self._report("tokenizer", found)
+
+    def gains(self, subject: str, over: str) -> dict[str, Interval]:
+        """How much better the first of two generators judged before is, as "over_OTHER/METRIC".
+
+        KID before minus KID after, retrieval after minus before; of all styles.
+        """
+        before, after = self._judged[over], self._judged[subject]
+        gains = {
+            name: metrics.paired_gain(before.hits[name], hits, **self._resampling)
+            for name, hits in after.hits.items()
+        }
+        for name, indices in self._kid_sets().items():
+            gains[name] = metrics.kid_gain(
+                torch.cat([self.real_features[i] for i in indices]),
+                torch.cat([before.features[i] for i in indices]),
+                torch.cat([after.features[i] for i in indices]),
+                **self._resampling,
+            )
+        return {f"over_{over}/{name}": gain for name, gain in gains.items()}
+
+    def _kid_sets(self) -> dict[str, list[int]]:
+        """The sets that each KID is of: every one, and a style's seen and unseen together."""
+        sets: dict[str, list[int]] = {}
+        for index, pictures in enumerate(self.eval_set.sets):
+            sets[self._name(pictures, "kid")] = [index]
+            sets.setdefault(f"{self._prefix(pictures.style)}kid", []).append(index)
+        return sets
 
     # ---- Judging ---------------------------------------------------------------------------------
 
@@ -202,17 +236,16 @@ class Judge:
             drawn, _ = draw(generator, requests, config.batch_size)
             at_scale = _Findings()
             self._retrieve(at_scale, 0, drawn, language)
-            self._kid(at_scale, 0, self.features(drawn))
             found.metrics |= {
-                f"guidance_{scale:g}/{name}": at_scale.metrics[name]
-                for name in ("kid_seen", "retrieval_seen")
+                f"guidance_{scale:g}/kid_seen": self._kid(self.features(drawn), [0]),
+                f"guidance_{scale:g}/retrieval_seen": at_scale.metrics["retrieval_seen"],
             }
 
     def _judge(self, found: _Findings, index: int, images: Tensor, language: str) -> None:
         pictures = self.eval_set.sets[index]
         self._retrieve(found, index, images, language)
         if language == self.eval_set.languages[0]:
-            self._kid(found, index, self.features(images))
+            found.features[index] = self.features(images)
             self._nearest(found, pictures, images)
 
     def _retrieve(self, found: _Findings, index: int, images: Tensor, language: str) -> None:
@@ -229,13 +262,10 @@ class Judge:
             shuffled = self._mean(metrics.retrieval_at_1(embedded, wrong))
             found.metrics[self._name(pictures, "retrieval", "_shuffled")] = shuffled
 
-    def _kid(self, found: _Findings, index: int, features: Tensor) -> None:
-        found.metrics[self._name(self.eval_set.sets[index], "kid")] = metrics.kid_interval(
-            self.real_features[index],
-            features,
-            bootstrap=self.config.bootstrap,
-            seed=self.config.seed,
-        )
+    def _kid(self, features: Tensor, indices: Sequence[int]) -> Interval:
+        """Of pictures of these sets, one after another."""
+        real = torch.cat([self.real_features[i] for i in indices])
+        return metrics.kid_interval(real, features, **self._resampling)
 
     def _nearest(self, found: _Findings, pictures: PictureSet, images: Tensor) -> None:
         training = self.eval_set.training[pictures.style]
@@ -247,13 +277,17 @@ class Judge:
             found.metrics[self._name(pictures, "copies")] = self._mean(copies)
 
     def _mean(self, values: Sequence[float] | NDArray[Any]) -> Interval:
-        return metrics.mean_interval(
-            np.asarray(values, dtype=float), bootstrap=self.config.bootstrap, seed=self.config.seed
-        )
+        return metrics.mean_interval(np.asarray(values, dtype=float), **self._resampling)
+
+    @property
+    def _resampling(self) -> dict[str, int]:
+        return {"bootstrap": self.config.bootstrap, "seed": self.config.seed}
+
+    def _prefix(self, style: str) -> str:
+        return "" if style == self.eval_set.style else f"{style}/"
 
     def _name(self, pictures: PictureSet, metric: str, suffix: str = "") -> str:
-        prefix = "" if pictures.style == self.eval_set.style else f"{pictures.style}/"
-        return f"{prefix}{metric}_{pictures.name}{suffix}"
+        return f"{self._prefix(pictures.style)}{metric}_{pictures.name}{suffix}"
 
     # ---- Reporting -------------------------------------------------------------------------------
 
@@ -261,10 +295,14 @@ class Judge:
         self, subject: str, found: _Findings, grids: Mapping[str, str] | None = None
     ) -> EvalReport:
         for style in dict.fromkeys(pictures.style for pictures in self.eval_set.sets):
-            prefix = "" if style == self.eval_set.style else f"{style}/"
+            prefix = self._prefix(style)
             both = [found.hits[f"{prefix}retrieval_{name}"] for name in ("seen", "unseen")]
             found.hits[f"{prefix}retrieval"] = np.concatenate(both)
             found.metrics[f"{prefix}retrieval"] = self._mean(found.hits[f"{prefix}retrieval"])
+        for name, indices in self._kid_sets().items() if found.features else ():
+            drawn = torch.cat([found.features[i] for i in indices])
+            found.metrics[name] = self._kid(drawn, indices)
+        self._judged[subject] = found
         details = {
             "eval_set": self.eval_set.digest,
             "style": self.eval_set.style,
@@ -273,6 +311,5 @@ class Judge:
                 f"{s.style}/{s.name}": len(s.captions[self.eval_set.languages[0]])
                 for s in self.eval_set.sets
             },
-            "hits": {name: pack_hits(hits) for name, hits in found.hits.items()},
         }
         return EvalReport(subject, found.metrics, details, dict(grids or {}))

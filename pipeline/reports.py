@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from pipeline.contracts import EvalReport, Interval
 from pipeline.errors import DataError
+
+FORMAT = 2
+"""Of what evaluation reports; part of its step's key, so that older reports are made anew."""
 
 
 def to_dict(report: EvalReport) -> dict[str, Any]:
@@ -33,16 +33,6 @@ def from_dict(values: Mapping[str, Any]) -> EvalReport:
         return EvalReport(values["subject"], metrics, values["details"], values["grids"])
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"not an evaluation report ({error!r}); evaluate again") from error
-
-
-def pack_hits(hits: NDArray[np.float64]) -> str:
-    """One character a picture, so that a report carries them: [1.0, 0.0] -> "10"."""
-    return "".join("1" if hit else "0" for hit in hits)
-
-
-def unpack_hits(report: EvalReport, metric: str) -> NDArray[np.float64]:
-    """The pictures' hits that a retrieval metric is the mean of."""
-    return np.array([float(c) for c in report.details["hits"][metric]])
 
 
 def metric_values(report: EvalReport) -> dict[str, float]:

@@ -97,7 +97,7 @@ class Chain:
         self.cache = home / "pretrained"
         self.base = resolve_model(recipe.base, home=home).path if recipe.base else None
         self.candidates = {
-            name: generation.shape_of_base(config, self.base) if self.base else config
+            name: generation.shape_of_base(config, self.base)
             for name, config in recipe.generators.items()
         }
         for config in self.candidates.values():
@@ -390,7 +390,7 @@ class Chain:
         return self.workspace.run(
             "evaluate",
             partial(self._evaluate, subjects=subjects),
-            settings=self.recipe.evaluate.model_dump(mode="json"),
+            settings=self.recipe.evaluate.model_dump(mode="json") | {"format": reports.FORMAT},
             inputs={
                 "pixels": self.preprocessed.digest,
                 "aligner": bundle_digest(self.aligner),
@@ -405,13 +405,18 @@ class Chain:
         return {name: reports.from_dict(report) for name, report in values.items()}
 
     @property
-    def champion_report(self) -> EvalReport | None:
-        """The champion's, which may be one of the candidates; None while there is none."""
+    def champion_name(self) -> str | None:
+        """The subject that is the champion, which may be a candidate; None without a champion."""
         if self.champion is None:
             return None
         digest = bundle_digest(self.champion.path)
         same = [n for n, s in self.generators.items() if bundle_digest(s.path / "bundle") == digest]
-        return self.judged[same[0] if same else "champion"]
+        return same[0] if same else "champion"
+
+    @property
+    def champion_report(self) -> EvalReport | None:
+        name = self.champion_name
+        return None if name is None else self.judged[name]
 
     @cached_property
     def choice(self) -> tuple[str, tuple[str, ...]]:
@@ -448,11 +453,23 @@ class Chain:
                     grids=context.path / "grids",
                 )
             )
+        found = [self._with_gains(report, judge, subjects) for report in found]
         (context.path / "report.md").write_text(reports.markdown_table(found))
         logger = RunLogger(context.run)
         logger.files(context.path / "grids", folder="grids")
         logger.files(context.path / "report.md", folder="")
         return {"reports": {report.subject: reports.to_dict(report) for report in found}}
+
+    def _with_gains(
+        self, report: EvalReport, judge: evaluate.Judge, subjects: Mapping[str, Path]
+    ) -> EvalReport:
+        """A candidate's report with what it gained over the untuned base and the champion."""
+        if report.subject not in self.generators:
+            return report
+        gains = dict(report.metrics)
+        for before in sorted({"untuned", self.champion_name} & subjects.keys()):
+            gains |= judge.gains(report.subject, before)
+        return replace(report, metrics=gains)
 
     def _promote(
         self, bundle: Path, found: Mapping[str, EvalReport], choice: tuple[str, ...]

@@ -10,9 +10,8 @@ import pytest
 from pipeline.config import PromoteConfig
 from pipeline.contracts import EvalReport, Interval
 from pipeline.errors import DataError
-from pipeline.metrics import mean_interval
+from pipeline.metrics import mean_interval, paired_gain
 from pipeline.promotion import choose, decide
-from pipeline.reports import pack_hits
 
 RULE = PromoteConfig(min_kid_gain=0.01, min_retrieval_gain=0.0, max_forgetting=0.15)
 
@@ -20,14 +19,16 @@ RULE = PromoteConfig(min_kid_gain=0.01, min_retrieval_gain=0.0, max_forgetting=0
 def report(
     *, kid: float, hits: int, other_hits: int = 80, subject: str = "candidate"
 ) -> EvalReport:
-    """A report of 200 pictures in the gated style and 200 of Noto."""
-    metrics = {"kid_unseen": Interval(kid, kid - 0.005, kid + 0.005)}
-    packed = {}
-    for name, count in (("retrieval", hits), ("noto/retrieval", other_hits)):
-        found = (np.arange(200) < count).astype(float)
+    """A report of 200 pictures in the gated style and 200 of Noto, made beside CHAMPION's."""
+    metrics = {
+        "kid_unseen": Interval(kid, kid - 0.005, kid + 0.005),
+        "over_champion/kid_unseen": Interval(0.10 - kid, 0.095 - kid, 0.105 - kid),
+    }
+    for name, count, before in (("retrieval", hits, 40), ("noto/retrieval", other_hits, 80)):
+        found, known = ((np.arange(200) < n).astype(float) for n in (count, before))
         metrics[name] = mean_interval(found, bootstrap=100, seed=0)
-        packed[name] = pack_hits(found)
-    return EvalReport(subject, metrics, {"eval_set": "same", "hits": packed})
+        metrics[f"over_champion/{name}"] = paired_gain(known, found, bootstrap=100, seed=0)
+    return EvalReport(subject, metrics, {"eval_set": "same"})
 
 
 CHAMPION = report(kid=0.10, hits=40, subject="champion")
@@ -45,8 +46,8 @@ def test_a_better_candidate_is_promoted_with_numbers() -> None:
     decision = decide(report(kid=0.05, hits=60), CHAMPION, RULE)
     assert decision.promoted and len(decision.reasons) == 3
     kid, retrieval, noto = decision.reasons
-    assert kid.startswith("yes: KID") and "0.100 [0.095, 0.105]" in kid and "apart" in kid
-    assert "a gain of 0.0500, more than 0.01 is needed" in kid
+    assert kid.startswith("yes: KID") and "0.100 [0.095, 0.105]" in kid
+    assert "a gain of 0.050 [0.045, 0.055], beyond chance; more than 0.01 is needed" in kid
     assert retrieval.startswith("yes: retrieval went from 0.200") and "beyond chance" in retrieval
     assert noto.startswith("yes: on noto") and "within chance" in noto
 
@@ -86,6 +87,11 @@ def test_other_pictures_cannot_be_compared() -> None:
     other = replace(CHAMPION, details={**CHAMPION.details, "eval_set": "other"})
     with pytest.raises(DataError, match="on the same evaluation set"):
         decide(report(kid=0.05, hits=60), other, RULE)
+
+
+def test_reports_that_were_not_made_together_cannot_be_compared() -> None:
+    with pytest.raises(DataError, match="not made beside that of another: evaluate them together"):
+        decide(report(kid=0.05, hits=60), replace(CHAMPION, subject="another"), RULE)
 
 
 def test_the_best_of_several_candidates_is_chosen_by_the_recipes_rule() -> None:
