@@ -27,7 +27,7 @@ Metrics, by name ("/" parts the style from the metric for all styles but the fir
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -186,24 +186,26 @@ class Judge:
                 )
         return self._report("tokenizer", found)
 
-    def gains(self, subject: str, over: str) -> dict[str, Interval]:
-        """How much better the first of two generators judged before is, as "over_OTHER/METRIC".
+    def with_gains(self, report: EvalReport, over: Sequence[str]) -> EvalReport:
+        """The report with how much better its generator is than others judged before.
 
-        KID before minus KID after, retrieval after minus before; of all styles.
+        As "over_OTHER/METRIC": KID before minus KID after, retrieval after minus before.
         """
-        before, after = self._judged[over], self._judged[subject]
-        gains = {
-            name: metrics.paired_gain(before.hits[name], hits, **self._resampling)
-            for name, hits in after.hits.items()
-        }
-        for name, indices in self._kid_sets().items():
-            gains[name] = metrics.kid_gain(
-                torch.cat([self.real_features[i] for i in indices]),
-                torch.cat([before.features[i] for i in indices]),
-                torch.cat([after.features[i] for i in indices]),
-                **self._resampling,
-            )
-        return {f"over_{over}/{name}": gain for name, gain in gains.items()}
+        gains = dict(report.metrics)
+        for subject in over:
+            before, after = self._judged[subject], self._judged[report.subject]
+            for name, hits in after.hits.items():
+                gains[f"over_{subject}/{name}"] = metrics.paired_gain(
+                    before.hits[name], hits, **self._resampling
+                )
+            for name, indices in self._kid_sets().items():
+                gains[f"over_{subject}/{name}"] = metrics.kid_gain(
+                    torch.cat([self.real_features[i] for i in indices]),
+                    torch.cat([before.features[i] for i in indices]),
+                    torch.cat([after.features[i] for i in indices]),
+                    **self._resampling,
+                )
+        return replace(report, metrics=gains)
 
     def _kid_sets(self) -> dict[str, list[int]]:
         """The sets that each KID is of: every one, and a style's seen and unseen together."""

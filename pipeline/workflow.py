@@ -453,23 +453,16 @@ class Chain:
                     grids=context.path / "grids",
                 )
             )
-        found = [self._with_gains(report, judge, subjects) for report in found]
+        before = sorted({"untuned", self.champion_name} & subjects.keys())
+        found = [
+            judge.with_gains(report, before) if report.subject in self.generators else report
+            for report in found
+        ]
         (context.path / "report.md").write_text(reports.markdown_table(found))
         logger = RunLogger(context.run)
         logger.files(context.path / "grids", folder="grids")
         logger.files(context.path / "report.md", folder="")
         return {"reports": {report.subject: reports.to_dict(report) for report in found}}
-
-    def _with_gains(
-        self, report: EvalReport, judge: evaluate.Judge, subjects: Mapping[str, Path]
-    ) -> EvalReport:
-        """A candidate's report with what it gained over the untuned base and the champion."""
-        if report.subject not in self.generators:
-            return report
-        gains = dict(report.metrics)
-        for before in sorted({"untuned", self.champion_name} & subjects.keys()):
-            gains |= judge.gains(report.subject, before)
-        return replace(report, metrics=gains)
 
     def _promote(
         self, bundle: Path, found: Mapping[str, EvalReport], choice: tuple[str, ...]
