@@ -16,21 +16,27 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
-
-from mlflow import MlflowClient
-from mlflow.data.http_dataset_source import HTTPDatasetSource
-from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import DatasetInput, Metric, Param
-from mlflow.exceptions import MlflowException
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Self
 
 from pipeline.bundle import bundle_digest, resolve_path
 from pipeline.errors import BundleError, ResourceError
 from pipeline.sinks import Sink, SinkAddress, check_sinks, open_sinks
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
 EXPERIMENT = "tessera"
 CHAMPION = "champion"
 PARENT = "mlflow.parentRunId"
+
+
+def _mlflow() -> ModuleType:
+    """Takes seconds to import: of many workers, only the one that writes does so."""
+    import mlflow.data.http_dataset_source
+    import mlflow.data.meta_dataset
+
+    return mlflow
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class RunLogger:
 
     def __init__(self, handle: RunHandle | None) -> None:
         self.run_id = handle.run_id if handle else ""
-        self.client = MlflowClient(handle.tracking_uri) if handle else None
+        self.client = _mlflow().MlflowClient(handle.tracking_uri) if handle else None
         self._address = handle.sinks if handle else None
         self._open: list[Sink] = []
 
@@ -85,15 +91,16 @@ class RunLogger:
         """Log parameters; those already logged by an earlier, interrupted attempt stay."""
         if self.client is not None:
             known = self.client.get_run(self.run_id).data.params
-            fresh = [Param(k, str(v)[:6000]) for k, v in values.items() if k not in known]
+            param = _mlflow().entities.Param
+            fresh = [param(k, str(v)[:6000]) for k, v in values.items() if k not in known]
             self.client.log_batch(self.run_id, params=fresh)
         for sink in self._sinks():
             sink.params(values)
 
     def metrics(self, values: Mapping[str, float], *, step: int = 0) -> None:
         if self.client is not None:
-            now = int(time.time() * 1000)
-            batch = [Metric(name, float(value), now, step) for name, value in values.items()]
+            now, metric = int(time.time() * 1000), _mlflow().entities.Metric
+            batch = [metric(name, float(value), now, step) for name, value in values.items()]
             self.client.log_batch(self.run_id, metrics=batch)
         for sink in self._sinks():
             sink.metrics(values, step)
@@ -177,14 +184,16 @@ class Tracker:
             return None
         try:
             self.client.update_run(run_id, status="RUNNING")
-        except MlflowException:  # another tracking server, or a deleted run: start a fresh one
+        except _mlflow().MlflowException:  # another server, or a deleted run
             return None
         return run_id
 
     def log_dataset(self, handle: RunHandle, *, name: str, digest: str, uri: str) -> None:
         """Which data a run saw, in MLflow's own data set view."""
-        dataset = MetaDataset(HTTPDatasetSource(uri), name=name, digest=digest[:36])
-        entity = DatasetInput(dataset._to_mlflow_entity(), [])
+        mlflow = _mlflow()
+        source = mlflow.data.http_dataset_source.HTTPDatasetSource(uri)
+        dataset = mlflow.data.meta_dataset.MetaDataset(source, name=name, digest=digest[:36])
+        entity = mlflow.entities.DatasetInput(dataset._to_mlflow_entity(), [])
         self.client.log_inputs(handle.run_id, datasets=[entity])
 
     def register(self, bundle: Path, *, model_name: str, handle: RunHandle) -> str:
@@ -198,7 +207,7 @@ class Tracker:
         known = self.client.search_model_versions(same)
         if known:
             return str(known[0].version)
-        with contextlib.suppress(MlflowException):  # it exists already
+        with contextlib.suppress(_mlflow().MlflowException):  # it exists already
             self.client.create_registered_model(model_name)
         RunLogger(handle).files(bundle, folder="bundle")
         source = f"{self.client.get_run(handle.run_id).info.artifact_uri}/bundle"
@@ -211,7 +220,7 @@ class Tracker:
         """The current champion's bundle, or None while there is none."""
         try:
             version = self.client.get_model_version_by_alias(model_name, CHAMPION)
-        except MlflowException:
+        except _mlflow().MlflowException:
             return None
         return _download(self.client, version, self.home)
 
@@ -240,10 +249,10 @@ def connect(home: Path) -> MlflowClient:
     home.mkdir(parents=True, exist_ok=True)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    client = MlflowClient(uri)
+    client: MlflowClient = _mlflow().MlflowClient(uri)
     try:
         client.search_experiments(max_results=1)
-    except (MlflowException, OSError) as error:
+    except (_mlflow().MlflowException, OSError) as error:
         raise ResourceError(
             f"no MLflow at {uri}: {error}. Start the server, or unset MLFLOW_TRACKING_URI to use "
             "a database under --home"
@@ -269,7 +278,7 @@ def resolve_model(model: str, *, home: Path) -> ResolvedModel:
         else:
             name, _, number = reference.partition("/")
             version = client.get_model_version(name, number)
-    except MlflowException as error:
+    except _mlflow().MlflowException as error:
         raise BundleError(
             f"{model} is not in the registry at {tracking_uri(home)} ({error.message}); "
             "`tessera retrain RECIPE` or `tessera demo` makes a champion"

@@ -3,7 +3,9 @@
 Pictures wait in line; as many as fit are drawn in one model call, in a thread of their own, while
 the event loop goes on taking requests. Between two decoding steps the thread looks up: a picture
 that nobody waits for any more, or whose time is over, leaves the batch, and previews are handed
-out. A generator without steps (contracts.SteppedGenerator) is called once a batch.
+out. Where the model's drawings are joinable (contracts.JoinableDrawing), whoever is done leaves at
+once and the next in line takes the place, so the batch never closes; otherwise it is drawn to its
+end. A generator without steps (contracts.SteppedGenerator) is called once a batch.
 
     engine = Engine(model, max_batch_size=8, batch_wait_s=0.02)
     place = engine.enter(request, deadline=time.time() + 10)
@@ -17,13 +19,21 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-from pipeline.contracts import GenerationRequest, ImageGenerator, SteppedGenerator, TokenCount
+from pipeline.contracts import (
+    Drawing,
+    GenerationRequest,
+    ImageGenerator,
+    JoinableDrawing,
+    SteppedGenerator,
+    TokenCount,
+)
 
 logger = logging.getLogger("ray.serve")
 
@@ -62,6 +72,7 @@ class Place:
     done: asyncio.Future[Drawn]
     previews: asyncio.Queue[tuple[int, Tensor]] = field(default_factory=asyncio.Queue)
     entered: float = field(default_factory=time.monotonic)
+    told: bool = False  # the outcome is on its way
 
     @property
     def left(self) -> bool:
@@ -118,15 +129,11 @@ class Engine:
             batch = await self._next_batch()
             if not batch:
                 continue
-            loop, began = asyncio.get_running_loop(), time.monotonic()
-            outcomes = await loop.run_in_executor(
-                self._thread, _draw, self.model, batch, began, loop
-            )
-            self._batch_s = 0.5 * (self._batch_s or time.monotonic() - began) + 0.5 * (
-                time.monotonic() - began
-            )
-            for place, outcome in zip(batch, outcomes, strict=True):
-                _settle(place, outcome)
+            loop = asyncio.get_running_loop()
+            drawing = _Batch(self.model, loop, self._next_in_line)
+            await loop.run_in_executor(self._thread, drawing.draw, batch)
+            if drawing.picture_s:
+                self._batch_s = 0.5 * (self._batch_s or drawing.picture_s) + 0.5 * drawing.picture_s
             if len(batch) > 1:  # who was just answered may ask again
                 self._shared_until = time.monotonic() + self._batch_wait_s
 
@@ -136,16 +143,25 @@ class Engine:
             self._arrived.clear()
             await self._arrived.wait()
         await self._gather()
-        batch: list[Place] = []
-        while self._line and len(batch) < self._max_batch_size:
+        return self._next_in_line(asyncio.get_running_loop(), self.model, 0)
+
+    def _next_in_line(
+        self, loop: asyncio.AbstractEventLoop, model: ImageGenerator, under_way: int
+    ) -> list[Place]:
+        """Whoever comes next and fits beside those under way; nobody once the model is exchanged.
+
+        Called from the loop, or from the thread that draws: never from both at a time.
+        """
+        taken: list[Place] = []
+        while self._line and model is self.model and under_way + len(taken) < self._max_batch_size:
             place = self._line.popleft()
             if place.left:
                 continue
             if time.time() + self._batch_s > place.deadline:
-                _settle(place, Late())
+                loop.call_soon_threadsafe(_settle, place, Late())
             else:
-                batch.append(place)
-        return batch
+                taken.append(place)
+        return taken
 
     async def _gather(self) -> None:
         """Give others a moment to join the first in line: as long as they keep coming, and longer
@@ -172,53 +188,123 @@ def _settle(place: Place, outcome: Drawn | Exception) -> None:
         place.done.set_result(outcome)
 
 
-def _draw(
-    model: ImageGenerator, batch: Sequence[Place], began: float, loop: asyncio.AbstractEventLoop
-) -> list[Drawn | Exception]:
-    """One outcome a place. A batch that fails is drawn again one by one: a request's failure is
-    not its neighbours'."""
-    try:
-        images = _images(model, batch, loop)
-    except Exception as error:  # noqa: BLE001 - it is the outcome, told to whoever waits
-        if len(batch) == 1:
-            return [error]
-        logger.warning("a batch of %d failed (%s); drawing one by one", len(batch), type(error))
-        return [_draw(model, [place], began, loop)[0] for place in batch]
-    took = time.monotonic() - began
-    return [
-        image
-        if isinstance(image, Exception)
-        else Drawn(
-            image, model, began - place.entered, took, len(batch), _tokens(model, place.request)
-        )
-        for place, image in zip(batch, images, strict=True)
-    ]
+class _Batch:
+    """One model's pictures under way; lives in the thread that draws.
+
+    Args:
+        model: what draws.
+        loop: where the outcomes are told.
+        next_in_line: (loop, model, pictures under way) -> places to join them.
+    """
+
+    def __init__(
+        self,
+        model: ImageGenerator,
+        loop: asyncio.AbstractEventLoop,
+        next_in_line: Callable[[asyncio.AbstractEventLoop, ImageGenerator, int], list[Place]],
+    ) -> None:
+        self._model, self._loop, self._next_in_line = model, loop, next_in_line
+        self._seats: dict[int, tuple[Place, float]] = {}  # by row: who, and since when
+        self.picture_s = 0.0  # from the start of a picture to its end, the latest
+
+    def draw(self, places: Sequence[Place]) -> None:
+        """Tell every place its outcome. A batch that fails is drawn again one by one: a request's
+        failure is not its neighbours'."""
+        try:
+            self._draw(places)
+        except Exception as error:  # noqa: BLE001 - it is the outcome, told to whoever waits
+            left = list(dict.fromkeys([*places, *(place for place, _ in self._seats.values())]))
+            left = [place for place in left if not place.told]
+            self._seats = {}
+            if len(left) == 1 == len(places):
+                self._tell(left[0], error)
+                return
+            logger.warning("a batch of %d failed (%s); drawing one by one", len(left), type(error))
+            for place in left:
+                _Batch(self._model, self._loop, _nobody).draw([place])
+
+    def _draw(self, places: Sequence[Place]) -> None:
+        requests = [place.request for place in places]
+        self._seat(range(len(places)), places)
+        if not isinstance(self._model, SteppedGenerator):
+            images = self._model.generate(requests).cpu()
+            self._finish(images, list(self._seats))
+            return
+        drawing = self._model.start(requests)
+        while self._seats:
+            if not drawing.step():
+                raise RuntimeError("the drawing ended before its pictures did")
+            gone = self._look_up(drawing)
+            if done := [row for row in self._seats if _is_done(drawing, row)]:
+                self._finish(drawing.images(done), done)
+            if isinstance(drawing, JoinableDrawing) and drawing.joinable:
+                drawing.forget([*gone, *done])
+                self._let_in(drawing, self._next_in_line(self._loop, self._model, len(self._seats)))
+
+    def _seat(self, rows: Sequence[int], places: Sequence[Place]) -> None:
+        now = time.monotonic()
+        self._seats |= {row: (place, now) for row, place in zip(rows, places, strict=True)}
+
+    def _let_in(self, drawing: JoinableDrawing, places: Sequence[Place]) -> None:
+        """Join them all at once, or, if that fails, one by one: a failure is nobody else's."""
+        try:
+            if places:
+                self._seat(drawing.join([place.request for place in places]), places)
+        except Exception as error:  # noqa: BLE001 - it is the outcome
+            if len(places) == 1:
+                self._tell(places[0], error)
+                return
+            for place in places:
+                self._let_in(drawing, [place])
+
+    def _look_up(self, drawing: Drawing) -> list[int]:
+        """Who left or is late leaves the batch; previews that are due are handed out.
+
+        Returns:
+            The rows of those who left.
+        """
+        gone = []
+        for row, (place, _) in list(self._seats.items()):
+            done, steps = drawing.progress(row)
+            late = done < steps and time.time() > place.deadline
+            if late or place.left:
+                drawing.drop([row])
+                del self._seats[row]
+                self._tell(place, Late())
+                gone.append(row)
+                continue
+            number = place.due(done, steps)
+            if number is not None:
+                shown = number, drawing.images([row])[0]
+                self._later(place.previews.put_nowait, shown)
+        return gone
+
+    def _finish(self, images: Tensor, rows: Sequence[int]) -> None:
+        now, together = time.monotonic(), len(self._seats)
+        for image, row in zip(images, rows, strict=True):
+            place, since = self._seats.pop(row)
+            self.picture_s = now - since
+            tokens = _tokens(self._model, place.request)
+            queue_s = since - place.entered
+            self._tell(place, Drawn(image, self._model, queue_s, now - since, together, tokens))
+
+    def _tell(self, place: Place, outcome: Drawn | Exception) -> None:
+        place.told = True
+        self._later(_settle, place, outcome)
+
+    def _later(self, call: Callable[..., None], *arguments: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            self._loop.call_soon_threadsafe(call, *arguments)
+
+
+def _nobody(*_: object) -> list[Place]:
+    return []
+
+
+def _is_done(drawing: Drawing, row: int) -> bool:
+    done, steps = drawing.progress(row)
+    return done >= steps
 
 
 def _tokens(model: ImageGenerator, request: GenerationRequest) -> TokenCount | None:
     return model.count_tokens(request) if isinstance(model, SteppedGenerator) else None
-
-
-def _images(
-    model: ImageGenerator, batch: Sequence[Place], loop: asyncio.AbstractEventLoop
-) -> list[Tensor | Exception]:
-    requests = [place.request for place in batch]
-    if not isinstance(model, SteppedGenerator):
-        return list(model.generate(requests).cpu())
-    drawing, late = model.start(requests), set[int]()
-    while drawing.step():
-        late |= {row for row, place in enumerate(batch) if _is_late(place, drawing.progress(row))}
-        drawing.drop([row for row, place in enumerate(batch) if place.left or row in late])
-        for row, place in enumerate(batch):
-            number = place.due(*drawing.progress(row))
-            if number is not None and not place.left and row not in late:
-                shown = number, drawing.images([row])[0]
-                with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
-                    loop.call_soon_threadsafe(place.previews.put_nowait, shown)
-    images = drawing.images(range(len(batch)))
-    return [Late() if row in late else image for row, image in enumerate(images)]
-
-
-def _is_late(place: Place, progress: tuple[int, int]) -> bool:
-    done, steps = progress
-    return done < steps and time.time() > place.deadline

@@ -82,7 +82,8 @@ class SequentialDrawing:
     ) -> None:
         self._decoder, self._begin, self._embed = decoder, begin, embed
         self._tokenizer, self._choose_from, self._num_tokens = tokenizer, choose_from, num_tokens
-        self._pictures: list[_Picture | None] = []  # by row of the drawing; None is forgotten
+        self._pictures: dict[int, _Picture] = {}  # by row of the drawing, but the forgotten ones
+        self._joined = 0
         self._rows: list[tuple[_Picture, bool]] = []  # by row of the decoder; True: guided
         self._logits = torch.zeros(0)
 
@@ -106,23 +107,22 @@ class SequentialDrawing:
         logits = self._decoder.add(prompts.inputs[wanted], prompts.keys[wanted])
         self._logits = torch.cat([self._logits, logits]) if self._rows else logits
         self._rows += [(p, True) for p in fresh] + [(fresh[i], False) for i in free]
-        self._pictures += fresh
-        return range(len(self._pictures) - count, len(self._pictures))
+        rows = range(self._joined, self._joined + count)
+        self._pictures |= dict(zip(rows, fresh, strict=True))
+        self._joined += count
+        return rows
 
     def progress(self, row: int) -> tuple[int, int]:
-        picture = self._pictures[row]
-        return (self._num_tokens if picture is None else picture.done), self._num_tokens
+        return self._pictures[row].done, self._num_tokens
 
     def drop(self, rows: Sequence[int]) -> None:
         for row in rows:
-            picture = self._pictures[row]
-            if picture is not None:
-                picture.dropped = True
+            self._pictures[row].dropped = True
 
     def forget(self, rows: Sequence[int]) -> None:
         self.drop(rows)
         for row in rows:
-            self._pictures[row] = None
+            del self._pictures[row]
 
     @torch.inference_mode()
     def step(self) -> bool:
@@ -172,7 +172,7 @@ class SequentialDrawing:
     @torch.inference_mode()
     def tokens(self, rows: Sequence[int]) -> Tensor:
         """int64 (len(rows), N); those not drawn yet are a white picture's."""
-        found = [picture for picture in (self._pictures[row] for row in rows) if picture]
+        found = [self._pictures[row] for row in rows]
         tokens = torch.stack([picture.tokens for picture in found])
         done = torch.tensor([picture.done for picture in found], device=tokens.device)
         if (done == self._num_tokens).all():
@@ -185,7 +185,7 @@ class SequentialDrawing:
 
     @torch.inference_mode()
     def images(self, rows: Sequence[int]) -> Tensor:
-        found = [picture for picture in (self._pictures[row] for row in rows) if picture]
+        found = [self._pictures[row] for row in rows]
         with autocast(self._logits.device):
             drawn = to_uint8(self._tokenizer.decode(self.tokens(rows)))
         kept = torch.stack([picture.pixels for picture in found])

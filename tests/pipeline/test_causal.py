@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from pipeline.config import CausalConfig, GeneratorConfig
 from pipeline.contracts import GenerationRequest
@@ -17,6 +17,7 @@ from pipeline.errors import RecipeError
 from pipeline.models import _sampling as sampling
 from pipeline.models import causal
 from pipeline.models._captions import CaptionTokenizer
+from pipeline.models._decoding import CacheDecoder, LlamaWeights, SlotDecoder
 from pipeline.models._spec import ModelParts, ModelSpec
 from pipeline.models._tokens import ImageVocabulary
 
@@ -158,3 +159,46 @@ def test_captions_are_padded_on_the_left_and_cut() -> None:
     ids, mask = CaptionTokenizer(None, 6)(["ab", "红苹果"])
     assert mask.tolist() == [[False] * 4 + [True] * 2, [True] * 6]
     assert ids[0, 4:].tolist() == [ord("a") + 3, ord("b") + 3], "ByT5 has three special tokens"
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_slots_say_what_the_models_own_cache_says(
+    bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.runtime.autocast_dtype", lambda device: None)
+    torch.manual_seed(2)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, attention_bias=bias, mlp_bias=bias,
+        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
+    )  # fmt: skip
+    lm, head = LlamaForCausalLM(config).model.eval(), torch.nn.Linear(32, 20)
+    for parameter in lm.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    own = CacheDecoder(lm, head)
+    slots = SlotDecoder(LlamaWeights(lm, head, torch.float32), length=12)
+    keys = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]], dtype=torch.bool)
+    inputs = torch.randn(3, 4, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(slots.add(inputs, keys), own.add(inputs, keys))
+        for step in range(4):
+            inputs = torch.randn(len(own.keys), 32)
+            torch.testing.assert_close(slots.step(inputs), own.step(inputs))
+            if step == 1:
+                for decoder in (own, slots):
+                    decoder.keep(torch.tensor([2, 0]))
+
+
+def test_another_architecture_draws_through_its_own_cache() -> None:
+    language_model = GPT2Config(
+        vocab_size=384, n_embd=32, n_layer=2, n_head=2, n_positions=64
+    ).to_dict()
+    made = model(replace(SPEC, language_model=language_model))
+    requests = [GenerationRequest(p, guidance_scale=1.0, temperature=0.0) for p in ("cat", "a dog")]
+    drawing = generator(made).start(requests)
+    assert not drawing.joinable
+    drawn = generator(made).draw_tokens(requests)
+    ids, mask = CaptionTokenizer(None, 12)(["cat", "a dog"])
+    style = torch.full((2,), made.no_style)
+    with torch.inference_mode():
+        assert torch.equal(made(drawn, ids, mask, style).argmax(-1), drawn)

@@ -1,0 +1,157 @@
+"""Pictures of a causal model join a batch that is under way and leave it when they are done."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.config import CausalConfig, GeneratorConfig
+from pipeline.contracts import GenerationRequest, JoinableDrawing
+from pipeline.errors import RequestError
+from pipeline.models import causal
+from pipeline.models._captions import CaptionTokenizer
+from pipeline.models._sequential import SequentialDrawing
+from pipeline.models._spec import ModelParts, ModelSpec
+from serve.engine import Drawn, Engine, Place
+
+CONFIG = GeneratorConfig(
+    family="causal", width=32, depth=2, heads=2, dropout=0, num_styles=3, guidance_scale=2.0,
+    causal=CausalConfig(max_prompt_tokens=12),
+)  # fmt: skip
+TOKENS = 16
+
+
+class Grey:
+    """A tokenizer whose tokens are shades."""
+
+    image_size, grid_size, codebook_size = 32, 4, 40
+    levels: tuple[int, ...] = ()
+
+    def encode(self, images: Tensor) -> Tensor:
+        cells = torch.nn.functional.avg_pool2d(images, 8).mean(1).flatten(1)
+        return ((cells + 1) * 19.5).round().long()
+
+    def decode(self, image_tokens: Tensor) -> Tensor:
+        shades = image_tokens.view(-1, 1, 4, 4) / 19.5 - 1
+        return shades.repeat_interleave(8, 2).repeat_interleave(8, 3).expand(-1, 3, -1, -1)
+
+
+@pytest.fixture(scope="module")
+def model() -> causal.Generator:
+    torch.manual_seed(0)
+    spec = ModelSpec(
+        image_size=32, codebook_size=40, num_tokens=TOKENS, levels=(), caption_width=8,
+        styles=("a", "b"), language_model=causal.language_model_config(CONFIG, None),
+    )  # fmt: skip
+    made = causal.build(CONFIG, spec)
+    for parameter in made.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    ids = CaptionTokenizer(None, 12)
+    parts = ModelParts(Grey(), None, torch.device("cpu"), ids)  # type: ignore[arg-type]
+    return causal.Generator(made, CONFIG, spec, parts)
+
+
+REQUESTS = [
+    GenerationRequest("a red house", seed=1, style="a"),
+    GenerationRequest("猫", seed=2, guidance_scale=1.0),
+    GenerationRequest("a dog", seed=3, temperature=0.5, guidance_scale=4.0),
+    GenerationRequest("a red house", seed=4, style="b", temperature=0.0),
+]
+
+
+def test_a_picture_does_not_show_when_it_joined(model: causal.Generator) -> None:
+    alone = [model.generate([request])[0] for request in REQUESTS]
+    drawing = model.start(REQUESTS[:1])
+    assert isinstance(drawing, JoinableDrawing) and drawing.joinable
+    joins = {3: [REQUESTS[1]], 7: REQUESTS[2:]}
+    for step in range(3 * TOKENS):
+        if step in joins:
+            drawing.join(joins[step])
+        drawing.step()
+        if step == TOKENS - 1:
+            assert torch.equal(drawing.images([0])[0], alone[0])
+            drawing.forget([0])
+            assert [drawing.progress(row)[0] for row in (1, 2, 3)] == [13, 9, 9]
+    assert torch.equal(drawing.images([1, 2, 3]), torch.stack(alone[1:]))
+    assert not drawing.step(), "all are done"
+    assert list(drawing.join([REQUESTS[0]])) == [4], "it may begin again"
+    while drawing.step():
+        pass
+    assert torch.equal(drawing.images([4])[0], alone[0])
+
+
+def test_dropped_pictures_cost_no_more_steps(model: causal.Generator) -> None:
+    drawing = model.start(REQUESTS)
+    drawing.step()
+    drawing.drop([0, 1, 2])
+    rows = []
+    step = drawing._decoder.step
+    drawing._decoder.step = lambda inputs: rows.append(len(inputs)) or step(inputs)  # type: ignore
+    while drawing.step():
+        pass
+    assert set(rows) == {2}, "one picture, guided and not"
+    assert drawing.progress(0) == (1, TOKENS) and drawing.progress(3) == (TOKENS, TOKENS)
+
+
+def test_a_picture_in_the_making_is_white_where_nothing_is_drawn(model: causal.Generator) -> None:
+    drawing = model.start(REQUESTS[:1])
+    for _ in range(8):
+        drawing.step()
+    half, whole = drawing.images([0])[0], model.generate(REQUESTS[:1])[0]
+    assert torch.equal(half[:, :16], whole[:, :16])
+    assert (half[:, 16:] == 255).all() and not (whole[:, 16:] == 255).all()
+
+
+def test_a_refused_request_changes_nothing(model: causal.Generator) -> None:
+    drawing = model.start(REQUESTS[:1])
+    drawing.step()
+    with pytest.raises(RequestError, match="num_steps"):
+        drawing.join([replace(REQUESTS[1], num_steps=3)])
+    while drawing.step():
+        pass
+    assert torch.equal(drawing.images([0]), model.generate(REQUESTS[:1]))
+
+
+def test_the_engine_lets_pictures_in_between_steps(
+    model: causal.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, seated = SequentialDrawing.step, []
+
+    def slow(self: SequentialDrawing) -> bool:
+        time.sleep(0.03)
+        seated.append(len(self._pictures))
+        return step(self)
+
+    monkeypatch.setattr(SequentialDrawing, "step", slow)
+
+    async def main() -> list[Any]:
+        engine = Engine(model, max_batch_size=3, batch_wait_s=0.01)
+        deadline = time.time() + 60
+        places: list[Place] = []
+        for request in REQUESTS:
+            places.append(engine.enter(request, deadline=deadline, num_previews=1))
+            await asyncio.sleep(0.1)
+        refused = engine.enter(replace(REQUESTS[0], num_steps=3), deadline=deadline)
+        gone = engine.enter(REQUESTS[1], deadline=deadline)
+        await asyncio.sleep(0.45)
+        gone.done.cancel()
+        found = await asyncio.gather(*[p.done for p in (*places, refused)], return_exceptions=True)
+        assert all(place.previews.qsize() == 1 for place in places)
+        engine.close()
+        return found
+
+    *drawn, refused = asyncio.run(main())
+    assert isinstance(refused, RequestError)
+    for picture, request in zip(drawn, REQUESTS, strict=True):
+        assert isinstance(picture, Drawn)
+        assert torch.equal(picture.image, model.generate([request])[0])
+    assert drawn[1].queue_s < 0.1, "it did not wait for the first to end"
+    assert drawn[3].queue_s > 0.1, "there were three places"
+    assert max(seated) == 3
