@@ -15,7 +15,7 @@ Shapes: R rows, T slots a row, D model width, H heads, K key heads, E width of a
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,12 @@ from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from pipeline.runtime import autocast, autocast_dtype
+
+Layer = dict[str, tuple[Tensor, Tensor | None]]
+"""Weights and biases of what shares an input."""
+
+Turn = tuple[Tensor, Tensor]
+"""Cosines and sines of rows' positions (R, 1, E); the first half of the sines is negative."""
 
 
 class Decoder(Protocol):
@@ -99,28 +105,37 @@ class LlamaWeights:
         self.head_width = lm.layers[0].self_attn.head_dim
         self.layers = [
             {
-                "norm": layer.input_layernorm.weight.float(),
                 "qkv": self._joined(
-                    layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj
+                    layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj,
+                    scale=layer.input_layernorm.weight,
                 ),
                 "out": self._joined(layer.self_attn.o_proj),
-                "mlp_norm": layer.post_attention_layernorm.weight.float(),
-                "up": self._joined(layer.mlp.gate_proj, layer.mlp.up_proj),
+                "up": self._joined(
+                    layer.mlp.gate_proj, layer.mlp.up_proj,
+                    scale=layer.post_attention_layernorm.weight,
+                ),
                 "down": self._joined(layer.mlp.down_proj),
             }
             for layer in lm.layers
-        ]
-        self.norm, self.head = lm.norm.weight.float(), self._joined(head)
+        ]  # fmt: skip
+        self.head = self._joined(head)
+        self.last = self._joined(head, scale=lm.norm.weight)
 
     @staticmethod
     def fit(lm: PreTrainedModel) -> bool:
         """Whether this is an architecture that is written out here."""
         return type(lm) is LlamaModel and lm.config.hidden_act == "silu"
 
-    def _joined(self, *layers: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    def _joined(
+        self, *layers: nn.Linear, scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Weights below each other, and biases; `scale` is that of the norm before them."""
+        weight = torch.cat([layer.weight for layer in layers]).detach()
         biases = [layer.bias for layer in layers if layer.bias is not None]
-        weight = torch.cat([layer.weight for layer in layers]).detach().to(self.dtype)
-        return weight, torch.cat(biases).detach().to(self.dtype) if biases else None
+        return (
+            (weight if scale is None else weight * scale.detach()).to(self.dtype),
+            torch.cat(biases).detach().to(self.dtype) if biases else None,
+        )
 
 
 class SlotDecoder:
@@ -134,15 +149,18 @@ class SlotDecoder:
 
     def __init__(self, weights: LlamaWeights, length: int) -> None:
         self.weights = w = weights
-        device = w.norm.device
+        device = w.head[0].device
         shape = (len(w.layers), 0, w.key_heads, length, w.head_width)
         self.k = torch.zeros(shape, dtype=w.dtype, device=device)
         self.v = torch.zeros(shape, dtype=w.dtype, device=device)
         self.seen = torch.zeros(0, length, dtype=torch.bool, device=device)
         self.end = torch.zeros(0, dtype=torch.long, device=device)  # slots used, by row
         everywhere = torch.arange(length, device=device)[None]
-        cos, sin = w.lm.rotary_emb(w.norm[None, None], position_ids=everywhere)
-        self.cos, self.sin = cos[0], sin[0]  # (T, E), by position
+        one = torch.zeros(1, 1, w.lm.config.hidden_size, device=device)
+        cos, sin = w.lm.rotary_emb(one, position_ids=everywhere)
+        half = w.head_width // 2
+        self.cos = cos[0]  # (T, E), by position
+        self.sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], 1)
 
     def add(self, inputs: Tensor, keys: Tensor) -> Tensor:
         """The prompts go through the model itself; their keys and values move into slots."""
@@ -161,55 +179,54 @@ class SlotDecoder:
         self.k, self.v = torch.cat([self.k, k], 1), torch.cat([self.v, v], 1)
         self.seen = torch.cat([self.seen, F.pad(keys, (0, room[3]))])
         self.end = torch.cat([self.end, self.end.new_full((rows,), length)])
-        return self._logits(states)
+        return F.linear(states.to(w.dtype), *w.head).float()
 
     def step(self, inputs: Tensor) -> Tensor:
-        w, rows = self.weights, torch.arange(len(inputs), device=inputs.device)
-        self.seen[rows, self.end] = True
+        w, rows, ends = self.weights, torch.arange(len(inputs), device=inputs.device), self.end
+        self.seen[rows, ends] = True
         positions = self.seen.sum(1) - 1
-        cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
-        hidden = torch.zeros_like(self.seen, dtype=torch.float32)
-        hidden = hidden.masked_fill_(~self.seen, -torch.inf)[:, None, None]
+        turn = self.cos[positions][:, None], self.sin[positions][:, None]
+        hidden = torch.zeros(self.seen.shape, dtype=w.dtype, device=inputs.device)
+        hidden.masked_fill_(~self.seen, -torch.inf)
+        hidden = hidden.repeat_interleave(w.key_heads, 0)[:, None]  # (R * K, 1, T)
+        at: tuple[slice | Tensor, ...] = (rows, slice(None), ends)
+        if len(rows) and bool((ends == ends[0]).all()):  # the same slot for all: no scattering
+            at = (slice(None), slice(None), int(ends[0]))
         x = inputs.float()
-        for number, layer in enumerate(w.layers):
-            h = self._normed(x, layer["norm"])
-            q, k, v = (
-                F.linear(h, *layer["qkv"])
-                .view(len(rows), -1, w.head_width)
-                .split([w.heads, w.key_heads, w.key_heads], 1)
-            )
-            self.k[number, rows, :, self.end] = _rotated(k, cos, sin).to(w.dtype)
-            self.v[number, rows, :, self.end] = v
-            mixed = self._attend(_rotated(q, cos, sin).to(w.dtype), number, hidden)
-            x = x + F.linear(mixed, *layer["out"])
-            gate, up = F.linear(self._normed(x, layer["mlp_norm"]), *layer["up"]).chunk(2, -1)
+        for k, v, layer in zip(self.k, self.v, w.layers, strict=True):
+            x = x + self._attend(x, k, v, layer, turn, at, hidden)
+            gate, up = F.linear(self._normed(x), *layer["up"]).chunk(2, -1)
             x = x + F.linear(F.silu(gate) * up, *layer["down"])
-        self.end += 1
-        return self._logits(self._normed(x, w.norm))
+        self.end = ends + 1
+        return F.linear(self._normed(x), *w.last).float()
 
     def keep(self, rows: Tensor) -> None:
         self.k, self.v = self.k[:, rows], self.v[:, rows]
         self.seen, self.end = self.seen[rows], self.end[rows]
 
-    def _attend(self, q: Tensor, layer: int, hidden: Tensor) -> Tensor:
-        """(R, H, E) over all slots of its row -> (R, H * E)."""
-        w = self.weights
-        q = q.view(len(q), w.key_heads, -1, w.head_width)  # heads of a group share their keys
-        scores = (q @ self.k[layer].transpose(-1, -2)).float() * w.head_width**-0.5
-        shares = (scores + hidden).softmax(-1).to(w.dtype)
-        return (shares @ self.v[layer]).flatten(1)
+    def _attend(
+        self, x: Tensor, k: Tensor, v: Tensor, layer: Layer, turn: Turn, at: Any, hidden: Tensor
+    ) -> Tensor:
+        """(R, D) over all slots of its row -> (R, D); writes k and v (R, K, T, E) where `at`."""
+        w, R = self.weights, len(x)
+        qkv = F.linear(self._normed(x), *layer["qkv"]).view(R, -1, w.head_width)
+        turned = _turned(qkv[:, : w.heads + w.key_heads], turn).to(w.dtype)
+        k[at], v[at] = turned[:, w.heads :], qkv[:, w.heads + w.key_heads :]
+        q = turned[:, : w.heads].reshape(R * w.key_heads, -1, w.head_width)  # a group's heads
+        keys = k.view(R * w.key_heads, -1, w.head_width).transpose(1, 2)
+        scores = torch.baddbmm(hidden, q, keys, alpha=w.head_width**-0.5)
+        mixed = scores.softmax(-1) @ v.view(R * w.key_heads, -1, w.head_width)
+        return F.linear(mixed.view(R, -1), *layer["out"])
 
-    def _normed(self, x: Tensor, scale: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], scale, self.weights.eps).to(self.weights.dtype)
-
-    def _logits(self, states: Tensor) -> Tensor:
-        return F.linear(states.to(self.weights.dtype), *self.weights.head).float()
+    def _normed(self, x: Tensor) -> Tensor:
+        """Without the norm's scale, which is in the weights that follow."""
+        return F.rms_norm(x, x.shape[-1:], None, self.weights.eps).to(self.weights.dtype)
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _turned(x: Tensor, turn: Turn) -> Tensor:
     """(R, H, E) turned by its position (Su et al. 2021, RoFormer, arXiv 2104.09864, eq. 34)."""
-    left, right = x.chunk(2, -1)
-    return x * cos + torch.cat([-right, left], -1) * sin
+    cos, sin = turn
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class DecoderMaker:
