@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
 
 from pipeline import registry
 from pipeline.bundle import load_tokenizer
@@ -28,10 +31,37 @@ def gradient_l1(x: Tensor, y: Tensor) -> Tensor:
     return horizontal + vertical
 
 
-class TokenizerObjective(nn.Module):
-    """Tokenizer and reconstruction losses: L1 + L2 + image gradients + perceptual."""
+class PatchDiscriminator(nn.Module):
+    """Real or reconstructed, patch by patch: float (B, 3, H, W) -> (B, 1, H / 8, W / 8).
 
-    phases = ("reconstruct",)
+    Source: Isola et al. 2017, pix2pix (arXiv 1611.07004), section 3.2.2; Miyato et al. 2018 (arXiv
+    1802.05957): spectral normalisation.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        widths = (3, channels, 2 * channels, 4 * channels)
+        layers: list[nn.Module] = []
+        for inside, outside in pairwise(widths):
+            layers += [nn.Conv2d(inside, outside, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        layers.append(nn.Conv2d(widths[-1], 1, 3, padding=1))
+        for layer in layers:
+            if isinstance(layer, nn.Conv2d):
+                spectral_norm(layer)
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        said: Tensor = self.layers(images)
+        return said
+
+
+class TokenizerObjective(nn.Module):
+    """Tokenizer and reconstruction losses: L1 + L2 + image gradients + perceptual + adversarial.
+
+    Source of the last: Esser et al. 2021, VQGAN (arXiv 2012.09841), section 3.1; hinge losses.
+    """
+
+    phases: tuple[str, ...]
 
     def __init__(
         self, config: TokenizerConfig, image_size: int, perceptual: nn.Module | None = None
@@ -40,14 +70,50 @@ class TokenizerObjective(nn.Module):
         self.config = config
         self.model = registry.load("tokenizers", config.name).build(config, image_size)
         self.perceptual = perceptual
+        self.phases, self.discriminator = ("reconstruct",), None
+        if config.adversarial_weight:
+            self.phases = ("discriminate", "reconstruct")
+            self.discriminator = PatchDiscriminator(config.adversarial_channels)
+
+    def moves(self, phase: str) -> nn.Module:
+        """See contracts.Objective."""
+        if phase == "discriminate":
+            assert self.discriminator is not None
+            return self.discriminator
+        model: nn.Module = self.model
+        return model
 
     def forward(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
         return self.losses(batch, phase)
 
     def losses(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
         """ "loss", its parts, and "psnr" in dB (peak 1) of the batch's mean squared error."""
-        config = self.config
         images = to_float(batch["images"])
+        if phase == "discriminate":
+            return self._discriminate(images)
+        parts, reconstruction = self._reconstruct(images)
+        if self.discriminator is not None:
+            parts["adversarial"] = -self.discriminator(reconstruction).float().mean()
+            parts["loss"] = parts["loss"] + self.config.adversarial_weight * parts["adversarial"]
+        return parts
+
+    def validate(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same without the discriminator, whose opinion of one step is not that of another."""
+        return self._reconstruct(to_float(batch["images"]))[0]
+
+    def _discriminate(self, images: Tensor) -> dict[str, Tensor]:
+        judge = self.discriminator
+        assert judge is not None
+        with torch.no_grad():
+            reconstruction = self.model(images)[0].float()
+        parts = {
+            "real": F.relu(1 - judge(images).float()).mean(),
+            "fake": F.relu(1 + judge(reconstruction).float()).mean(),
+        }
+        return {"loss": parts["real"] + parts["fake"], **parts}
+
+    def _reconstruct(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        config = self.config
         reconstruction, quantizer_loss = self.model(images)
         reconstruction = reconstruction.float()
         difference = reconstruction - images
@@ -68,7 +134,7 @@ class TokenizerObjective(nn.Module):
             loss = loss + config.perceptual_weight * parts["perceptual"]
         mse = parts["l2"].detach() / 4  # [-1, 1] -> [0, 1]
         parts["psnr"] = -10 * torch.log10(mse.clamp_min(1e-10))
-        return {"loss": loss, **parts}
+        return {"loss": loss, **parts}, reconstruction
 
 
 def build_training(

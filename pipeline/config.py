@@ -126,6 +126,10 @@ class TokenizerConfig(Config):
         0.25, gt=0, le=1, description="of each batch that the perceptual term sees"
     )
     perceptual_features: str = Field("hed-vgg16", description="pretrained.VGG_SOURCES or a path")
+    adversarial_weight: float = later(
+        0.0, ge=0, description="of a patch discriminator's opinion, best in a training on `source`"
+    )
+    adversarial_channels: int = later(48, ge=8, description="of the discriminator's first layer")
     source: str | None = Field(
         None,
         description="training goes on from its weights: a tokenizer's or bundle's directory, or "
@@ -198,6 +202,9 @@ class GeneratorConfig(Config):
     rectangle_fraction: float = Field(0.15, ge=0, le=1, description="of the training masks")
     num_styles: int = Field(16, ge=1, description="places for styles; new ones take a free place")
     guidance_scale: float = Field(3.0, ge=1, description="default at generation")
+    guidance_schedule: Literal["constant", "linear"] = later(
+        "constant", description="linear: from 1 at the first decoding step to the scale at the last"
+    )
     temperature: float = Field(1.0, ge=0, description="default at generation")
     num_steps: int = Field(12, ge=1, description="default at generation")
     causal: CausalConfig = CausalConfig()
@@ -227,10 +234,7 @@ class EvaluateConfig(Config):
 
     num_pictures: int = Field(200, ge=8, description="pictures a set, and captions to choose from")
     num_other_pictures: int | None = later(
-        None,
-        ge=8,
-        description="as many for the further styles and languages, which nothing but forgetting "
-        "hangs on; None for num_pictures",
+        None, ge=8, description="as many of the further styles and languages; None: num_pictures"
     )
     styles: tuple[str, ...] = Field((), description="styles judged, first is the one gated on")
     languages: tuple[str, ...] = Field(

@@ -20,6 +20,7 @@ FIXED = {
     "family": "validation losses of two families cannot be compared; list them as candidates",
     "data": "trials must be validated on the same pictures",
     "guidance_scale": "it does not change the validation loss",
+    "guidance_schedule": "it does not change the validation loss",
     "temperature": "it does not change the validation loss",
     "num_steps": "it does not change the validation loss",
     "train.max_steps": "it is the budget that trials compete within",

@@ -33,6 +33,7 @@ class ParallelDrawing:
         settings: of the B rows.
         num_tokens: N.
         device: where to compute.
+        guidance_schedule: see sampling.guidance_at.
     """
 
     @torch.inference_mode()
@@ -43,7 +44,9 @@ class ParallelDrawing:
         settings: Settings,
         num_tokens: int,
         device: torch.device,
+        guidance_schedule: str,
     ) -> None:
+        self._guidance_schedule = guidance_schedule
         self._guess, self._tokenizer, self._device = guess, tokenizer, device
         self._noise = [torch.Generator().manual_seed(seed) for seed in settings.seeds]
         self._scale = torch.tensor(settings.guidance_scales, device=device)
@@ -79,7 +82,8 @@ class ParallelDrawing:
         progress = (self._done[rows] + 1) / self._steps[rows]
         temperature = self._temperature[rows]
         conditional, unconditional = self._guess(rows, tokens, ~known)
-        logits = sampling.classifier_free_guidance(conditional, unconditional, self._scale[rows])
+        scale = sampling.guidance_at(self._scale[rows], progress, self._guidance_schedule)
+        logits = sampling.classifier_free_guidance(conditional, unconditional, scale)
         shape = (logits.shape[1], logits.shape[2] + 1)
         noise = sampling.gumbel_noise(shape, [self._noise[row] for row in rows]).to(self._device)
         drawn = (logits + temperature[:, None, None] * noise[:, :, 1:]).argmax(-1)

@@ -64,6 +64,15 @@ def classifier_free_guidance(conditional: Tensor, unconditional: Tensor, scale: 
     return unconditional + scale * (conditional - unconditional)
 
 
+def guidance_at(scale: Tensor, progress: Tensor, schedule: str) -> Tensor:
+    """Guidance scales (B,) of the step at `progress` (B,) in (0, 1], which is 1 at the last one.
+
+    "linear" rises from 1 to the scale, so that the first tokens are drawn freely (Chang et al.
+    2023, Muse, arXiv 2301.00704, sec. 2.7); "constant" is the scale throughout.
+    """
+    return scale if schedule == "constant" else 1 + (scale - 1) * progress
+
+
 def drop_conditions(
     mask: Tensor, style: Tensor, *, config: GeneratorConfig, no_style: int
 ) -> tuple[Tensor, Tensor]:

@@ -69,6 +69,7 @@ class SequentialDrawing:
         tokenizer: decodes image tokens.
         choose_from: logits (B, V) -> the same, -inf where nothing may be drawn.
         num_tokens: N.
+        guidance_schedule: see sampling.guidance_at.
     """
 
     def __init__(
@@ -79,7 +80,9 @@ class SequentialDrawing:
         tokenizer: ImageTokenizer,
         choose_from: Callable[[Tensor], Tensor],
         num_tokens: int,
+        guidance_schedule: str,
     ) -> None:
+        self._guidance_schedule = guidance_schedule
         self._decoder, self._begin, self._embed = decoder, begin, embed
         self._tokenizer, self._choose_from, self._num_tokens = tokenizer, choose_from, num_tokens
         self._pictures: dict[int, _Picture] = {}  # by row of the drawing, but the forgotten ones
@@ -155,7 +158,12 @@ class SequentialDrawing:
         device = self._logits.device
         guided = [i for i, (_, is_guided) in enumerate(self._rows) if is_guided]
         away = {id(picture): i for i, (picture, _) in enumerate(self._rows)}  # the last row wins
-        scale = torch.tensor([picture.scale for picture in pictures], device=device)
+        progress = torch.tensor([(p.done + 1) / self._num_tokens for p in pictures], device=device)
+        scale = sampling.guidance_at(
+            torch.tensor([picture.scale for picture in pictures], device=device),
+            progress,
+            self._guidance_schedule,
+        )
         temperature = torch.tensor([p.temperature for p in pictures], device=device)[:, None]
         logits = sampling.classifier_free_guidance(
             self._logits[guided], self._logits[[away[id(picture)] for picture in pictures]], scale

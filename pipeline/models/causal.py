@@ -251,6 +251,7 @@ class Generator:
             self.parts.tokenizer,
             partial(sampling.truncated, top_k=causal.top_k, top_p=causal.top_p),
             N,
+            self.config.guidance_schedule,
         )
         drawing.join(requests)
         return drawing

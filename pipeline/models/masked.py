@@ -305,7 +305,14 @@ class Generator:
             conditional, unconditional = self.model.logits(features, table).chunk(2)
             return conditional, unconditional
 
-        return ParallelDrawing(guess, self.parts.tokenizer, settings, self.spec.num_tokens, device)
+        return ParallelDrawing(
+            guess,
+            self.parts.tokenizer,
+            settings,
+            self.spec.num_tokens,
+            device,
+            self.config.guidance_schedule,
+        )
 
     def count_tokens(self, request: GenerationRequest) -> TokenCount:
         """See contracts.SteppedGenerator.count_tokens."""

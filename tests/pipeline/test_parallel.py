@@ -81,6 +81,15 @@ def test_a_negative_prompt_matters_when_guided(generator: Any) -> None:
     assert torch.equal(plain, led)
 
 
+def test_a_rising_guidance_is_another_picture_unless_nothing_guides(generator: Any) -> None:
+    requests = [REQUEST, replace(REQUEST, guidance_scale=1.0)]
+    plain, config = generator.generate(requests), generator.config
+    generator.config = config.model_copy(update={"guidance_schedule": "linear"})
+    rising = generator.generate(requests)
+    generator.config = config
+    assert not torch.equal(rising[0], plain[0]) and torch.equal(rising[1], plain[1])
+
+
 def test_rows_that_leave_do_not_change_the_others(generator: Any) -> None:
     assert isinstance(generator, SteppedGenerator)
     alone = generator.generate([REQUEST])[0]

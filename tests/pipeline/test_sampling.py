@@ -43,6 +43,12 @@ def test_guidance_interpolates_and_extrapolates() -> None:
     torch.testing.assert_close(guided[2], 3 * conditional[2] - 2 * unconditional[2])
 
 
+def test_guidance_may_rise_to_its_scale() -> None:
+    scale, progress = torch.tensor([3.0, 3.0, 1.0]), torch.tensor([0.25, 1.0, 0.5])
+    assert sampling.guidance_at(scale, progress, "constant").tolist() == [3, 3, 1]
+    assert sampling.guidance_at(scale, progress, "linear").tolist() == [1.5, 3, 1]
+
+
 def test_noise_is_gumbel_and_each_row_is_its_own() -> None:
     def generators(*seeds: int) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed) for seed in seeds]
