@@ -27,7 +27,7 @@ from pipeline.tars import TarSample, read_samples
 
 WORK_BYTES = 16_000_000  # of encoded pictures, and
 WORK_SAMPLES = 256  # at most that are worked on together
-PARTS_A_TASK = 4  # at least, so that all tasks end at about the same time
+PARTS_A_TASK = 16  # at least, so that all tasks end at about the same time
 PART_SAMPLES = 512  # at least: a part's beginning must be read past
 
 Samples = Sequence[dict[str, Any]]
