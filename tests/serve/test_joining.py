@@ -152,6 +152,5 @@ def test_the_engine_lets_pictures_in_between_steps(
     for picture, request in zip(drawn, REQUESTS, strict=True):
         assert isinstance(picture, Drawn)
         assert torch.equal(picture.image, model.generate([request])[0])
-    assert drawn[1].queue_s < 0.1, "it did not wait for the first to end"
-    assert drawn[3].queue_s > 0.1, "there were three places"
+    assert drawn[1].queue_s < drawn[0].model_s / 2, "it did not wait for the first to end"
     assert max(seated) == 3

@@ -1,0 +1,157 @@
+"""How fast the families draw, side by side, and what more decoding steps bring.
+
+    python tests/benchmarks/families.py speed --cache HOME/pretrained
+    python tests/benchmarks/families.py steps BUNDLE --cache HOME/pretrained --pixels DIR
+
+`speed`: networks of the recipes' sizes (weights do not matter to it) and the shipped base's
+tokenizer, 16 pictures a batch, captions read before; rounds of all alternate. `decode_share` is the
+tokenizer's part of the time. `steps`: a masked BUNDLE judged as `evaluate` does, on the pictures
+that some run preprocessed (HOME/steps/preprocess-*/data/pixels). Both print JSON lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import registry
+from pipeline.aligner import Aligner
+from pipeline.bundle import ASSETS, load_bundle, load_generator, load_tokenizer, resolve_path
+from pipeline.config import CaptionEncoderConfig, EvaluateConfig, load_recipe
+from pipeline.contracts import GenerationRequest
+from pipeline.drawing import draw, requests_for
+from pipeline.evalset import EvalSet
+from pipeline.metrics import ImageNetFeatures, kid_interval, mean_interval, retrieval_at_1
+from pipeline.models._captions import CaptionTokenizer
+from pipeline.models._spec import ModelParts
+from pipeline.text import load_caption_encoder
+
+BATCH = 16
+CONTENDERS = {
+    "masked, 8 steps": ("emoji-demo", 8),
+    "masked, 12 steps": ("emoji-demo", 12),
+    "causal": ("emoji-causal", None),
+    "gan": ("emoji-gan", None),
+}
+
+
+class Clock:
+    """Seconds spent in a method that it wraps."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.seconds, self._call = 0.0, getattr(owner, name)
+        setattr(owner, name, self)
+
+    def __call__(self, *arguments: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return self._call(*arguments)
+        finally:
+            self.seconds += time.perf_counter() - began
+
+
+def build(recipe_name: str, cache: Path) -> tuple[Any, Clock]:
+    base = load_bundle("asset:base")
+    config = load_recipe(recipe_name, environment={}).generator
+    family, spec = registry.load("models", config.family), base.manifest.model_spec
+    reader = None
+    if family.CAPTIONS == "ids":
+        reader = CaptionTokenizer(None, config.causal.max_prompt_tokens)
+        spec = replace(spec, language_model=family.language_model_config(config, None))
+    encoder = load_caption_encoder(CaptionEncoderConfig(), cache=cache)
+    tokenizer = load_tokenizer(resolve_path("asset:base") / "tokenizer")
+    parts = ModelParts(tokenizer, encoder, torch.device("cpu"), reader)
+    torch.manual_seed(0)
+    return family.Generator(family.build(config, spec), config, spec, parts), Clock(
+        tokenizer, "decode"
+    )
+
+
+def speed(args: argparse.Namespace) -> None:
+    made = {
+        name: (*build(recipe, args.cache), steps) for name, (recipe, steps) in CONTENDERS.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in made}
+    shares: dict[str, list[float]] = {name: [] for name in made}
+    for turn in range(args.rounds + 1):
+        for name, (generator, clock, steps) in made.items():
+            requests = [
+                GenerationRequest(f"a red apple, {i}", seed=i, num_steps=steps)
+                for i in range(BATCH)
+            ]
+            clock.seconds, began = 0.0, time.perf_counter()
+            generator.generate(requests)
+            took = time.perf_counter() - began
+            if turn:  # the first reads captions and warms up
+                seconds[name].append(took)
+                shares[name].append(clock.seconds / took)
+    for name, found in seconds.items():
+        parameters = sum(p.numel() for p in made[name][0].model.parameters())
+        rates = sorted(BATCH / s for s in found)
+        print(json.dumps({
+            "family": name, "parameters_m": round(parameters / 1e6, 1),
+            "images_per_s": round(statistics.median(rates), 2),
+            "range": [round(rates[0], 2), round(rates[-1], 2)],
+            "decode_share": round(statistics.median(shares[name]), 3),
+        }), flush=True)  # fmt: skip
+
+
+def steps(args: argparse.Namespace) -> None:
+    config = EvaluateConfig(num_pictures=args.pictures, styles=("noto",), languages=("en",))
+    eval_set = EvalSet.from_parquet(args.pixels, config, image_size=64)
+    encoder = load_caption_encoder(CaptionEncoderConfig(), cache=args.cache)
+    aligner, features = Aligner.load(ASSETS / "aligner"), ImageNetFeatures()
+    generator = load_generator(args.bundle, pretrained_cache=args.cache)
+    real = torch.cat([features(pictures.images) for pictures in eval_set.sets])
+    for num_steps in args.steps:
+        drawn, hits, took = [], {}, []
+        for pictures in eval_set.sets:
+            requests = requests_for(pictures, "en", generator.styles, seed=0)
+            requests = [replace(request, num_steps=num_steps) for request in requests]
+            images, seconds = draw(generator, requests, config.batch_size)
+            captions = aligner.embed_captions(*encoder.encode(pictures.captions["en"]))
+            hits[pictures.name] = retrieval_at_1(aligner.embed_images(images), captions)
+            drawn.append(features(images))
+            took += seconds
+        kid = kid_interval(real, torch.cat(drawn), bootstrap=1_000, seed=0)
+        shown = {
+            name: [round(v, 3) for v in (i.value, i.low, i.high)]
+            for name, i in {
+                "kid": kid,
+                **{
+                    f"retrieval_{name}": mean_interval(found, bootstrap=1_000, seed=0)
+                    for name, found in hits.items()
+                },
+            }.items()
+        }
+        pace = round(statistics.mean(took), 3)
+        print(json.dumps({"num_steps": num_steps, "seconds_a_picture": pace, **shown}), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    first = commands.add_parser("speed")
+    first.set_defaults(run=speed)
+    first.add_argument("--rounds", type=int, default=5)
+    second = commands.add_parser("steps")
+    second.set_defaults(run=steps)
+    second.add_argument("bundle")
+    second.add_argument("--pixels", type=Path, required=True)
+    second.add_argument("--pictures", type=int, default=128)
+    second.add_argument("--steps", type=int, nargs="*", default=[2, 4, 6, 8, 12, 16, 24])
+    for command in (first, second):
+        command.add_argument("--cache", type=Path, default=Path(".tessera/pretrained"))
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
