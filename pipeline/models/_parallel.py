@@ -3,7 +3,7 @@
 MaskGIT (Chang et al. 2022, arXiv 2202.04200), sec. 3.2. Every row follows its own schedule and its
 own noise, so rows may end, or be dropped, while the others go on.
 
-Shapes: B pictures, N image tokens.
+Shapes: B pictures, N image tokens, R rows drawn in a step, K of their tokens hidden.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pipeline.contracts import ImageTokenizer
 from pipeline.images import to_uint8
@@ -20,8 +21,14 @@ from pipeline.models._canvas import lay_out
 from pipeline.models._requests import Settings
 from pipeline.runtime import autocast
 
-Guess = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(rows int64 (R,), tokens (R, N), hidden bool (R, N)) -> logits with and without the caption."""
+CHOICE_TEMPERATURE = 4.5  # of what stays known, at first; falls to 0 (MaskGIT's code)
+
+Head = Callable[[Tensor], Tensor]
+"""Features (..., D) -> logits float (..., V); linear, so guidance may come before it."""
+
+Guess = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Head]]
+"""(rows int64 (R,), tokens (R, N), hidden bool (R, N)) -> features (R, N, D) with and without the
+caption, and what makes logits of them."""
 
 
 class ParallelDrawing:
@@ -80,19 +87,36 @@ class ParallelDrawing:
         """Tokens int64 (R, N) and which of them are known after one more step of these rows."""
         tokens, known = self._tokens[rows], self._known[rows]
         progress = (self._done[rows] + 1) / self._steps[rows]
-        temperature = self._temperature[rows]
-        conditional, unconditional = self._guess(rows, tokens, ~known)
+        conditional, unconditional, head = self._guess(rows, tokens, ~known)
         scale = sampling.guidance_at(self._scale[rows], progress, self._guidance_schedule)
-        logits = sampling.classifier_free_guidance(conditional, unconditional, scale)
-        shape = (logits.shape[1], logits.shape[2] + 1)
-        noise = sampling.gumbel_noise(shape, [self._noise[row] for row in rows]).to(self._device)
-        drawn = (logits + temperature[:, None, None] * noise[:, :, 1:]).argmax(-1)
-        tokens = torch.where(known, tokens, drawn)
-        log_p = logits.log_softmax(-1).gather(-1, drawn[:, :, None])[:, :, 0]
-        doubt = (temperature * 4.5 * (1 - progress))[:, None] * noise[:, :, 0]
+        features = sampling.classifier_free_guidance(
+            conditional.float(), unconditional.float(), scale
+        )
+        logits = self._logits(head, features[~known])
+        counts = (~known).sum(1)
+        temperature = self._temperature[rows].repeat_interleave(counts)
+        pick, doubt = self._random(rows, counts)
+        drawn = sampling.categorical(logits, temperature, pick)
+        log_p = logits.gather(1, drawn[:, None])[:, 0] - logits.logsumexp(1)
+        doubt = sampling.gumbel(doubt) * CHOICE_TEMPERATURE * temperature
+        doubt = doubt * (1 - progress).repeat_interleave(counts)
+        confidence = torch.zeros(known.shape, device=self._device)
+        tokens[~known], confidence[~known] = drawn, log_p + doubt
         at_first = self._start.hidden[rows].sum(1)
         num_hidden = (sampling.cosine_mask_ratio(progress) * at_first).floor().long()
-        return tokens, sampling.keep_most_confident(log_p + doubt, known, num_hidden)
+        return tokens, sampling.keep_most_confident(confidence, known, num_hidden)
+
+    def _random(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Two numbers for every hidden token, from its picture's generator: (2, K)."""
+        noise = [self._noise[row] for row in rows]
+        parts = [sampling.uniform_noise(counts.tolist(), noise).to(self._device) for _ in range(2)]
+        return torch.stack(parts)
+
+    def _logits(self, head: Head, features: Tensor) -> Tensor:
+        """Of K hidden tokens, as a multiple of N: kernels that are made and kept for every shape
+        they meet (oneDNN's are) then meet few."""
+        missing = -len(features) % self._tokens.shape[1]
+        return head(F.pad(features, (0, 0, 0, missing)))[: len(features)]
 
     @torch.inference_mode()
     def images(self, rows: Sequence[int]) -> Tensor:

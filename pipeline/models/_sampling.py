@@ -59,9 +59,11 @@ def touched_cells(mask: Tensor, grid_size: int) -> Tensor:
 
 
 def classifier_free_guidance(conditional: Tensor, unconditional: Tensor, scale: Tensor) -> Tensor:
-    """Logits (B, ..., V) away from unconditional ones by scale (B,) (Ho & Salimans 2022, eq. 6)."""
-    scale = scale.view(-1, *[1] * (conditional.ndim - 1))
-    return unconditional + scale * (conditional - unconditional)
+    """Logits (B, ..., V) away from unconditional ones by scale (B,) (Ho & Salimans 2022, eq. 6).
+
+    Features before a linear head may be given instead: the head of the result is the same.
+    """
+    return unconditional.lerp(conditional, scale.view(-1, *[1] * (conditional.ndim - 1)))
 
 
 def guidance_at(scale: Tensor, progress: Tensor, schedule: str) -> Tensor:
@@ -105,11 +107,30 @@ def truncated(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
-def gumbel_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-    """Standard Gumbel noise (B, *shape), row b from generators[b] alone, on the CPU."""
-    rows = [torch.rand(*shape, generator=g, dtype=torch.float32) for g in generators]
-    uniform = torch.stack(rows).clamp_(1e-20, 1 - 1e-7)
-    return uniform.log_().neg_().log_().neg_()
+def categorical(logits: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
+    """Tokens int64 (B,) by inverse transform sampling: one random number a token.
+
+    Args:
+        logits: (B, V).
+        temperature: (B,); 0 takes the likeliest.
+        uniform: (B,) in [0, 1).
+    """
+    sure = temperature == 0
+    shares = (logits / temperature.masked_fill(sure, 1)[:, None]).softmax(-1).cumsum_(-1)
+    reached = (uniform * shares[:, -1])[:, None]
+    drawn = torch.searchsorted(shares, reached, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
+    return torch.where(sure, logits.argmax(-1), drawn) if sure.any() else drawn
+
+
+def uniform_noise(counts: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+    """counts[b] numbers in [0, 1) from generators[b] alone, one row after another, on the CPU."""
+    pairs = zip(counts, generators, strict=True)
+    return torch.cat([torch.rand(count, generator=noise) for count, noise in pairs])
+
+
+def gumbel(uniform: Tensor) -> Tensor:
+    """Standard Gumbel noise of numbers in [0, 1)."""
+    return -(-uniform.clamp(1e-20, 1 - 1e-7).log()).log()
 
 
 def keep_most_confident(confidence: Tensor, known: Tensor, num_hidden: Tensor) -> Tensor:

@@ -164,15 +164,13 @@ class SequentialDrawing:
             progress,
             self._guidance_schedule,
         )
-        temperature = torch.tensor([p.temperature for p in pictures], device=device)[:, None]
+        temperature = torch.tensor([p.temperature for p in pictures], device=device)
         logits = sampling.classifier_free_guidance(
             self._logits[guided], self._logits[[away[id(picture)] for picture in pictures]], scale
         )
-        logits = self._choose_from(logits / temperature.clamp_min(1e-6))
-        if (temperature > 0).any():
-            noise = sampling.gumbel_noise(logits.shape[1:], [picture.noise for picture in pictures])
-            logits = logits + (temperature > 0) * noise.to(device)
-        guess = logits.argmax(-1)
+        logits = self._choose_from(logits / temperature.masked_fill(temperature == 0, 1)[:, None])
+        noise = sampling.uniform_noise([1] * len(pictures), [p.noise for p in pictures]).to(device)
+        guess = sampling.categorical(logits, (temperature > 0).float(), noise)
         given = torch.stack([picture.tokens[picture.done] for picture in pictures])
         hidden = torch.stack([picture.hidden[picture.done] for picture in pictures])
         return torch.where(hidden, guess, given)

@@ -11,6 +11,7 @@ Shapes: B pictures, N image tokens, L caption tokens, C caption width, D model w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from pipeline.contracts import GenerationRequest, OnStep, TokenCount
 from pipeline.models import _sampling as sampling
 from pipeline.models._attention import attention
 from pipeline.models._captions import CaptionReader
-from pipeline.models._parallel import ParallelDrawing
+from pipeline.models._parallel import Head, ParallelDrawing
 from pipeline.models._requests import Settings, check_requests
 from pipeline.models._spec import ModelParts, ModelSpec, level_digits
 from pipeline.runtime import autocast
@@ -298,12 +299,12 @@ class Generator:
         with autocast(device):
             reading = self._read(settings)
 
-        def guess(rows: Tensor, tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        def guess(rows: Tensor, tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Head]:
             both = torch.cat([rows, rows + len(requests)])
             read = tuple(part[both] for part in reading)
             features, table = self.model(tokens.repeat(2, 1), hidden.repeat(2, 1), read)
-            conditional, unconditional = self.model.logits(features, table).chunk(2)
-            return conditional, unconditional
+            conditional, unconditional = features.chunk(2)
+            return conditional, unconditional, partial(self.model.logits, table=table)
 
         return ParallelDrawing(
             guess,

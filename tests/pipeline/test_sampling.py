@@ -53,12 +53,29 @@ def test_noise_is_gumbel_and_each_row_is_its_own() -> None:
     def generators(*seeds: int) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    noise = sampling.gumbel_noise((100_000,), generators(1))
+    noise = sampling.gumbel(sampling.uniform_noise([100_000], generators(1)))
     assert noise.mean().item() == pytest.approx(0.5772, abs=0.02)  # Euler's constant
     assert noise.var().item() == pytest.approx(math.pi**2 / 6, abs=0.05)
-    pair = sampling.gumbel_noise((7,), generators(1, 2))
-    assert torch.equal(pair[1], sampling.gumbel_noise((7,), generators(2))[0])
-    assert torch.isfinite(noise).all()
+    pair = sampling.uniform_noise([3, 7], generators(1, 2))
+    assert torch.equal(pair[3:], sampling.uniform_noise([7], generators(2)))
+    assert torch.isfinite(sampling.gumbel(torch.tensor([0.0, 1 - 2**-24]))).all()
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    torch.manual_seed(0)
+    logits = torch.tensor([[0.0, 1.0, -math.inf, 2.0, 0.5]])
+    for temperature in (0.5, 1.0, 2.0):
+        drawn = sampling.categorical(
+            logits.expand(200_000, -1), torch.full((200_000,), temperature), torch.rand(200_000)
+        )
+        shares = drawn.bincount(minlength=5) / len(drawn)
+        torch.testing.assert_close(shares, (logits[0] / temperature).softmax(0), atol=5e-3, rtol=0)
+    ends = sampling.categorical(logits.expand(2, -1), torch.ones(2), torch.tensor([0, 1 - 2**-24]))
+    assert ends.tolist() == [0, 4]
+    mixed = sampling.categorical(
+        logits.expand(2, -1), torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.0])
+    )
+    assert mixed.tolist() == [3, 0], "without temperature the likeliest"
 
 
 def test_the_most_confident_stay_and_the_known_are_never_lost() -> None:
