@@ -35,7 +35,7 @@ from pipeline.contracts import ImageGenerator
 from pipeline.errors import BundleError
 from pipeline.models._captions import CaptionTokenizer
 from pipeline.models._spec import ModelParts, ModelSpec
-from pipeline.runtime import choose_device
+from pipeline.runtime import cast_linear_weights, choose_device
 from pipeline.text import EncoderIdentity, check_encoder, load_caption_encoder
 
 FORMAT = 1
@@ -201,6 +201,7 @@ def load_generator(
         manifest.caption_encoder, cache=pretrained_cache, device=str(target)
     )
     check_encoder(EncoderIdentity.from_dict(manifest.encoder_identity), encoder)
+    cast_linear_weights(loaded.model, target)
     family = registry.load("models", manifest.generator.family)
     caption_ids = None
     if family.CAPTIONS == "ids":

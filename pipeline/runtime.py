@@ -21,6 +21,7 @@ from pipeline.errors import ResourceError
 
 if TYPE_CHECKING:  # data tasks do without PyTorch, which takes each process seconds to import
     import torch
+    from torch import nn
 
 LOCAL_LOGICAL_CPUS = 8
 """Logical CPUs of a local Ray, whatever the machine has: data tasks, two training workers and a
@@ -122,6 +123,16 @@ def autocast(device: torch.device) -> Iterator[None]:
     dtype = autocast_dtype(device)
     with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
         yield
+
+
+def cast_linear_weights(model: nn.Module, device: torch.device) -> None:
+    """Keep the weights of a network that only draws as `autocast` would cast them at every use."""
+    from torch import nn
+
+    dtype = autocast_dtype(device)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and dtype is not None:
+            module.weight.data = module.weight.data.to(dtype)
 
 
 def available_cpus() -> int:

@@ -190,15 +190,19 @@ class MaskedTransformer(nn.Module):
         return caption, keys, condition.view(len(mask), 6, -1)
 
     def forward(
-        self, image_tokens: Tensor, hidden: Tensor, reading: tuple[Tensor, Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens int64 (B, N), hidden bool (B, N), `read`'s result -> (B, N, D), table (V, D)."""
-        table = self.table()
+        self,
+        image_tokens: Tensor,
+        hidden: Tensor,
+        reading: tuple[Tensor, Tensor, Tensor],
+        table: Tensor,
+    ) -> Tensor:
+        """Tokens int64 (B, N), hidden bool (B, N), `read`'s result, `table()` -> (B, N, D)."""
         x = F.embedding(image_tokens, table)
         x = torch.where(hidden[:, :, None], self.hidden.to(x.dtype), x) + self.position
         for block in self.blocks:
             x = block(x, *reading)
-        return self.to_table(_norm(x)), table
+        features: Tensor = self.to_table(_norm(x))
+        return features
 
     def logits(self, features: Tensor, table: Tensor) -> Tensor:
         """features (..., D), table (V, D) -> float (..., V)."""
@@ -237,7 +241,8 @@ class Objective(nn.Module):
             hidden = torch.where((hidden & ~given).any(1, keepdim=True), hidden, True) & ~given
             tokens = torch.where(given, batch["source_tokens"], tokens)
         reading = model.read(batch["caption_states"], mask, style)
-        features, table = model(tokens, hidden, reading)
+        table = model.table()
+        features = model(tokens, hidden, reading, table)
         rows, target = _rows_to_guess(tokens, hidden)
         logits = model.logits(features.flatten(0, 1)[rows], table)
         smoothing = config.label_smoothing if self.training else 0.0
@@ -297,12 +302,12 @@ class Generator:
         )
         device = self.parts.device
         with autocast(device):
-            reading = self._read(settings)
+            reading, table = self._read(settings), self.model.table()
 
         def guess(rows: Tensor, tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Head]:
             both = torch.cat([rows, rows + len(requests)])
             read = tuple(part[both] for part in reading)
-            features, table = self.model(tokens.repeat(2, 1), hidden.repeat(2, 1), read)
+            features = self.model(tokens.repeat(2, 1), hidden.repeat(2, 1), read, table)
             conditional, unconditional = features.chunk(2)
             return conditional, unconditional, partial(self.model.logits, table=table)
 
