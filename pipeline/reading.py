@@ -12,10 +12,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.fs
 import ray.data
@@ -27,8 +25,7 @@ from pipeline.tars import TarSample, read_samples
 
 WORK_BYTES = 16_000_000  # of encoded pictures, and
 WORK_SAMPLES = 256  # at most that are worked on together
-PARTS_A_TASK = 16  # at least, so that all tasks end at about the same time
-PART_SAMPLES = 512  # at least: a part's beginning must be read past
+PART_SAMPLES = 512  # at least: all that lies before a part in its shard must be read past
 
 Samples = Sequence[dict[str, Any]]
 """Each of shard, number (its place in the shard), key, picture, record and problem."""
@@ -117,10 +114,8 @@ def map_samples(
     A damaged shard raises DataError in its task, an unreachable one OSError.
     """
     reader = _Reader(filesystem, {shard.label: shard for shard in shards}, work)
-    total = sum(shard.samples for shard in shards)
-    size = max(PART_SAMPLES, -(-total // (PARTS_A_TASK * tasks)))
-    parts = [part for shard in shards for part in _parts(shard, size)]
-    dataset = ray.data.from_arrow([pa.Table.from_pylist([part]) for part in parts])
+    parts = [pa.Table.from_pylist([part]) for part in parts_of(shards, tasks)]
+    dataset = ray.data.from_arrow(parts)
     return dataset.map_batches(
         reader,
         batch_size=None,
@@ -129,8 +124,19 @@ def map_samples(
     )
 
 
-def _parts(shard: ShardFile, size: int) -> Iterator[dict[str, Any]]:
-    """Of about that many samples each; a shard without samples is a part, too."""
-    edges = np.linspace(0, shard.samples, max(1, round(shard.samples / size)) + 1).astype(int)
-    for start, end in pairwise(edges.tolist()):
-        yield {"label": shard.label, "start": start, "end": end}
+def parts_of(shards: Sequence[ShardFile], tasks: int) -> Iterator[dict[str, Any]]:
+    """Parts of shards in their order, big ones first and small ones at the end: few beginnings are
+    read past, and all tasks end at about the same time. A shard without samples is a part, too.
+
+    Source: Polychronopoulos and Kuck 1987, "Guided self-scheduling".
+    """
+    remaining = sum(shard.samples for shard in shards)
+    for shard in shards:
+        start, whole = 0, False
+        while not whole:
+            size = max(PART_SAMPLES, remaining // (2 * tasks))
+            whole = shard.samples - start < 1.5 * size
+            end = shard.samples if whole else start + size
+            yield {"label": shard.label, "start": start, "end": end}
+            remaining -= end - start
+            start = end

@@ -9,14 +9,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import platform
+import resource
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray
 
+from pipeline import __version__
 from pipeline.errors import ResourceError
 
 if TYPE_CHECKING:  # data tasks do without PyTorch, which takes each process seconds to import
@@ -133,6 +138,34 @@ def cast_linear_weights(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear) and dtype is not None:
             module.weight.data = module.weight.data.to(dtype)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory that this process has held so far: the GPU's if it computes there."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What a result depends on besides its recipe and data: code, libraries, machine."""
+    import torch
+
+    found = {"code_version": __version__, "python": platform.python_version()}
+    where = str(Path(__file__).parent)
+    command = ["git", "-C", where, "describe", "--always", "--dirty", "--abbrev=40"]
+    with contextlib.suppress(FileNotFoundError):  # no git here
+        told = subprocess.run(command, capture_output=True, text=True, check=False)
+        if told.returncode == 0:  # else the package is no checkout
+            found["code_commit"] = told.stdout.strip()
+    for package in ("torch", "ray", "transformers"):
+        found[package] = metadata.version(package)
+    on_gpu = device.type == "cuda"
+    found["device"] = torch.cuda.get_device_name(device) if on_gpu else platform.machine()
+    return found | {"cpus": str(available_cpus()), "threads": str(torch.get_num_threads())}
 
 
 def available_cpus() -> int:

@@ -43,7 +43,7 @@ from pipeline.finetune import (
     set_learning_rate,
 )
 from pipeline.progress import OnProgress, Progress, watch
-from pipeline.runtime import autocast, available_cpus
+from pipeline.runtime import autocast, available_cpus, environment, peak_memory_gb
 from pipeline.tracking import RunHandle, RunLogger
 
 LOG_EVERY = 10
@@ -221,6 +221,7 @@ class _Worker:
         self.ema = EMA(self.objective.model, config.ema_decay) if config.ema_decay else None
         self.augment = Augment(config.augment).to(self.device)
         self.state = TrainState()
+        self.tokens_a_picture = 0  # of families that draw pixels
         self.logger = RunLogger(run if self.rank == 0 else None)
         self._restore()
         self.started = time.monotonic() - self.state.elapsed_s
@@ -241,6 +242,7 @@ class _Worker:
     def train(self) -> None:
         config, state = self.config, self.state
         self.logger.params({"trainable_parameters": self.trainable, "parameters": self.total})
+        self.logger.params(environment(self.device))
         window = _Window()
         while not state.finished:
             progress = self._progress()
@@ -280,6 +282,8 @@ class _Worker:
             )
         )
         seeds, flippable = batch.pop("seeds"), batch.pop("flippable", None)
+        if "image_tokens" in batch:
+            self.tokens_a_picture = batch["image_tokens"].shape[1]
         if "images" in batch:
             batch["images"] = self.augment(batch["images"], seeds=seeds, flippable=flippable)
         self.wrapped.train()
@@ -322,10 +326,13 @@ class _Worker:
         return {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
 
     def _log(self, window: _Window, progress: float) -> None:
-        rates, metrics = window.close(self.config.batch_size)
-        learning_rate = self.optimizers[-1].param_groups[0]["lr"]
-        metrics = {f"train_{k}": v for k, v in metrics.items()} | rates
-        metrics["learning_rate"] = learning_rate
+        images_per_s, metrics = window.close(self.config.batch_size)
+        metrics = {f"train_{k}": v for k, v in metrics.items()} | {
+            "images_per_s": images_per_s,
+            "tokens_per_s": images_per_s * self.tokens_a_picture,
+            "learning_rate": self.optimizers[-1].param_groups[0]["lr"],
+            "memory_gb": peak_memory_gb(self.device),
+        }
         self.logger.metrics(metrics, step=self.state.step)
         self._post(progress, metrics)
 
@@ -422,12 +429,13 @@ class _Window:
     def add(self, metrics: dict[str, Tensor]) -> None:
         self.rows.append(metrics)
 
-    def close(self, batch_size: int) -> tuple[dict[str, float], dict[str, float]]:
+    def close(self, batch_size: int) -> tuple[float, dict[str, float]]:
+        """Pictures a second, and means, since the last call."""
         seconds = time.monotonic() - self.since
         means = {k: _mean(row[k] for row in self.rows) for k in self.rows[0]}
-        rates = {"images_per_s": len(self.rows) * batch_size / seconds}
+        images_per_s = len(self.rows) * batch_size / seconds
         self.rows, self.since = [], time.monotonic()
-        return rates, means
+        return images_per_s, means
 
 
 def _mean(values: Iterable[Tensor]) -> float:

@@ -108,6 +108,10 @@ def test_mlflow_holds_the_parent_and_a_run_a_step(outcome: Outcome, home: Path) 
     history = client.get_metric_history(generator.info.run_id, "validation_loss")
     assert {point.step for point in history if point.step} == {10, 20}
     assert generator.data.params["settings.generator.train.max_steps"] == "20"
+    assert {"code_version", "torch", "device", "parameters"} <= generator.data.params.keys()
+    assert {"train_grad_norm", "learning_rate", "memory_gb"} <= generator.data.metrics.keys()
+    rates = [generator.data.metrics[name] for name in ("images_per_s", "tokens_per_s")]
+    assert rates[1] == pytest.approx(64 * rates[0])
     assert [f.path for f in client.list_artifacts(generator.info.run_id, "samples")]
     alias = client.get_model_version_by_alias("tessera-smoke", "champion")
     assert str(alias.version) == outcome.version
