@@ -9,8 +9,10 @@ do not carry it; they carry an `EncoderIdentity` that `check_encoder` compares a
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +38,7 @@ PROBES = (
 )  # fmt: skip
 # One more rounding to 4 bits moves the probes to 0.985, another prefix to 0.942 - 0.959.
 MIN_PROBE_COSINE = 0.975
+_LOADING = threading.Lock()
 
 
 class HFCaptionEncoder:
@@ -64,6 +67,7 @@ class HFCaptionEncoder:
         self.device = model.device
         self._model = _for_inference(model)
         self._tokenizer = tokenizer
+        self._lock = threading.Lock()  # tokenizers remember how the last call wanted to cut
 
     @torch.inference_mode()
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -76,7 +80,9 @@ class HFCaptionEncoder:
         if not captions:
             return torch.zeros(0, 0, self.width), torch.zeros(0, 0, dtype=torch.bool)
         texts = [self.prefix + caption for caption in captions]
-        tokens = self._tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"]
+        with self._lock:
+            found = self._tokenizer(texts, truncation=True, max_length=self.max_tokens)
+        tokens = found["input_ids"]
         lengths = torch.tensor([len(ids) for ids in tokens], dtype=torch.int64)
         longest = int(lengths.max())
         states = torch.zeros(len(texts), longest, self.width)
@@ -91,7 +97,8 @@ class HFCaptionEncoder:
     def _forward(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Token ids of B captions -> float32 (B, L, width), zero at the padding."""
         padded = {"input_ids": tokens}
-        batch = self._tokenizer.pad(padded, padding_side="right", return_tensors="pt")
+        with self._lock:
+            batch = self._tokenizer.pad(padded, padding_side="right", return_tensors="pt")
         mask = batch["attention_mask"].to(self.device)
         with autocast(self.device):
             output = self._model(input_ids=batch["input_ids"].to(self.device), attention_mask=mask)
@@ -123,7 +130,9 @@ def standardise(norm: nn.LayerNorm, features: Tensor) -> None:
 def load_caption_encoder(
     config: CaptionEncoderConfig, *, cache: Path, device: str | torch.device = "cpu"
 ) -> HFCaptionEncoder:
-    """Load the language model `config` names, from disk, an installed package or the hub.
+    """The language model `config` names, from disk, an installed package or the hub.
+
+    It never changes, so a process loads it once and all who ask for it share it, from any thread.
 
     Args:
         cache: where a package's weights are converted to, once.
@@ -132,6 +141,17 @@ def load_caption_encoder(
         PretrainedNotFoundError: it is nowhere to be found; the message says how to get it.
     """
     source = find_language_model(config.model, cache=cache)
+    files = sorted(Path(source).iterdir()) if Path(source).is_dir() else []
+    stamps = tuple((file.name, file.stat().st_mtime_ns) for file in files)
+    with _LOADING:
+        return _loaded(config, source, str(device), stamps)
+
+
+@functools.lru_cache(maxsize=2)
+def _loaded(
+    config: CaptionEncoderConfig, source: str, device: str, stamps: tuple[tuple[str, int], ...]
+) -> HFCaptionEncoder:
+    """`stamps` tell files in the same place from others."""
     try:
         with _quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
