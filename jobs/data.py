@@ -23,6 +23,7 @@ from pipeline.captions import BadCaption
 from pipeline.config import AugmentConfig, PreprocessConfig, Recipe
 from pipeline.decoding import parse_record
 from pipeline.errors import DataError
+from pipeline.generation import TOKENS, reads_of
 from pipeline.images import WHITE, BadPicture, decode, grid
 from pipeline.mirror import may_mirror
 from pipeline.records import record_of
@@ -90,6 +91,8 @@ def augmentation_grid(
         "encode": recipe.encode.augment,
         "aligner.train": recipe.aligner.train.augment,
     }
+    if reads_of(recipe.generator) != TOKENS:
+        sections["generator.train"] = recipe.generator.train.augment
     rows = {"as it is": pictures}
     seeds = seed + torch.arange(len(pictures))
     for name, config in {**_effects(list(sections.values())), **sections}.items():

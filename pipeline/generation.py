@@ -108,17 +108,31 @@ class GeneratorTask:
         return Training(objective, train, validation, sample=partial(draw_samples, task=self))
 
 
-def check_tasks(config: GeneratorConfig) -> None:
-    """Refuse tasks that do not exist or that the family cannot learn.
+def check_generator(config: GeneratorConfig) -> None:
+    """Refuse tasks that do not exist or that the family cannot learn, and augmentation where it
+    sees no pixels.
 
     Raises:
-        RecipeError: names the task and what there is.
+        RecipeError: names the setting and what there is.
     """
-    if gives_source(config.tasks) and registry.load("models", config.family).READS != TOKENS:
+    on_tokens = reads_of(config) == TOKENS
+    augment = config.train.augment
+    if on_tokens and any(getattr(augment, name) for name in augment.model_fields_set):
+        raise RecipeError(
+            f"generator.train.augment: the family {config.family} trains on image tokens, encoded "
+            "once; augment the views they are made of in the section `encode`"
+        )
+    if gives_source(config.tasks) and not on_tokens:
         raise RecipeError(
             f"generator.tasks={list(config.tasks)}: {config.family} draws pixels in one pass and "
             "sees no source picture; take text_to_image alone, or the family masked or causal"
         )
+
+
+def reads_of(config: GeneratorConfig) -> str:
+    """What a generator's family trains on: TOKENS or "images"."""
+    reads: str = registry.load("models", config.family).READS
+    return reads
 
 
 def shape_of_base(config: GeneratorConfig, base: Path | None) -> GeneratorConfig:

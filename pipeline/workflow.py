@@ -101,7 +101,7 @@ class Chain:
             for name, config in recipe.generators.items()
         }
         for config in self.candidates.values():
-            generation.check_tasks(config)
+            generation.check_generator(config)
         self.manifests = {uri: read_manifest(uri) for uri in self.shard_sets}
         check_available(recipe.caption_encoder, cache=self.cache)
         check_disk(home, NEEDED_MB)
@@ -330,7 +330,7 @@ class Chain:
 
     def generator_inputs(self, config: GeneratorConfig) -> dict[str, str]:
         """Digests of all that a generator is trained on; makes what is not made yet."""
-        reads = reads_of(config)
+        reads = generation.reads_of(config)
         pictures = self.tokens if reads == generation.TOKENS else self.preprocessed
         return {
             reads: pictures.digest,
@@ -349,7 +349,7 @@ class Chain:
             self.tokenizer, caption_width, sorted(found & wanted), self.base, config,
             language_model,
         )  # fmt: skip
-        on_tokens = reads_of(config) == generation.TOKENS
+        on_tokens = generation.reads_of(config) == generation.TOKENS
         return generation.GeneratorTask(
             config=config,
             spec=spec,
@@ -490,9 +490,3 @@ class Chain:
         if decision.promoted:
             self.tracker.crown(name, version)
         return decision, version
-
-
-def reads_of(config: GeneratorConfig) -> str:
-    """What a generator's family trains on: "image_tokens" or "images"."""
-    reads: str = registry.load("models", config.family).READS
-    return reads

@@ -13,10 +13,10 @@ from test_models import CONFIG, SPEC, TOKEN_FAMILIES, toy_batch
 from torch import Tensor, nn
 
 from pipeline import registry
-from pipeline.config import GeneratorConfig
+from pipeline.config import AugmentConfig, GeneratorConfig, TrainConfig
 from pipeline.contracts import Canvas, GenerationRequest
 from pipeline.errors import RecipeError, RequestError
-from pipeline.generation import check_tasks
+from pipeline.generation import check_generator
 from pipeline.models import causal
 from pipeline.models._captions import CaptionTokenizer
 from pipeline.models._spec import ModelParts
@@ -180,6 +180,15 @@ def test_a_causal_model_that_sees_no_source_refuses_a_canvas() -> None:
 def test_tasks_that_cannot_be_learnt_are_refused() -> None:
     with pytest.raises(RecipeError, match=r"'complete'; there are: completion.*Did you mean"):
         gives_source(["complete"])
-    check_tasks(GeneratorConfig(family="causal", tasks=BOTH))
+    check_generator(GeneratorConfig(family="causal", tasks=BOTH))
     with pytest.raises(RecipeError, match="sees no source picture"):
-        check_tasks(GeneratorConfig(family="gan", tasks=BOTH))
+        check_generator(GeneratorConfig(family="gan", tasks=BOTH))
+
+
+def test_augmentation_is_refused_where_no_pixels_are_seen() -> None:
+    train = TrainConfig(augment=AugmentConfig(flip=0.0, color=0.3))
+    check_generator(GeneratorConfig(family="gan", train=train))
+    for family in ("masked", "causal"):
+        check_generator(GeneratorConfig(family=family))
+        with pytest.raises(RecipeError, match="in the section `encode`"):
+            check_generator(GeneratorConfig(family=family, train=train))
