@@ -19,16 +19,15 @@ from torch import Tensor, nn
 
 from pipeline import registry
 from pipeline.bundle import load_bundle, load_tokenizer
-from pipeline.config import CaptionEncoderConfig, GeneratorConfig
+from pipeline.config import GeneratorConfig
 from pipeline.contracts import GenerationRequest
 from pipeline.encode import captioned_dataset, sample_captions
 from pipeline.errors import RecipeError
 from pipeline.images import grid
-from pipeline.models._captions import CaptionTokenizer
+from pipeline.models._captions import CaptionTokenizer, KnownCaptions
 from pipeline.models._spec import ModelParts, ModelSpec
 from pipeline.tasks import gives_source
 from pipeline.tasks._dataset import TaskDataset
-from pipeline.text import load_caption_encoder
 from pipeline.train import Training
 
 TOKENS = "image_tokens"
@@ -43,17 +42,17 @@ SAMPLE_PROMPTS = (
 class GeneratorTask:
     """Everything a worker needs to build its training; small enough to travel.
 
-    `pictures` holds what the family READS: image tokens or pixels. `language_model` is where the
-    pretrained one lies that a causal family is built around.
+    `pictures` holds what the family READS: image tokens or pixels. `sample_prompts` are what
+    `draw_samples` draws. `language_model` is where the pretrained one lies that a causal family is
+    built around.
     """
 
     config: GeneratorConfig
     spec: ModelSpec
-    caption_encoder: CaptionEncoderConfig
+    sample_prompts: KnownCaptions
     tokenizer: Path
     pictures: Path
     captions: Path
-    cache: Path
     base: Path | None
     language_model: str | None = None
 
@@ -91,7 +90,7 @@ class GeneratorTask:
                 self.captions,
                 split=split,
                 styles=self.spec.styles,
-                max_tokens=self.caption_encoder.max_tokens,
+                max_tokens=self.sample_prompts.max_tokens,
                 only=self.config.data,
                 caption_tokenizer=tokenizer,
                 **sizes,
@@ -234,13 +233,12 @@ def draw_samples(objective: Any, *, task: GeneratorTask) -> Image.Image:
     """Fixed prompts and seeds, eight a row: English above, Chinese below."""
     device = next(objective.model.parameters()).device
     was_training = objective.model.training
-    encoder = load_caption_encoder(task.caption_encoder, cache=task.cache, device=device)
     tokenizer = load_tokenizer(task.tokenizer).to(device)
     generator = task.family.Generator(
         objective.model,
         task.config,
         task.spec,
-        ModelParts(tokenizer, encoder, device, task.caption_ids),
+        ModelParts(tokenizer, task.sample_prompts, device, task.caption_ids),
     )
     style = task.spec.styles[-1] if task.spec.styles else None
     requests = [GenerationRequest(p, seed=i, style=style) for i, p in enumerate(SAMPLE_PROMPTS)]

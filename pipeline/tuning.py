@@ -138,9 +138,9 @@ def _search(chain: Chain, trials: Sequence[Trial], context: StepContext) -> dict
     recipe = chain.recipe
     config, budget = recipe.tune, recipe.generator.train.max_steps
     assert config is not None
-    width = load_caption_encoder(recipe.caption_encoder, cache=chain.cache).width
+    encoder = load_caption_encoder(recipe.caption_encoder, cache=chain.cache)
     configs = [generation.shape_of_base(t.recipe.generator, chain.base) for t in trials]
-    tasks = [chain.generator_task(config, width) for config in configs]
+    tasks = [chain.generator_task(config, encoder) for config in configs]
     folders = [context.path / "trials" / trial.name for trial in trials]
     jobs = [
         _Job(trial.name, trial.settings, task, folder, chain.home, context.run)

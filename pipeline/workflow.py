@@ -43,13 +43,14 @@ from pipeline.encode import encode_captions, encode_pictures
 from pipeline.evalset import EvalSet
 from pipeline.finetune import adapter_weights, merged_weights
 from pipeline.metrics import ImageNetFeatures
+from pipeline.models._captions import KnownCaptions
 from pipeline.preprocess import preprocess
 from pipeline.pretrained import find_language_model
 from pipeline.promotion import choose, decide
 from pipeline.runtime import check_disk
 from pipeline.shards import locate, read_manifest
 from pipeline.steps import Reporter, StepContext, StepResult, Workspace, exclusive
-from pipeline.text import check_available, identify, load_caption_encoder
+from pipeline.text import HFCaptionEncoder, check_available, identify, load_caption_encoder
 from pipeline.tracking import ResolvedModel, RunHandle, RunLogger, Tracker, resolve_model
 
 NEEDED_MB = 2_000
@@ -299,7 +300,7 @@ class Chain:
 
         def work(context: StepContext) -> dict[str, Any]:
             encoder = load_caption_encoder(recipe.caption_encoder, cache=self.cache)
-            task = self.generator_task(config, encoder.width)
+            task = self.generator_task(config, encoder)
             result = train.fit(
                 task.build, config.train, storage=context.path, name="generator", run=context.run,
                 on_progress=context.on_progress,
@@ -339,25 +340,24 @@ class Chain:
         }
 
     def generator_task(
-        self, config: GeneratorConfig, caption_width: int
+        self, config: GeneratorConfig, encoder: HFCaptionEncoder
     ) -> generation.GeneratorTask:
         """What a worker needs to train a generator of that section."""
         found = set(pq.read_table(self.pixels, columns=["style"])["style"].to_pylist())
         wanted = set(config.data.styles or found) - set(config.data.exclude_styles)
         language_model = self._language_model(config)
         spec = generation.make_spec(
-            self.tokenizer, caption_width, sorted(found & wanted), self.base, config,
+            self.tokenizer, encoder.width, sorted(found & wanted), self.base, config,
             language_model,
         )  # fmt: skip
         on_tokens = generation.reads_of(config) == generation.TOKENS
         return generation.GeneratorTask(
             config=config,
             spec=spec,
-            caption_encoder=self.recipe.caption_encoder,
+            sample_prompts=KnownCaptions.of(encoder, (*generation.SAMPLE_PROMPTS, "")),
             tokenizer=self.tokenizer,
             pictures=self.tokens.path / "data" if on_tokens else self.pixels,
             captions=self.captions.path / "data",
-            cache=self.cache,
             base=self.base,
             language_model=language_model,
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -35,6 +36,32 @@ class CaptionReader:
         states, mask = self.encoder.encode([caption])
         missing = self.encoder.max_tokens - states.shape[1]
         return F.pad(states[0], (0, 0, 0, missing)), F.pad(mask[0], (0, missing))
+
+
+@dataclass(frozen=True)
+class KnownCaptions:
+    """contracts.CaptionEncoder of a few captions that were read elsewhere, for who would otherwise
+    load a language model for them."""
+
+    width: int
+    max_tokens: int
+    read: Mapping[str, tuple[Tensor, Tensor]]
+
+    @classmethod
+    def of(cls, encoder: CaptionEncoder, captions: Sequence[str]) -> KnownCaptions:
+        read = {caption: encoder.encode([caption]) for caption in captions}
+        return cls(encoder.width, encoder.max_tokens, read)
+
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """See contracts.CaptionEncoder; KeyError for one that was not read."""
+        found = [self.read[caption] for caption in captions]
+        missing = [max(m.shape[1] for _, m in found) - mask.shape[1] for _, mask in found]
+        padded = [
+            (F.pad(states, (0, 0, 0, more)), F.pad(mask, (0, more)))
+            for (states, mask), more in zip(found, missing, strict=True)
+        ]
+        states, masks = zip(*padded, strict=True)
+        return torch.cat(states), torch.cat(masks)
 
 
 class CaptionTokenizer:

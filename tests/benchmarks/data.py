@@ -13,8 +13,8 @@ times over, on all cores:
 
 All decode with pipeline/images.py and augment with pipeline/augment.py. The start of Ray and
 Python's imports in this process count nowhere, those in workers everywhere. `memory` gives the
-peak of all processes (pipeline started, preprocess, an epoch) for the sets and for --times copies
-of them under new keys. Both print JSON.
+peaks of preprocessing and of an epoch for the sets and for --times copies of them under new keys:
+heaps and shared memory, and beside them what counts mapped files, too. Both print JSON.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import argparse
 import dataclasses
 import json
 import multiprocessing as mp
+import os
 import statistics
 import subprocess
 import sys
@@ -56,6 +57,7 @@ PICTURE = PreprocessConfig(image_size=64, require_captions=False, max_bad_fracti
 DATA = DataConfig(validation_fraction=0.0, test_fraction=0.0)  # every picture is trained on
 AUGMENT = AugmentConfig(flip=0.5, random_crop=0.6, color=0.4, rotate=5.0)
 EPOCHS = (1, 3, 10)
+FEEDING = "feeding"  # said by the watched process when it comes to that
 
 
 def tars(sets: list[str]) -> list[str]:
@@ -241,20 +243,29 @@ def memory(sets: list[str], times: int, scratch: Path) -> dict[str, Any]:
 
 
 def _peak(command: list[str]) -> dict[str, float]:
-    """Peak memory in MB: of all processes, of the driver, of its largest worker."""
-    peak = {"all_mb": 0.0, "driver_mb": 0.0, "largest_worker_mb": 0.0}
-    process = subprocess.Popen(command)
-    root = psutil.Process(process.pid)
+    """Peak memory in MB, of preprocessing and of feeding: of all processes, of the driver, of its
+    largest worker, all without mapped files; and of all processes with them."""
+    peak: dict[str, float] = {}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    root, phase = psutil.Process(process.pid), "preprocess"
+    assert process.stdout is not None
+    os.set_blocking(process.stdout.fileno(), False)
     while process.poll() is None:
-        sizes = {name: size / 1e6 for name, size in tree_bytes(root).items()}
+        if FEEDING.encode() in (process.stdout.read() or b""):
+            phase = "feed"
+        sizes = {n: s / 1e6 for n, s in tree_bytes(root, mapped_files=False).items()}
         driver = sum(s for name, s in sizes.items() if name.endswith(f" {process.pid}"))
         others = [s for name, s in sizes.items() if not name.endswith(f" {process.pid}")]
         now = {
             "all_mb": sum(sizes.values()),
             "driver_mb": driver,
             "largest_worker_mb": max(others, default=0.0),
+            "all_with_mapped_files_mb": sum(tree_bytes(root).values()) / 1e6,
         }
-        peak = {name: max(peak[name], now[name]) for name in peak}
+        for name, size in now.items():
+            for scope in (phase, "job"):
+                key = f"{scope}_{name}"
+                peak[key] = max(peak.get(key, 0.0), size)
         time.sleep(0.25)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
@@ -264,6 +275,7 @@ def _peak(command: list[str]) -> dict[str, float]:
 def once(sets: list[str], output: Path) -> dict[str, Any]:
     """Preprocess and feed an epoch, to be watched from outside."""
     preprocessed(sets, output)
+    print(FEEDING, flush=True)
     feed_epoch(output / "pixels")
     return {}
 

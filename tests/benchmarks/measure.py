@@ -18,16 +18,26 @@ from pathlib import Path
 import psutil
 
 
-def tree_bytes(root: psutil.Process) -> dict[str, int]:
-    """Proportional set size of a process and everything below it, by process title and id."""
+def tree_bytes(root: psutil.Process, *, mapped_files: bool = True) -> dict[str, int]:
+    """Proportional set size of a process and everything below it, by process title and id.
+
+    Without mapped files, which the system drops and reads again as it likes, what is left is heaps
+    and shared memory, such as Ray's object store.
+    """
     sizes = {}
     for process in [root, *root.children(recursive=True)]:
         try:
             title = Path((process.cmdline() or [process.name()])[0]).name
-            sizes[f"{title} {process.pid}"] = process.memory_full_info().pss
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            sizes[f"{title} {process.pid}"] = _bytes(process.pid, mapped_files)
+        except (psutil.Error, OSError):
             continue  # it ended between the listing and the look
     return sizes
+
+
+def _bytes(pid: int, mapped_files: bool) -> int:
+    rows = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    kilobytes = {name: int(said.split()[0]) for name, said in (row.split(":") for row in rows)}
+    return 1024 * (kilobytes["Pss"] - (0 if mapped_files else kilobytes["Pss_File"]))
 
 
 def main(command: list[str]) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from transformers.utils import logging as hf_logging
 from pipeline import pretrained
 from pipeline.config import CaptionEncoderConfig
 from pipeline.errors import BundleError, PretrainedNotFoundError
+from pipeline.models._captions import KnownCaptions
 from pipeline.text import (
     EncoderIdentity,
     HFCaptionEncoder,
@@ -130,3 +133,30 @@ def test_another_width_is_another_encoder(encoder: HFCaptionEncoder) -> None:
     narrow = tuple(row[:8] for row in fingerprint(encoder))
     with pytest.raises(BundleError, match="8 wide"):
         check_encoder(EncoderIdentity("some/model", "0" * 64, narrow), encoder)
+
+
+def test_captions_read_before_need_no_encoder(encoder: HFCaptionEncoder) -> None:
+    read = KnownCaptions.of(encoder, ("红苹果", "a red apple tree", ""))
+    known = pickle.loads(pickle.dumps(read))
+    states, mask = known.encode(["a red apple tree", "红苹果"])
+    assert mask.sum(1)[0] > mask.sum(1)[1] and not states[1][~mask[1]].any()
+    for row, caption in enumerate(("a red apple tree", "红苹果")):
+        alone = encoder.encode([caption])[0][0]
+        assert torch.equal(states[row, : len(alone)], alone)
+    with pytest.raises(KeyError):
+        known.encode(["a dog"])
+
+
+def test_an_encoder_is_loaded_once_and_shared_by_threads(
+    encoder: HFCaptionEncoder, pretrained_cache: Path
+) -> None:
+    first, again, shorter = (
+        load_caption_encoder(CaptionEncoderConfig(max_tokens=n), cache=pretrained_cache)
+        for n in (24, 24, 8)
+    )
+    assert first is again and shorter is not first
+    captions = [f"a red apple and {i} dogs" for i in range(24)]
+    alone = [encoder.encode([caption])[0] for caption in captions]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda caption: encoder.encode([caption])[0], captions))
+    assert all(map(torch.equal, alone, together))
