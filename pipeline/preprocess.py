@@ -360,7 +360,10 @@ def _write_tables(
     shards: int,
     config: PreprocessConfig,
 ) -> None:
-    """Final tables from the staged rows, a Ray task a shard; rows come in order of shards."""
+    """Final tables from the staged rows, a Ray task a shard; rows come in order of shards.
+
+    No more tasks at once than truly run at once: every one holds its shard's pixels.
+    """
     final = staging / FINAL
     shutil.rmtree(final, ignore_errors=True)
     for name in ("pixels", "quarantine"):
@@ -368,30 +371,31 @@ def _write_tables(
     pq.write_table(quarantine, final / "quarantine" / "00000.parquet")
     group_rows = max(1, ROW_GROUP_BYTES // (3 * config.image_size**2))
     write = ray.remote(_write_pixels)
-    tasks = []
+    running: list[ray.ObjectRef] = []
     edges = np.searchsorted(accepted["place"].to_numpy(), np.arange(shards + 1))
     for place, (start, end) in enumerate(pairwise(edges)):
         if start < end:
             here = accepted["number"].slice(start, end - start).combine_chunks()
             folder = staging / "staged" / f"{place:05d}"
             target = final / "pixels" / f"{place:05d}.parquet"
-            tasks.append(write.remote(folder, here, target, group_rows))
-    ray.get(tasks)
+            if len(running) == task_slots():
+                done, running = ray.wait(running)
+                ray.get(done)
+            running.append(write.remote(folder, here, target, group_rows))
+    ray.get(running)
 
 
 def _write_pixels(folder: Path, numbers: pa.Array, target: Path, group_rows: int) -> None:
     """The accepted rows of one shard, sorted by key."""
     wanted = pc.field("number").isin(numbers)
     table = pads.dataset(folder, schema=STAGED).to_table(PIXELS.names, filter=wanted)
-    table = table.sort_by("key").combine_chunks()
+    order = pc.sort_indices(table["key"])
     repeated = [name for name in PIXELS.names if name not in ("key", "image")]
-    pq.write_table(
-        table,
-        target,
-        row_group_size=group_rows,
-        compression="zstd",
-        use_dictionary=repeated,
-    )
+    with pq.ParquetWriter(target, PIXELS, compression="zstd", use_dictionary=repeated) as writer:
+        for start in range(0, len(order), group_rows):
+            writer.write_table(table.take(order.slice(start, group_rows)))
+    del table
+    pa.default_memory_pool().release_unused()  # the process goes on with other work
 
 
 def _swap(final: Path, output: Path) -> None:
