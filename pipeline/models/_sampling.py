@@ -117,8 +117,10 @@ def categorical(logits: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
     """
     sure = temperature == 0
     shares = (logits / temperature.masked_fill(sure, 1)[:, None]).softmax(-1).cumsum_(-1)
-    reached = (uniform * shares[:, -1])[:, None]
-    drawn = torch.searchsorted(shares, reached, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
+    total = shares[:, -1]
+    below = total.nextafter(torch.zeros_like(total))  # what is impossible is never reached
+    reached = torch.minimum(uniform * total, below)[:, None]
+    drawn = torch.searchsorted(shares, reached, right=True)[:, 0]
     return torch.where(sure, logits.argmax(-1), drawn) if sure.any() else drawn
 
 
