@@ -64,7 +64,7 @@ from pipeline.decoding import (
 from pipeline.errors import DataError, ResourceError, TesseraError
 from pipeline.progress import OnProgress, Progress
 from pipeline.reading import Samples, ShardFile, map_samples
-from pipeline.runtime import task_slots
+from pipeline.runtime import return_memory, task_slots
 from pipeline.shards import Problem, locate, open_shards, read_manifest, verify
 from pipeline.splits import hash_fraction
 
@@ -296,6 +296,7 @@ class _Stager:
             pq.write_table(table, partial, compression="lz4")
             partial.rename(folder / name)  # never half a file under its name
             told.append({"outcomes": table["outcome"].to_pylist()})
+        return_memory()
         return pa.Table.from_pylist(told)
 
 
@@ -396,6 +397,7 @@ def _write_pixels(folder: Path, numbers: pa.Array, target: Path, group_rows: int
             writer.write_table(table.take(order.slice(start, group_rows)))
     del table
     pa.default_memory_pool().release_unused()  # the process goes on with other work
+    return_memory()
 
 
 def _swap(final: Path, output: Path) -> None:

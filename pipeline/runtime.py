@@ -7,6 +7,7 @@ with ray_runtime(home):
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import platform
@@ -148,6 +149,21 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def return_memory(beyond_mb: int = 400) -> None:
+    """Give freed memory back to the system if this process holds more than that.
+
+    Ray's processes keep what they free (see _QUIET), which suits a training: it wants the same
+    sizes at every step. A decoder wants a hundred times its usual once, for one large picture.
+    """
+    statistics = Path("/proc/self/statm")
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+    if trim is None or not statistics.is_file():
+        return
+    resident = int(statistics.read_text().split()[1]) * resource.getpagesize()
+    if resident > beyond_mb * 2**20:
+        trim(0)
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -1,0 +1,37 @@
+"""What processes do with the memory they free."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import resource
+from pathlib import Path
+from pipeline.runtime import return_memory
+
+def resident_mb():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20
+
+blocks = [bytearray(2_000_000) for _ in range(300)]
+last = blocks[-1]
+del blocks
+kept = resident_mb()
+return_memory(beyond_mb=10_000)
+untouched = resident_mb()
+return_memory(beyond_mb=100)
+print(kept, untouched, resident_mb())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is what keeps memory")
+def test_freed_memory_is_kept_until_it_is_returned() -> None:
+    settings = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
+    told = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=os.environ | settings, capture_output=True, check=True
+    )
+    kept, untouched, returned = map(int, told.stdout.split())
+    assert kept > 550 and untouched > 550 and returned < kept - 450
