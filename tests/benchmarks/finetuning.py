@@ -5,8 +5,9 @@
 One causal language model on the shipped drawings, equal steps for all: pretrained with each policy,
 and the same architecture from random weights. The arms are candidates of one recipe: each a
 training by Ray Train, all judged on the same pictures. Interrupted, the same command goes on.
-Prints a JSON line an arm and seed, then one an arm with the mean and range over seeds; writes the
-validation and training losses by step as a plot. `memory_gb` is a worker's peak.
+It wants ten steps and two candidates at least. Prints a JSON line an arm and seed, then one an arm
+with the mean and range over seeds; writes the training and validation losses by step as a plot.
+`memory_gb` is a worker's peak.
 """
 
 from __future__ import annotations
