@@ -23,7 +23,6 @@ from pipeline.captions import BadCaption
 from pipeline.config import AugmentConfig, PreprocessConfig, Recipe
 from pipeline.decoding import parse_record
 from pipeline.errors import DataError
-from pipeline.generation import TOKENS, reads_of
 from pipeline.images import WHITE, BadPicture, decode, grid
 from pipeline.mirror import may_mirror
 from pipeline.records import record_of
@@ -71,6 +70,8 @@ def augmentation_grid(
     Raises:
         DataError: no shard set, or no picture in it that can be read.
     """
+    from pipeline.generation import TOKENS, reads_of  # the training stack: seconds to import
+
     uri = locate(recipe.data.shards[0], home)
     manifest = read_manifest(uri)
     images, flippable = [], []
