@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # preprocessing's workers decode without PyTorch, which takes
 
 FORMATS = ("PNG", "WEBP", "JPEG")
 WHITE = (255, 255, 255)
+BAND_PIXELS = 1 << 20  # composited and narrowed at once
 
 
 class BadPicture(ValueError):  # noqa: N818 - a verdict on one row, not a failure of the program
@@ -55,11 +56,11 @@ def decode(encoded: bytes, config: PreprocessConfig, *, key: str = "") -> NDArra
     Raises:
         BadPicture: it cannot be decoded, or breaks one of the config's limits.
     """
-    image = on_white(open_checked(encoded, config))
+    image = open_checked(encoded, config)
     where = 0.5
     if config.square == "random_crop":
         where = hash_fraction("crop", key, config.crop_seed)
-    square = resize(make_square(image, config.square, where=where), config.image_size)
+    square = make_square(image, config.square, config.image_size, where=where)
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
 
@@ -76,7 +77,8 @@ def open_checked(encoded: bytes, config: PreprocessConfig) -> Image.Image:
             image = Image.open(io.BytesIO(encoded), formats=FORMATS)
         _check_size(*image.size, config)
         image.load()
-        return ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
+        return image
     except Image.DecompressionBombError as error:
         raise BadPicture("bomb") from error
     except (OSError, SyntaxError, ValueError, EOFError, OverflowError) as error:
@@ -105,7 +107,7 @@ def _check_size(width: int, height: int, config: PreprocessConfig) -> None:
 def on_white(image: Image.Image) -> Image.Image:
     """RGB, transparent pixels composited on white, 16-bit grey reduced to 8."""
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if not image.has_transparency_data:
         return image.convert("RGB")
     picture = image.convert("RGBA")
@@ -113,29 +115,40 @@ def on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(ground, picture).convert("RGB")
 
 
-def make_square(image: Image.Image, how: str, *, where: float = 0.5) -> Image.Image:
-    """Pad with white to the long side ("pad") or cut to the short one.
+def make_square(image: Image.Image, how: str, side: int, *, where: float = 0.5) -> Image.Image:
+    """Any picture to RGB on white, side x side; Pillow's Lanczos widens its kernel when it shrinks.
+
+    A band of rows at a time, which gives the same pixels as the whole at once (the resize goes
+    along the rows first) and needs little memory beside the picture itself.
 
     Args:
-        image: of any size.
-        how: PreprocessConfig.square.
+        image: of any size and mode.
+        how: PreprocessConfig.square: pad with white to the long side ("pad") or cut to the short.
+        side: in pixels.
         where: the cut along the long side, from 0 (left, top) to 1; 0.5 is the centre.
     """
-    if image.width == image.height:
-        return image
     if how == "pad":
-        side = max(image.size)
-        return ImageOps.pad(image, (side, side), color=WHITE)
-    side = min(image.size)
-    left, top = (int((length - side) * where) for length in image.size)
-    return image.crop((left, top, left + side, top + side))
+        length = max(image.size)
+        left, top = (-round((length - extent) / 2) for extent in image.size)
+    else:
+        length = min(image.size)
+        left, top = (int((extent - length) * where) for extent in image.size)
+    right, bottom = min(left + length, image.width), min(top + length, image.height)
+    narrow = Image.new("RGB", (side, length), WHITE)
+    rows = max(1, BAND_PIXELS // length)
+    for first in range(max(top, 0), bottom, rows):
+        band = on_white(image.crop((max(left, 0), first, right, min(first + rows, bottom))))
+        if band.width < length:
+            padded = Image.new("RGB", (length, band.height), WHITE)
+            padded.paste(band, (-left, 0))
+            band = padded
+        narrow.paste(resize(band, (side, band.height)), (0, first - top))
+    return resize(narrow, (side, side))
 
 
-def resize(image: Image.Image, side: int) -> Image.Image:
-    """Square RGB to side x side; Pillow's Lanczos widens its kernel when it shrinks."""
-    if image.size == (side, side):
-        return image
-    return image.resize((side, side), Image.Resampling.LANCZOS)
+def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """RGB to (width, height), with antialiasing."""
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from PIL import Image
 from pipeline.config import PreprocessConfig
 from pipeline.contracts import Canvas
 from pipeline.errors import RequestError
-from pipeline.images import BadPicture, on_white, open_checked, resize
+from pipeline.images import BadPicture, make_square, open_checked
 from serve.pictures import Upload
 
 LIMITS = PreprocessConfig(max_pixels=16_777_216, min_side=16, max_aspect=1.0)
@@ -32,7 +32,7 @@ def canvas(upload: Upload, image_size: int) -> Canvas:
         RequestError: image or mask cannot be used; the message says why and what to send.
     """
     image = _open(upload.image, "image")
-    pixels = np.asarray(resize(on_white(image), image_size)).tobytes()
+    pixels = np.asarray(make_square(image, "pad", image_size)).tobytes()
     if upload.share is not None:
         return Canvas(pixels, share=upload.share)
     return Canvas(pixels, _editable(upload, image, image_size).tobytes())

@@ -11,10 +11,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
+from pipeline import images
 from pipeline.config import PreprocessConfig
-from pipeline.images import BadPicture, decode, encode_png, grid, to_float, to_pil, to_uint8
+from pipeline.images import (
+    BadPicture,
+    decode,
+    encode_png,
+    grid,
+    make_square,
+    on_white,
+    to_float,
+    to_pil,
+    to_uint8,
+)
 
 CONFIG = PreprocessConfig(image_size=32)
 
@@ -83,6 +94,24 @@ def test_padding_is_white_and_cropping_keeps_the_centre() -> None:
     cropped = decode(encoded(image), PreprocessConfig(image_size=32, square="center_crop"))
     assert padded[:, 0].min() == 255 and padded[:, 16, 0].max() == 0
     assert cropped[1].min() == 255 and cropped[0].max() == 0
+
+
+@pytest.mark.parametrize("size", [(90, 40), (41, 90), (64, 64), (20, 11)])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_bands_give_the_pixels_of_the_whole_picture(
+    size: tuple[int, int], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = noise(*size)
+    if mode == "RGBA":
+        image.putalpha(noise(*size).getchannel(0))
+    elif mode == "P":
+        image = image.quantize(7)
+        image.info["transparency"] = 3
+    side = max(size)
+    padded = ImageOps.pad(on_white(image), (side, side), color="white")
+    whole = padded.resize((32, 32), Image.Resampling.LANCZOS)
+    monkeypatch.setattr(images, "BAND_PIXELS", 7 * side)
+    assert np.array_equal(make_square(image, "pad", 32), whole)
 
 
 def test_a_random_crop_depends_on_key_and_seed_alone() -> None:
