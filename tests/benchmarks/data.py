@@ -242,10 +242,12 @@ def memory(sets: list[str], times: int, scratch: Path) -> dict[str, Any]:
     return {str(count): values for count, values in found.items()} | ratios
 
 
-def _peak(command: list[str]) -> dict[str, float]:
+def _peak(command: list[str]) -> dict[str, Any]:
     """Peak memory in MB, of preprocessing and of feeding: of all processes, of the driver, of its
-    largest worker, all without mapped files; and of all processes with them."""
+    largest worker, all without mapped files; and of all processes with them. And which processes
+    there were when they were largest together."""
     peak: dict[str, float] = {}
+    largest: dict[str, float] = {}
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     root, phase = psutil.Process(process.pid), "preprocess"
     assert process.stdout is not None
@@ -262,6 +264,8 @@ def _peak(command: list[str]) -> dict[str, float]:
             "largest_worker_mb": max(others, default=0.0),
             "all_with_mapped_files_mb": sum(tree_bytes(root).values()) / 1e6,
         }
+        if now["all_mb"] > peak.get("job_all_mb", 0.0):
+            largest = sizes
         for name, size in now.items():
             for scope in (phase, "job"):
                 key = f"{scope}_{name}"
@@ -269,7 +273,8 @@ def _peak(command: list[str]) -> dict[str, float]:
         time.sleep(0.25)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
-    return peak
+    by_size = sorted(largest.items(), key=lambda item: -item[1])
+    return peak | {"at_peak": {name: round(size) for name, size in by_size[:16]}}
 
 
 def once(sets: list[str], output: Path) -> dict[str, Any]:

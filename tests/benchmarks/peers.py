@@ -107,29 +107,10 @@ def fastapi(args: argparse.Namespace) -> None:
 
 def litserve(args: argparse.Namespace) -> None:
     """LitServe with its own batching."""
-    import litserve as ls
+    from litserve import LitServer
+    from litserve_api import Api
 
-    class Api(ls.LitAPI):
-        def setup(self, device: str) -> None:
-            self.drawer = load(args)
-
-        def decode_request(self, request: dict[str, Any]) -> GenerationRequest:
-            return GenerationRequest(request["prompt"], seed=request["seed"])
-
-        def batch(self, inputs: list[GenerationRequest]) -> list[GenerationRequest]:
-            return list(inputs)
-
-        def predict(self, inputs: list[GenerationRequest]) -> Tensor:
-            return self.drawer.generate(inputs)
-
-        def unbatch(self, output: Tensor) -> list[Tensor]:
-            return list(output)
-
-        def encode_response(self, output: Tensor) -> dict[str, str]:
-            return {"b64_json": png(output)}
-
-    api = Api(max_batch_size=args.batch_size, batch_timeout=args.batch_wait_s, api_path=PATH)
-    server = ls.LitServer(api, accelerator="cpu", timeout=120)
+    server = LitServer(Api(args), accelerator="cpu", timeout=120)
     server.run(
         host="127.0.0.1", port=args.port, log_level="warning", generate_client_file=False
     )  # fmt: skip
