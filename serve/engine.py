@@ -87,6 +87,16 @@ class Place:
         return None
 
 
+def drawing_thread() -> ThreadPoolExecutor:
+    """One thread for everything a process computes with PyTorch.
+
+    libgomp gives every thread that computes helpers of its own, and once all of them outnumber the
+    CPUs, even sleeping ones, helpers no longer wait awake for the next operation: on two CPUs a
+    picture then takes a third longer, for as long as the second thread lives.
+    """
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+
+
 class Engine:
     """Draws with `model`, which may be exchanged between two batches.
 
@@ -94,14 +104,22 @@ class Engine:
         model: any ImageGenerator.
         max_batch_size: pictures drawn together.
         batch_wait_s: how long the first of a batch waits for others, at most.
+        thread: the one that draws, from `drawing_thread`; None makes it.
     """
 
-    def __init__(self, model: ImageGenerator, *, max_batch_size: int, batch_wait_s: float) -> None:
+    def __init__(
+        self,
+        model: ImageGenerator,
+        *,
+        max_batch_size: int,
+        batch_wait_s: float,
+        thread: ThreadPoolExecutor | None = None,
+    ) -> None:
         self.model = model
         self._max_batch_size, self._batch_wait_s = max_batch_size, batch_wait_s
         self._line: deque[Place] = deque()
         self._arrived = asyncio.Event()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        self._thread = thread or drawing_thread()
         self._worker: asyncio.Task[None] | None = None
         self._batch_s = 0.0
         self._shared_until = 0.0

@@ -17,6 +17,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -30,7 +31,7 @@ from pipeline.errors import RequestError
 from pipeline.provenance import describe
 from serve.credentials import load_signer
 from serve.encode import encode
-from serve.engine import Drawn, Engine, Late, Place
+from serve.engine import Drawn, Engine, Late, Place, drawing_thread
 from serve.pictures import PROBE, Card, Job, Output, Picture, Preview, Refusal, Timing
 from serve.safety import load_safety
 from serve.settings import ServiceConfig
@@ -77,10 +78,14 @@ class Generator:
         torch.set_num_threads(max(1, int(config.num_cpus)))
         self._safety, self._sign = load_safety(service), load_signer(service.c2pa)
         self._find, self._every_s = find, service.watch_every_s
-        model, self._card = _load(found)
+        thread = drawing_thread()
+        model, self._card = thread.submit(_load, found).result()
         self._cards = WeakKeyDictionary({model: self._card})
         self._engine = Engine(
-            model, max_batch_size=config.max_batch_size, batch_wait_s=config.batch_wait_s
+            model,
+            max_batch_size=config.max_batch_size,
+            batch_wait_s=config.batch_wait_s,
+            thread=thread,
         )
         self._refused = ""
         self._watch = asyncio.get_running_loop().create_task(self._keep_watch()) if find else None
@@ -170,7 +175,7 @@ class Generator:
         if found.version in (self._card.version, self._refused):
             return
         try:
-            model, card = await asyncio.to_thread(_load, found)
+            model, card = await _load_aside(found)
         except Exception as error:
             logger.exception("version %s is refused", found.version)
             self._refused = found.version
@@ -200,6 +205,15 @@ def _load(found: Found) -> tuple[ImageGenerator, Card]:
         loaded=int(time.time()),
         tasks=model.tasks,
     )
+
+
+async def _load_aside(found: Found) -> tuple[ImageGenerator, Card]:
+    """`_load` beside the model that draws, in a thread that ends: see `drawing_thread`."""
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
+    try:
+        return await asyncio.get_running_loop().run_in_executor(thread, _load, found)
+    finally:
+        thread.shutdown(wait=False)
 
 
 async def _previews(place: Place) -> AsyncIterator[tuple[int, Tensor]]:
