@@ -1,4 +1,4 @@
-"""Numbers of the service, every one as a ratio within one run; RESULTS.md holds what came out.
+"""Numbers of the service, every one as a ratio within one run.
 
     python tests/benchmarks/serving.py throughput --home HOME     offline, batched or not, peers
     python tests/benchmarks/serving.py latency --home HOME        what the service adds to one
@@ -11,8 +11,7 @@
 Serves asset:base on a Ray of its own with as many threads as there are CPUs, which the load
 generator shares. HOME/pretrained keeps the converted caption encoder. Each prints JSON lines.
 
-So far only `latency` has run to its end, on a machine too busy for its numbers to mean much; see
-RESULTS.md.
+RESULTS.md holds what came out of all but `soak`, which has not been run.
 """
 
 from __future__ import annotations
