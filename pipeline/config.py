@@ -203,9 +203,7 @@ class GeneratorConfig(Config):
     num_styles: int = Field(16, ge=1, description="places for styles; new ones take a free place")
     guidance_scale: float = Field(3.0, ge=1, description="default at generation")
     guidance_schedule: Literal["constant", "linear"] = later(
-        "constant",
-        description="masked and causal; linear: from 1 at the first decoding step to the scale at "
-        "the last",
+        "constant", description="masked, causal; linear: from 1 at the first step to the scale"
     )
     temperature: float = Field(1.0, ge=0, description="default at generation")
     num_steps: int = Field(12, ge=1, description="default at generation")
