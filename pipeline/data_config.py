@@ -29,10 +29,17 @@ def later(default: Any, **options: Any) -> Any:
 
 
 class PictureFilter(Config):
-    """Which pictures of the preprocessed data a step sees."""
+    """Which pictures of the preprocessed data a step sees, and how often."""
 
     styles: tuple[str, ...] = Field((), description="styles to keep; empty keeps all")
     exclude_styles: tuple[str, ...] = Field((), description="styles to leave out")
+    group_exponent: float = later(
+        1.0,
+        ge=0,
+        le=1,
+        description="training draws a group of n pictures in proportion to n to this power; 1: "
+        "every picture equally often; 0: every group, however many variants it has",
+    )
 
 
 class DataConfig(Config):

@@ -1,16 +1,17 @@
 """Feeding training: a global order, equal steps on all ranks, an exact position to resume at.
 
-The order of one epoch is a permutation by (seed, epoch) alone, so it does not depend on the number
-of workers; a step takes the next `batch_size` rows of that endless order and every rank reads its
-own stride of them. The step number is therefore the exact position: a training that resumes at
-step k repeats nothing and skips nothing. Which caption and which view of a row are taken, and how
-augmentation changes its picture, is drawn for its place in the global batch, so that this does not
-depend on the number of workers either.
+The order of one epoch is a permutation by (seed, epoch) alone (where rows have weights, as many
+draws by weight), so it does not depend on the number of workers; a step takes the next `batch_size`
+rows of that endless order and every rank reads its own stride of them. The step number is therefore
+the exact position: a training that resumes at step k repeats nothing and skips nothing. Which
+caption and which view of a row are taken, and how augmentation changes its picture, is drawn for
+its place in the global batch, so that this does not depend on the number of workers either.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -27,8 +28,32 @@ from pipeline.errors import DataError
 from pipeline.pixel_store import MappedRows, parquet_files, read_pixels
 
 
+@dataclass(frozen=True, eq=False)
+class RowWeights:
+    """How often training draws each row, relative to the others: float64 (rows,), positive."""
+
+    values: np.ndarray
+
+    @classmethod
+    def of_groups(cls, groups: np.ndarray, exponent: float) -> RowWeights | None:
+        """A group of n rows weighs n ** exponent, in equal shares; None if all rows weigh the same.
+
+        Conneau et al. 2020 ("Unsupervised cross-lingual representation learning at scale", section
+        3.1) draw languages so.
+
+        Args:
+            groups: the group of every row, (rows,).
+        """
+        _, place, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+        if exponent == 1 or len(set(sizes)) == 1:
+            return None
+        return cls(sizes[place] ** (exponent - 1.0))
+
+
 class Dataset(Protocol):
-    """Rows that can be read in any order."""
+    """Rows that can be read in any order; with `weights`, some of them are drawn more often."""
+
+    weights: RowWeights | None
 
     def __len__(self) -> int: ...
 
@@ -39,7 +64,9 @@ class Dataset(Protocol):
         """
 
 
-def global_rows(step: int, *, length: int, batch_size: int, seed: int) -> np.ndarray:
+def global_rows(
+    step: int, *, length: int, batch_size: int, seed: int, weights: RowWeights | None = None
+) -> np.ndarray:
     """The rows of one step, int64 (batch_size,), the same on every rank."""
     first = step * batch_size
     positions = np.arange(first, first + batch_size)
@@ -47,13 +74,22 @@ def global_rows(step: int, *, length: int, batch_size: int, seed: int) -> np.nda
     rows = np.empty(batch_size, dtype=np.int64)
     for epoch in np.unique(epochs):
         here = epochs == epoch
-        rows[here] = _order(seed, int(epoch), length)[positions[here] % length]
+        rows[here] = _order(seed, int(epoch), length, weights)[positions[here] % length]
     return rows
 
 
 @lru_cache(maxsize=1)  # 8 bytes a row; shuffling anew every step would take longer than the step
-def _order(seed: int, epoch: int, length: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(length)
+def _order(seed: int, epoch: int, length: int, weights: RowWeights | None) -> np.ndarray:
+    """One epoch's `length` draws; with weights by systematic sampling (Madow 1949), which draws a
+    row as often as its share says, rounded up or down."""
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(length)
+    if weights is None:
+        return order
+    ends = np.cumsum(weights.values[order])
+    points = (np.arange(length) + rng.random()) * (ends[-1] / length)
+    drawn = order[np.searchsorted(ends[:-1], points, side="right")]
+    return rng.permutation(drawn)
 
 
 def training_batch(
@@ -63,7 +99,9 @@ def training_batch(
 
     Beside what the dataset gives: "seeds" int64 (rows,), for `Augment`.
     """
-    rows = global_rows(step, length=len(dataset), batch_size=batch_size, seed=seed)
+    rows = global_rows(
+        step, length=len(dataset), batch_size=batch_size, seed=seed, weights=dataset.weights
+    )
     rng = np.random.default_rng((seed, step))
     draws, seeds = rng.random((batch_size, 2)), rng.integers(2**62, size=batch_size)
     mine = slice(rank, None, world_size)
@@ -139,16 +177,20 @@ class PictureDataset:
     Batches: {"images": uint8 (B, 3, H, W)}.
     """
 
-    def __init__(self, images: np.ndarray | MappedRows) -> None:
-        self.images = images
+    def __init__(
+        self, images: np.ndarray | MappedRows, *, weights: RowWeights | None = None
+    ) -> None:
+        self.images, self.weights = images, weights
 
     @classmethod
     def from_parquet(
         cls, directory: Path, *, image_size: int, split: str, only: PictureFilter | None = None
     ) -> PictureDataset:
         """The accepted pixels of one split, mapped from disk where they are many."""
-        places = read_table(directory, split=split, only=only, columns=[])["place"].to_numpy()
-        return cls(read_pixels(directory, places, image_size=image_size))
+        table = read_table(directory, split=split, only=only, columns=["group"])
+        images = read_pixels(directory, table["place"].to_numpy(), image_size=image_size)
+        exponent = 1.0 if only is None else only.group_exponent
+        return cls(images, weights=RowWeights.of_groups(table["group"].to_numpy(), exponent))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -227,10 +269,12 @@ class CaptionedDataset:
         captions: CaptionStates | CaptionIds,
         style: np.ndarray,
         group: np.ndarray,
+        group_exponent: float = 1.0,
     ) -> None:
         self.arrays, self.viewed = dict(arrays), viewed
         self.caption_ids, self.captions = caption_ids, captions
         self.style, self.group = style, group
+        self.weights = RowWeights.of_groups(group, group_exponent)
 
     def __len__(self) -> int:
         return len(self.caption_ids)

@@ -20,7 +20,7 @@ class TaskDataset:
     """
 
     def __init__(self, rows: feed.Dataset, names: Sequence[str]) -> None:
-        self.rows = rows
+        self.rows, self.weights = rows, rows.weights
         self.tasks = [registry.load("tasks", name) for name in names]
 
     def __len__(self) -> int:

@@ -41,6 +41,8 @@ SPEC = ModelSpec(
 class Rows:
     """Random token grids and caption states of the demo's sizes, in memory."""
 
+    weights = None
+
     def __init__(self, count: int = 2_048) -> None:
         rng = np.random.default_rng(0)
         self.tokens = rng.integers(SPEC.codebook_size, size=(count, 64))

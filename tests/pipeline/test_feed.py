@@ -32,6 +32,40 @@ def test_every_epoch_is_a_permutation(length: int, batch_size: int, seed: int, s
         assert sorted(rows[start : start + length]) == list(range(length))
 
 
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=2, max_size=20),
+    exponent=st.floats(0, 1), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_groups_are_drawn_by_the_power_of_their_size(
+    sizes: list[int], exponent: float, seed: int
+) -> None:
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    weights = feed.RowWeights.of_groups(groups, exponent)
+    epoch = feed.global_rows(
+        0, length=len(groups), batch_size=len(groups), seed=seed, weights=weights
+    )
+    drawn = np.bincount(epoch, minlength=len(groups))
+    powers = np.array(sizes) ** exponent
+    expected = (len(groups) * powers / powers.sum() / sizes)[groups]
+    assert (abs(drawn - expected) < 1 + 1e-9).all(), "rounded up or down"
+    again = feed.global_rows(
+        1, length=len(groups), batch_size=len(groups), seed=seed, weights=weights
+    )
+    assert len(groups) < 8 or again.tolist() != epoch.tolist(), "another epoch, another order"
+
+
+def test_every_group_is_drawn_equally_often_with_exponent_0() -> None:
+    groups = np.array([0] * 90 + [1] * 9 + [2])
+    weights = feed.RowWeights.of_groups(groups, 0.0)
+    rows = [
+        feed.global_rows(step, length=100, batch_size=100, seed=0, weights=weights)
+        for step in range(30)
+    ]
+    shares = np.bincount(groups[np.concatenate(rows)]) / 3_000
+    assert shares == pytest.approx([1 / 3] * 3, abs=0.01)
+    assert feed.RowWeights.of_groups(groups, 1.0) is None
+
+
 @given(world_size=st.sampled_from([1, 2, 4]), step=st.integers(0, 50))
 def test_ranks_share_a_step_without_overlap(world_size: int, step: int) -> None:
     data = feed.PictureDataset(np.arange(30 * 3 * 4 * 4, dtype=np.uint8).reshape(30, 3, 4, 4))

@@ -120,6 +120,8 @@ def test_more_than_one_step_is_refused(
 class ColourRows:
     """`colour_batch` as a data set."""
 
+    weights = None
+
     def __len__(self) -> int:
         return 16
 

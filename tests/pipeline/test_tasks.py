@@ -32,6 +32,8 @@ token_families = pytest.mark.parametrize("family", TOKEN_FAMILIES)
 class Grids:
     """Eight pictures of 16 tokens."""
 
+    weights = None
+
     def __len__(self) -> int:
         return 8
 

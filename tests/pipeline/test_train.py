@@ -32,6 +32,8 @@ CONFIG = TrainConfig(
 class Rows:
     """y = 2 x - 1."""
 
+    weights = None
+
     def __len__(self) -> int:
         return 64
 
