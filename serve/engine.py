@@ -37,8 +37,9 @@ from pipeline.contracts import (
 
 logger = logging.getLogger("ray.serve")
 
-_PAUSE_S = 0.004
-"""So long after the last arrival a batch is thought complete."""
+_SIBLING_S = 0.004
+"""So long after a picture's arrival those that were asked for together with it have arrived too,
+or are drawn by other replicas."""
 
 
 class Late(Exception):  # noqa: N818 - an answer, not a failure
@@ -62,6 +63,7 @@ class Place:
     """One picture's place in line.
 
     Attributes:
+        to_follow: pictures asked for together with it that come after it.
         done: the picture, `Late`, or what the model raised; cancel it to leave the line or batch.
         previews: (number, uint8 (3, H, W)) while it is drawn, in order.
     """
@@ -69,6 +71,7 @@ class Place:
     request: GenerationRequest
     deadline: float
     num_previews: int
+    to_follow: int
     done: asyncio.Future[Drawn]
     previews: asyncio.Queue[tuple[int, Tensor]] = field(default_factory=asyncio.Queue)
     entered: float = field(default_factory=time.monotonic)
@@ -124,12 +127,19 @@ class Engine:
         self._batch_s = 0.0
         self._shared_until = 0.0
 
-    def enter(self, request: GenerationRequest, *, deadline: float, num_previews: int = 0) -> Place:
-        """Take a place in line; `deadline` is Unix time, seconds."""
+    def enter(
+        self,
+        request: GenerationRequest,
+        *,
+        deadline: float,
+        num_previews: int = 0,
+        to_follow: int = 0,
+    ) -> Place:
+        """Take a place in line; `deadline` is Unix time, seconds. See `Place` for the others."""
         loop = asyncio.get_running_loop()
         if self._worker is None or self._worker.done():
             self._worker = loop.create_task(self._work())
-        place = Place(request, deadline, num_previews, loop.create_future())
+        place = Place(request, deadline, num_previews, to_follow, loop.create_future())
         self._line.append(place)
         self._arrived.set()
         return place
@@ -152,7 +162,7 @@ class Engine:
             await loop.run_in_executor(self._thread, drawing.draw, batch)
             if drawing.picture_s:
                 self._batch_s = 0.5 * (self._batch_s or drawing.picture_s) + 0.5 * drawing.picture_s
-            if len(batch) > 1:  # who was just answered may ask again
+            if len(batch) > 1 or self._line:  # who was just answered may ask again
                 self._shared_until = time.monotonic() + self._batch_wait_s
 
     async def _next_batch(self) -> list[Place]:
@@ -182,12 +192,13 @@ class Engine:
         return taken
 
     async def _gather(self) -> None:
-        """Give others a moment to join the first in line: as long as they keep coming, and longer
-        right after a shared batch. Who draws alone hardly waits."""
+        """Give others a moment to join the first in line: those asked for together with the latest,
+        and, while several draw, whoever was just answered. Who draws alone does not wait."""
         end = time.monotonic() + self._batch_wait_s
         while len(self._line) < self._max_batch_size:
             now = time.monotonic()
-            until = min(end, max(now + _PAUSE_S, self._shared_until))
+            siblings_until = now + _SIBLING_S if self._line[-1].to_follow else now
+            until = min(end, max(siblings_until, self._shared_until))
             if until <= now:
                 return
             self._arrived.clear()

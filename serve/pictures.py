@@ -77,6 +77,7 @@ class Job:
         output: how to encode it.
         upload: a picture to go on from.
         previews: pictures to show while it is drawn.
+        to_follow: jobs of the same request that are sent right after it.
     """
 
     request: GenerationRequest
@@ -84,6 +85,7 @@ class Job:
     output: Output = Output()
     upload: Upload | None = None
     previews: int = 0
+    to_follow: int = 0
 
 
 @dataclass(frozen=True)

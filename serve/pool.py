@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 from ray import serve
@@ -88,7 +89,7 @@ class Pool:
         """
         with self._counted(len(jobs)):
             pictures: list[Picture] = await _explain(
-                _all([self._one(job) for job in jobs]), _left_s(jobs[0])
+                _all([self._one(job) for job in _announced(jobs)]), _left_s(jobs[0])
             )
         self._drawn(*pictures)
         return pictures
@@ -169,6 +170,12 @@ class Pool:
         states = ", ".join(f"{n} {state}" for state, n in generator.replica_states.items())
         why = last_error(generator.message)
         return f"replicas: {states or 'none'}; {generator.status.value} {why}".strip()
+
+
+def _announced(jobs: Sequence[Job]) -> Iterator[Job]:
+    """Each says how many follow it, so that the replica knows whom to wait for."""
+    for place, job in enumerate(jobs, 1):
+        yield dataclasses.replace(job, to_follow=len(jobs) - place)
 
 
 def _left_s(job: Job) -> float:

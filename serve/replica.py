@@ -116,7 +116,9 @@ class Generator:
             place.done.cancel()
 
     def _enter(self, job: Job, request: GenerationRequest) -> Place:
-        return self._engine.enter(request, deadline=job.deadline, num_previews=job.previews)
+        return self._engine.enter(
+            request, deadline=job.deadline, num_previews=job.previews, to_follow=job.to_follow
+        )
 
     async def _prepare(self, job: Job) -> GenerationRequest | Refusal:
         """The request with its upload laid out as a canvas."""

@@ -54,22 +54,54 @@ def test_who_waits_is_drawn_together_in_turn(tmp_path: Path) -> None:
     run(tmp_path, work)
 
 
-def test_who_is_alone_hardly_waits_and_who_shared_a_batch_meets_again(tmp_path: Path) -> None:
+def patient(tmp_path: Path, work: Callable[[Engine], Awaitable[Any]]) -> None:
+    """Run `work` with an engine that would wait ten seconds for a batch to fill."""
+
     async def main() -> None:
         engine = Engine(HashGenerator(tmp_path / "log"), max_batch_size=4, batch_wait_s=10.0)
-        began = time.monotonic()
-        assert (await enter(engine, GenerationRequest("cat")).done).batch_size == 1
-        assert time.monotonic() - began < 5.0
-        for pause_s in (0.0, 0.05):  # who comes back one after the other is waited for
-            places = []
-            for seed in range(4):
-                places.append(enter(engine, replace(SLOW, seed=seed)))
-                await asyncio.sleep(pause_s)
-            drawn = await asyncio.gather(*[place.done for place in places])
-            assert [picture.batch_size for picture in drawn] == [4] * 4
+        await work(engine)
         engine.close()
 
     asyncio.run(main())
+
+
+def test_who_is_alone_does_not_wait_and_who_shared_a_batch_meets_again(tmp_path: Path) -> None:
+    async def work(engine: Engine) -> None:
+        began = time.monotonic()
+        drawn = await enter(engine, GenerationRequest("cat")).done
+        assert (drawn.batch_size, drawn.queue_s < 1.0) == (1, True)
+        for pause_s in (0.0, 0.05):  # who comes back one after the other is waited for
+            places = []
+            for seed in range(4):
+                places.append(enter(engine, replace(SLOW, seed=seed), to_follow=3 - seed))
+                await asyncio.sleep(pause_s)
+            drawn = await asyncio.gather(*[place.done for place in places])
+            assert [picture.batch_size for picture in drawn] == [4] * 4
+        assert time.monotonic() - began < 8.0
+
+    patient(tmp_path, work)
+
+
+def test_two_who_took_turns_draw_together(tmp_path: Path) -> None:
+    async def work(engine: Engine) -> None:
+        first = enter(engine, SLOW)
+        await asyncio.sleep(SLOW_S / 4)
+        second = enter(engine, replace(SLOW, seed=1))  # finds the first one drawing
+        assert (await first.done).batch_size == 1
+        again = enter(engine, replace(SLOW, seed=2), to_follow=2)
+        third = enter(engine, replace(SLOW, seed=3)), enter(engine, replace(SLOW, seed=4))
+        drawn = await asyncio.gather(*[place.done for place in (second, again, *third)])
+        assert [picture.batch_size for picture in drawn] == [4] * 4
+
+    patient(tmp_path, work)
+
+
+def test_siblings_that_never_come_are_hardly_waited_for(tmp_path: Path) -> None:
+    async def work(engine: Engine) -> None:
+        drawn = await enter(engine, GenerationRequest("cat"), to_follow=9).done
+        assert (drawn.batch_size, drawn.queue_s < 1.0) == (1, True)
+
+    patient(tmp_path, work)
 
 
 def test_who_leaves_frees_the_place_within_a_step(tmp_path: Path) -> None:
