@@ -6,12 +6,10 @@
     python tests/benchmarks/serving.py swap --home HOME           a moved alias under load
     python tests/benchmarks/serving.py kill --home HOME           kill -9 of a replica under load
     python tests/benchmarks/serving.py autoscale --home HOME      replicas and load, a plot
-    python tests/benchmarks/serving.py soak --home HOME --duration-s 1800
 
 Serves asset:base on a Ray of its own with as many threads as there are CPUs, which the load
 generator shares. HOME/pretrained keeps the converted caption encoder. Each prints JSON lines.
-
-RESULTS.md holds what came out of all but `soak`, which has not been run.
+RESULTS.md holds what came out; tests/serve/test_soak.py is the long run.
 """
 
 from __future__ import annotations
@@ -380,37 +378,9 @@ def _plot(seen: list[tuple[float, int, float]], path: Path) -> None:
     figure.savefig(path, dpi=90)
 
 
-def soak(args: argparse.Namespace) -> None:
-    """Memory of every process over time under steady load."""
-    with served(args.home, config(), result_cache_bytes=1_000_000) as server:
-        rows: list[dict[str, float]] = []
-        done, began = threading.Event(), time.monotonic()
-
-        def watch() -> None:
-            while not done.wait(10):
-                sizes = {"minutes": (time.monotonic() - began) / 60}
-                for child in psutil.Process().children(recursive=True):
-                    with contextlib.suppress(psutil.Error):
-                        if "Replica" in (title := " ".join(child.cmdline())):
-                            sizes[f"{title.strip()} {child.pid}"] = child.memory_info().rss / 2**20
-                rows.append(sizes)
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        result = load_on(server.url, args.duration_s, 0, 4)
-        done.set()
-        watcher.join()
-    settled = rows[len(rows) // 4 :]  # allocators settle first
-    for name in settled[-1].keys() - {"minutes"}:
-        at, mb = zip(*[(row["minutes"], row[name]) for row in settled if name in row], strict=True)
-        slope = float(np.polyfit(at, mb, 1)[0])
-        say(process=name, first_mb=mb[0], last_mb=mb[-1], mb_a_minute=slope)
-    say(**asdict(result))
-
-
 def main() -> None:
     commands: dict[str, Callable[[argparse.Namespace], None]] = {
-        f.__name__: f for f in (throughput, latency, curve, swap, kill, autoscale, soak)
+        f.__name__: f for f in (throughput, latency, curve, swap, kill, autoscale)
     }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=commands)

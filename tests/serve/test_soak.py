@@ -1,14 +1,27 @@
-"""Steady load for a long time: no failure, and memory that stays where it settled.
+"""Steady load for a long time on `tessera serve`: no failure, and memory stays where it settled.
 
-TESSERA_SOAK_S=1800 pytest -m slow tests/serve/test_soak.py
+    TESSERA_SOAK_S=1800 pytest -m slow -s tests/serve/test_soak.py
+
+TESSERA_SOAK_RATE asks for so many pictures a second at random times; unset, four users each ask
+again as soon as they are answered.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
+import urllib.request
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
-import harness
 import numpy as np
 import psutil
 import pytest
@@ -16,31 +29,81 @@ import pytest
 from jobs.bench import Load, bench
 
 SOAK_S = float(os.environ.get("TESSERA_SOAK_S", "120"))
+RATE = float(os.environ.get("TESSERA_SOAK_RATE", "0"))
 MOST_MB = 30.0
-"""What a process may grow by from the first quarter on; a picture leaked at every request (12 kB
-here) would be more after a minute."""
+"""What a replica may grow by after a quarter of its samples; a picture leaked at every request
+(12 kB) would be more after 2,500 of them."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running `tessera serve`."""
+
+    url: str
+    process: psutil.Process
+
+    def replicas(self) -> Iterator[tuple[str, float]]:
+        """Title and MB of every replica, of the ingress and of the generator."""
+        for child in self.process.children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it has ended
+                title = " ".join(child.cmdline()).strip()
+                if "ServeReplica" in title:
+                    yield f"{title} {child.pid}", child.memory_info().rss / 2**20
+
+
+@pytest.fixture
+def service(pretrained_cache: Path, tmp_path: Path) -> Iterator[Service]:
+    settings = tmp_path / "service.yaml"
+    settings.write_text("result_cache_bytes: 0\n")  # would grow until it is full
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    tessera = Path(sys.executable).with_name("tessera")
+    home = str(pretrained_cache.parent)  # whose `pretrained` it is
+    process = subprocess.Popen(
+        [tessera, "serve", "asset:base", "--port", str(port), "--home", home, "--config", settings]
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 240
+        while not _ready(url):
+            assert process.poll() is None and time.monotonic() < deadline, "did not come up"
+            time.sleep(1)
+        yield Service(url, psutil.Process(process.pid))
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=120) in (0, 130)
+    finally:
+        process.kill()
+
+
+def _ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/readyz", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
 
 
 @pytest.mark.slow
-def test_memory_stays_flat_under_load(server: harness.Running) -> None:
-    mine = psutil.Process().children(recursive=True)
-    (ingress,) = [p for p in mine if "ServeReplica:tessera:api" in " ".join(p.cmdline())]
-    watched = {"generator": psutil.Process(server.pid()), "ingress": ingress}
-    sizes: dict[str, list[float]] = {name: [] for name in watched}
+def test_memory_stays_flat_under_load(service: Service) -> None:
+    sizes: defaultdict[str, list[float]] = defaultdict(list)
     done = threading.Event()
 
     def watch() -> None:
-        while not done.wait(SOAK_S / 60):
-            for name, process in watched.items():
-                sizes[name].append(process.memory_info().rss / 2**20)
+        while not done.wait(SOAK_S / 120):
+            for name, mb in service.replicas():
+                sizes[name].append(mb)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    (result,) = bench(Load(server.url, duration_s=SOAK_S), concurrencies=[4], rates=[])
+    load = Load(service.url, duration_s=SOAK_S)
+    (result,) = bench(load, concurrencies=[] if RATE else [4], rates=[RATE] if RATE else [])
     done.set()
     watcher.join()
-    assert result.requests > SOAK_S and not result.errors, result
-    for name, mb in sizes.items():
+    assert result.requests > SOAK_S * min(RATE or 1, 1) / 2 and not result.errors, result
+    watched = {name: mb for name, mb in sizes.items() if len(mb) > 60}
+    assert len(watched) >= 2, sizes
+    for name, mb in watched.items():
         quarter = len(mb) // 4
         grown = float(np.median(mb[-quarter:]) - np.median(mb[quarter : 2 * quarter]))
         print(f"{name}: {mb[quarter]:.0f} to {mb[-1]:.0f} MB, {result.requests} requests")
