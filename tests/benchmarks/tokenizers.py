@@ -1,0 +1,136 @@
+"""FSQ and VQ side by side: equal networks, codebooks, steps and pictures, reconstructions judged.
+
+    python tests/benchmarks/tokenizers.py --home HOME --shards asset:emoji --steps 400
+
+Each is trained from scratch as `emoji-base` says, then, with --adversarial-steps, goes on from its
+weights with a patch discriminator's opinion beside the perceptual term. Twemoji and a tenth of the
+concepts are kept out of training; judged are held-out concepts of Noto and of Twemoji. Prints a
+JSON line a tokenizer: PSNR (dB), SSIM and KID against the real pictures, with 95 % bootstrap
+intervals; the share of the codebook that all judged pictures use, and its perplexity; seconds and
+memory of the training. Interrupted, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jobs.console import ConsoleReporter
+from pipeline import metrics
+from pipeline.bundle import load_tokenizer
+from pipeline.config import EvaluateConfig, load_recipe
+from pipeline.contracts import ImageTokenizer, Interval
+from pipeline.drawing import reconstruct
+from pipeline.evalset import EvalSet
+from pipeline.images import to_float
+from pipeline.runtime import ray_runtime
+from pipeline.workflow import Chain
+
+CODEBOOK = 4_375
+BATCH = 60
+
+
+def settings(name: str, args: argparse.Namespace, source: Path | None) -> list[str]:
+    steps = args.adversarial_steps if source else args.steps
+    wanted = [
+        f"data.shards=[{args.shards}]",
+        f"tokenizer.name={name}",
+        f"tokenizer.codebook_size={CODEBOOK}",  # of vq; fsq's levels have the same product
+        f"tokenizer.train.max_steps={steps}",
+        "tokenizer.train.time_limit_s=null",
+        f"tokenizer.train.validate_every={max(1, steps // 2)}",
+        "tokenizer.train.restore=last",
+        f"tokenizer.train.batch_size={args.batch_size}",
+    ]
+    if source is None:
+        return wanted
+    return [
+        *wanted,
+        f"tokenizer.source={source}",
+        f"tokenizer.adversarial_weight={args.adversarial_weight}",
+        "tokenizer.train.optimizer=adamw",
+        "tokenizer.train.learning_rate=3e-4",
+    ]
+
+
+def train(name: str, args: argparse.Namespace, source: Path | None) -> tuple[Chain, Path, dict]:
+    """The chain, the trained tokenizer's directory and what its training reported."""
+    recipe = load_recipe("emoji-base", settings(name, args, source), environment={})
+    chain = Chain(recipe, args.home, ConsoleReporter())
+    with chain.open():
+        path = chain.tokenizer
+        run_id = json.loads((path.parent / "run.json").read_text())["run_id"]
+        run = chain.tracker.client.get_run(run_id).data.metrics
+    return chain, path, {"memory_gb": run["memory_gb"], "images_per_s": run["images_per_s"]}
+
+
+class Judge:
+    """Held-out pictures of two styles, and what is measured on their reconstructions."""
+
+    def __init__(self, pixels: Path, image_size: int, pictures: int) -> None:
+        config = EvaluateConfig(num_pictures=pictures, styles=("noto", "twemoji"))
+        self.sets = EvalSet.from_parquet(pixels, config, image_size=image_size).sets
+        self.features = metrics.ImageNetFeatures()
+
+    def __call__(self, tokenizer: ImageTokenizer) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        resampling = {"bootstrap": 1_000, "seed": 0}
+        for pictures in self.sets:
+            if pictures.name != "unseen":
+                continue
+            images = reconstruct(tokenizer, pictures.images, BATCH)
+            for name, measure in (("psnr", metrics.psnr), ("ssim", metrics.ssim)):
+                values = measure(images, pictures.images)
+                found[f"{pictures.style}_{name}"] = metrics.mean_interval(values, **resampling)
+            found[f"{pictures.style}_kid"] = metrics.kid_interval(
+                self.features(pictures.images), self.features(images), **resampling
+            )
+        said = {
+            name: [round(x, 3) for x in (i.value, i.low, i.high)]
+            for name, i in found.items()
+            if isinstance(i, Interval)
+        }
+        return said | self._use(tokenizer)
+
+    @torch.inference_mode()
+    def _use(self, tokenizer: ImageTokenizer) -> dict[str, float]:
+        batches = torch.cat([pictures.images for pictures in self.sets]).split(BATCH)
+        tokens = torch.cat([tokenizer.encode(to_float(batch)).flatten() for batch in batches])
+        share = tokens.bincount(minlength=tokenizer.codebook_size) / len(tokens)
+        perplexity = torch.exp(-torch.special.xlogy(share, share).sum())
+        return {
+            "codes_used": round(float((share > 0).float().mean()), 3),
+            "perplexity": round(float(perplexity), 0),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--home", type=Path, required=True)
+    parser.add_argument("--shards", default="asset:emoji")
+    parser.add_argument("--names", nargs="*", default=["fsq", "vq"])
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--adversarial-steps", type=int, default=0)
+    parser.add_argument("--adversarial-weight", type=float, default=0.1)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--pictures", type=int, default=180)
+    args = parser.parse_args()
+    args.home = args.home.absolute()
+    judge: Judge | None = None
+    with ray_runtime():
+        for name in args.names:
+            source: Path | None = None
+            for phase in ("plain", "adversarial")[: 2 if args.adversarial_steps else 1]:
+                chain, source, costs = train(name, args, source)
+                size = chain.recipe.preprocess.image_size
+                judge = judge or Judge(chain.pixels, size, args.pictures)
+                found = judge(load_tokenizer(source))
+                print(json.dumps({"tokenizer": name, "phase": phase, **found, **costs}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
