@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from pipeline.config import AlignerConfig
@@ -112,7 +112,7 @@ class Aligner(nn.Module):
             "encoder": asdict(encoder),
         }
         weights = {k: v.detach().cpu().half().contiguous() for k, v in self.state_dict().items()}
-        save_file(weights, directory / "model.safetensors")
+        (directory / "model.safetensors").write_bytes(save(weights))
         (directory / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
 
     @classmethod

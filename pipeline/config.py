@@ -29,6 +29,7 @@ from pipeline.data_config import PreprocessConfig as PreprocessConfig
 from pipeline.data_config import later
 from pipeline.errors import RecipeError
 from pipeline.overrides import explain, merged, override, set_key
+from pipeline.train_config import TrainConfig as TrainConfig
 from pipeline.tune_config import TuneConfig as TuneConfig
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -43,61 +44,6 @@ class CaptionEncoderConfig(Config):
     model: str = Field("intfloat/multilingual-e5-small", description="hub id or directory")
     max_tokens: int = Field(24, ge=4, le=512, description="longer captions are cut")
     prefix: str = Field("query: ", description="put before every caption, as the model wants it")
-
-
-class TrainConfig(Config):
-    """One training: optimiser, schedule, stopping. The same words for every family."""
-
-    policy: Literal["full", "head", "lora", "frozen"] = Field(
-        "full", description="what trains: everything, the head, adapters, or all but the text side"
-    )
-    lora_rank: int = Field(8, ge=1, description="of the adapters, with policy lora")
-    lora_alpha: float = Field(16, gt=0, description="adapters count lora_alpha / lora_rank")
-    optimizer: Literal["adamw", "sgd", "rmsprop", "muon"] = Field(
-        "adamw",
-        description="muon orthogonalises the updates of hidden matrices (torch.optim.Muon); "
-        "embeddings, heads, norms and biases take adamw beside it",
-    )
-    learning_rate: float = Field(
-        1e-3, gt=0, description="peak; of adamw's part when muon is chosen"
-    )
-    muon_learning_rate: float = Field(0.02, gt=0, description="peak; of muon's part")
-    weight_decay: float = Field(0.05, ge=0, description="decoupled; norms, biases, embeddings: 0")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="adamw")
-    momentum: float = Field(0.95, ge=0, lt=1, description="sgd, rmsprop and muon")
-    warmup_steps: int = Field(100, ge=0, description="linear, optimiser steps")
-    final_learning_rate: float = Field(
-        0.01, ge=0, le=1, description="of the peak; end of the cosine"
-    )
-    schedule: Literal["cosine", "constant"] = "cosine"
-    batch_size: int = Field(128, ge=1, description="pictures a step over all workers together")
-    max_steps: int = Field(1_000, ge=1, description="optimiser steps")
-    time_limit_s: float | None = Field(
-        None,
-        gt=0,
-        description="seconds of training; the schedule ends at whichever limit comes first, so the "
-        "learning rate has always come down when training stops",
-    )
-    accumulate: int = Field(
-        1, ge=1, description="pieces a worker's share of the batch is computed in, to save memory"
-    )
-    clip_norm: float = Field(1.0, gt=0, description="largest L2 norm of the gradient")
-    ema_decay: float = Field(0.999, ge=0, lt=1, description="0 switches the average off")
-    validate_every: int = Field(
-        200, ge=1, description="steps between validations, each of which leaves a checkpoint"
-    )
-    sample_every: int = Field(0, ge=0, description="steps between sample grids; 0: at the end only")
-    validation_batches: int = Field(8, ge=1, description="batches a validation reads")
-    patience: int = Field(0, ge=0, description="validations without a better one; 0 never stops")
-    restore: Literal["best", "last"] = Field(
-        "best",
-        description="the checkpoint to go on with: the lowest validation loss, or the last, "
-        "for a model that shall know its training pictures well",
-    )
-    seed: int = Field(0, ge=0)
-    num_workers: int = Field(2, ge=1, description="DDP processes")
-    max_failures: int = Field(2, ge=-1, description="worker group restarts; -1 is no limit")
-    augment: AugmentConfig = AugmentConfig()
 
 
 class TokenizerConfig(Config):
@@ -196,6 +142,13 @@ class GeneratorConfig(Config):
     heads: int = Field(4, ge=1)
     caption_depth: int = Field(1, ge=0, description="trainable blocks over the caption states")
     dropout: float = Field(0.1, ge=0, lt=1)
+    base_share: float = later(
+        0.0,
+        ge=0,
+        lt=1,
+        description="of the weights training began with in the result, which keeps more of what "
+        "the base can draw of concepts that are not shown (WiSE-FT)",
+    )
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="for classifier-free guidance")
     style_dropout: float = Field(0.1, ge=0, lt=1, description="so that a style may be left open")
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="while training")
@@ -420,6 +373,12 @@ class Recipe(Config):
                 )
         for section in (self.tokenizer, self.aligner):
             _check_train(section.train, "train")
+        shares = [g.base_share for g in self.generators.values() if g.base_share]
+        if shares and self.base is None:
+            raise ValueError(
+                f"generator.base_share={shares[0]} is of a base's weights, and there is none: "
+                "leave it out, or say with `base` which bundle to start from"
+            )
         _check_generator(self.generator, "generator")
         return self
 

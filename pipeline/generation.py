@@ -201,6 +201,22 @@ def _language_model_config(
 
 
 @torch.no_grad()
+def mixed_with_start(
+    model: nn.Module, weights: Mapping[str, Tensor], share: float
+) -> dict[str, Tensor]:
+    """The trained `weights`, with a `share` of those that `model` has, which training began with.
+
+    Source: Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", section 3: what is
+    trained is better where it was trained, the mean of both also where it was not.
+    """
+    start = model.state_dict()
+    return {
+        name: tensor.lerp(start[name].to(tensor), share) if tensor.is_floating_point() else tensor
+        for name, tensor in weights.items()
+    }
+
+
+@torch.no_grad()
 def start_from(model: nn.Module, base: Path, spec: ModelSpec) -> None:
     """Copy a base bundle's weights; `model` has the base's shape (`shape_of_base`).
 

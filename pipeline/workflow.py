@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from pipeline import autoencoding, evaluate, generation, registry, reports, train
 from pipeline.accounting import check_fraction
@@ -307,8 +307,10 @@ class Chain:
             )  # fmt: skip
             weights = best_weights(result.checkpoint)
             if adapters := adapter_weights(weights):
-                save_file(adapters, context.path / "adapters.safetensors")
+                (context.path / "adapters.safetensors").write_bytes(save(adapters))
                 weights = merged_weights(task.model(), config.train, weights)
+            if config.base_share:
+                weights = generation.mixed_with_start(task.model(), weights, config.base_share)
             save_bundle(
                 context.path / "bundle",
                 weights=weights,

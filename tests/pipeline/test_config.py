@@ -43,6 +43,7 @@ def test_command_line_wins_over_environment_wins_over_file() -> None:
         ("generator.train.max_steps=0", r"max_steps=0.*greater than or equal to 1"),
         ("generator.train.optimizer=adam", r"optimizer='adam'.*'adamw'"),
         ("generator.train.batch_size=7", r"batch_size=7 must be a multiple of .*num_workers=2"),
+        ("generator.base_share=0.2", r"base_share=0.2 is of a base's weights.*with `base`"),
         ("generator.width=66", r"width=66 must be a multiple of generator.heads=4"),
         ("preprocess.image_size=60", r"image_size=60 must be a multiple of tokenizer.downsample=8"),
         ("max_steps", r"not of the form section.key=value"),

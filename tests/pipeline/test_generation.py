@@ -11,7 +11,7 @@ from pipeline import registry
 from pipeline.bundle import load_bundle, resolve_tokenizer
 from pipeline.config import GeneratorConfig
 from pipeline.errors import BundleError, RecipeError
-from pipeline.generation import make_spec, shape_of_base, start_from
+from pipeline.generation import make_spec, mixed_with_start, shape_of_base, start_from
 
 
 def test_the_shape_comes_from_the_base(tiny_bundle: Path) -> None:
@@ -41,6 +41,18 @@ def test_a_new_style_starts_from_the_mean_of_the_known(tiny_bundle: Path) -> Non
     table = bundle.model.style.weight[: len(known.styles)]
     torch.testing.assert_close(model.style.weight[len(known.styles)], table.mean(0))
     torch.testing.assert_close(model.style.weight[: len(known.styles)], table)
+
+
+def test_a_share_of_the_start_stays(tiny_bundle: Path) -> None:
+    start = load_bundle(tiny_bundle).model
+    before = {name: tensor.clone() for name, tensor in start.state_dict().items()}
+    trained = {n: t + 1 if t.is_floating_point() else t for n, t in before.items()}
+    mixed = mixed_with_start(start, trained, 0.25)
+    assert mixed.keys() == before.keys()
+    for name, tensor in mixed.items():
+        moved = 0.75 if tensor.is_floating_point() else 0
+        torch.testing.assert_close(tensor, before[name] + moved)
+    assert all(torch.equal(t, before[n]) for n, t in start.state_dict().items()), "left alone"
 
 
 def test_a_tokenizer_is_found_alone_or_in_a_bundle(tiny_bundle: Path, tmp_path: Path) -> None:

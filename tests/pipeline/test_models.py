@@ -224,6 +224,12 @@ class TestBundle:
             assert torch.equal(tensor, tensor.half().float()), "stored as float16"
         assert first.digest == second.digest
 
+    def test_whoever_may_read_a_bundle_s_config_may_read_its_weights(
+        self, tiny_bundle: Path
+    ) -> None:
+        modes = {path.stat().st_mode for path in tiny_bundle.rglob("*") if path.is_file()}
+        assert len(modes) == 1
+
     @pytest.mark.parametrize("damage", ["flip", "missing", "manifest", "format"])
     def test_a_damaged_bundle_is_refused(
         self, tiny_bundle: Path, tmp_path: Path, damage: str

@@ -1,6 +1,6 @@
 """FSQ and VQ side by side: equal networks, codebooks, steps and pictures, reconstructions judged.
 
-    python tests/benchmarks/tokenizers.py --home HOME --shards asset:emoji --steps 400
+    python tests/benchmarks/reconstruction.py --home HOME --shards asset:emoji --steps 400
 
 Each is trained from scratch as `emoji-base` says, then, with --adversarial-steps, goes on from its
 weights with a patch discriminator's opinion beside the perceptual term. Twemoji and a tenth of the
