@@ -187,10 +187,14 @@ class PictureDataset:
         cls, directory: Path, *, image_size: int, split: str, only: PictureFilter | None = None
     ) -> PictureDataset:
         """The accepted pixels of one split, mapped from disk where they are many."""
-        table = read_table(directory, split=split, only=only, columns=["group"])
+        weigh = only is not None and only.group_exponent != 1
+        columns = ["group"] if weigh else []  # a text a row, which many rows would feel
+        table = read_table(directory, split=split, only=only, columns=columns)
         images = read_pixels(directory, table["place"].to_numpy(), image_size=image_size)
-        exponent = 1.0 if only is None else only.group_exponent
-        return cls(images, weights=RowWeights.of_groups(table["group"].to_numpy(), exponent))
+        if not weigh:
+            return cls(images)
+        groups = table["group"].to_numpy()
+        return cls(images, weights=RowWeights.of_groups(groups, only.group_exponent))
 
     def __len__(self) -> int:
         return len(self.images)

@@ -59,6 +59,19 @@ def test_mapped_pixels_are_those_in_memory(tmp_path: Path, monkeypatch: pytest.M
     assert pq.read_table(tmp_path).num_rows == 200, "Parquet readers do not see it"
 
 
+def test_pictures_of_a_group_share_its_weight(tmp_path: Path) -> None:
+    write(tmp_path, 40, 8)
+    for path in tmp_path.glob("*.parquet"):
+        table = pq.read_table(path)
+        groups = [key if int(key) % 2 else "one" for key in table["key"].to_pylist()]
+        pq.write_table(table.append_column("group", pa.array(groups)), path)
+    only = PictureFilter(group_exponent=0.0)
+    data = PictureDataset.from_parquet(tmp_path, image_size=8, split="train", only=only)
+    assert data.weights is not None
+    weights = dict(zip((i for i in range(40) if i % 5), data.weights.values, strict=True))
+    assert weights[1] == 1 and weights[2] * 16 == pytest.approx(1), "16 even rows train"
+
+
 def test_several_processes_write_one_file(tmp_path: Path) -> None:
     images = write(tmp_path, 300, 16)
     with multiprocessing.get_context("fork").Pool(4) as pool:
