@@ -6,8 +6,8 @@ Each is trained from scratch as `emoji-base` says, then, with --adversarial-step
 weights with a patch discriminator's opinion beside the perceptual term. Twemoji and a tenth of the
 concepts are kept out of training; judged are held-out concepts of Noto and of Twemoji. Prints a
 JSON line a tokenizer: PSNR (dB), SSIM and KID against the real pictures, with 95 % bootstrap
-intervals; the share of the codebook that all judged pictures use, and its perplexity; seconds and
-memory of the training. Interrupted, the same command goes on.
+intervals; the share of the codebook that all judged pictures use, and its perplexity; pace and
+memory of the training. It wants ten steps at least. Interrupted, the same command goes on.
 """
 
 from __future__ import annotations
