@@ -45,7 +45,7 @@ class Service:
         """Title and MB of every replica, of the ingress and of the generator."""
         for child in self.process.children(recursive=True):
             with contextlib.suppress(psutil.Error):  # it has ended
-                title = " ".join(child.cmdline()).strip()
+                title = " ".join(child.cmdline()).partition(".")[0].strip()  # without the method
                 if "ServeReplica" in title:
                     yield f"{title} {child.pid}", child.memory_info().rss / 2**20
 
