@@ -44,8 +44,10 @@ class RowWeights:
         Args:
             groups: the group of every row, (rows,).
         """
+        if exponent == 1:
+            return None
         _, place, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-        if exponent == 1 or len(set(sizes)) == 1:
+        if len(set(sizes)) == 1:
             return None
         return cls(sizes[place] ** (exponent - 1.0))
 

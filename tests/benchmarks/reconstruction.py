@@ -18,16 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from jobs.console import ConsoleReporter
-from pipeline import metrics
-from pipeline.bundle import load_tokenizer
-from pipeline.config import EvaluateConfig, load_recipe
-from pipeline.contracts import ImageTokenizer, Interval
-from pipeline.drawing import reconstruct
+from pipeline.aligner import Aligner
+from pipeline.bundle import ASSETS, load_tokenizer
+from pipeline.config import CaptionEncoderConfig, EvaluateConfig, load_recipe
+from pipeline.contracts import ImageTokenizer
 from pipeline.evalset import EvalSet
+from pipeline.evaluate import Judge
 from pipeline.images import to_float
+from pipeline.metrics import ImageNetFeatures
 from pipeline.runtime import ray_runtime
+from pipeline.text import load_caption_encoder
 from pipeline.workflow import Chain
 
 CODEBOOK = 4_375
@@ -68,44 +71,41 @@ def train(name: str, args: argparse.Namespace, source: Path | None) -> tuple[Cha
     return chain, path, {"memory_gb": run["memory_gb"], "images_per_s": run["images_per_s"]}
 
 
-class Judge:
-    """Held-out pictures of two styles, and what is measured on their reconstructions."""
+def make_judge(pixels: Path, image_size: int, args: argparse.Namespace) -> Judge:
+    """Of pictures of two styles, as `tessera evaluate` judges."""
+    config = EvaluateConfig(
+        num_pictures=args.pictures, styles=("noto", "twemoji"), languages=("en",)
+    )
+    return Judge(
+        EvalSet.from_parquet(pixels, config, image_size=image_size),
+        aligner=Aligner.load(ASSETS / "aligner"),
+        features=ImageNetFeatures(),
+        encoder=load_caption_encoder(CaptionEncoderConfig(), cache=args.home / "pretrained"),
+        config=config,
+    )
 
-    def __init__(self, pixels: Path, image_size: int, pictures: int) -> None:
-        config = EvaluateConfig(num_pictures=pictures, styles=("noto", "twemoji"))
-        self.sets = EvalSet.from_parquet(pixels, config, image_size=image_size).sets
-        self.features = metrics.ImageNetFeatures()
 
-    def __call__(self, tokenizer: ImageTokenizer) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        resampling = {"bootstrap": 1_000, "seed": 0}
-        for pictures in self.sets:
-            if pictures.name != "unseen":
-                continue
-            images = reconstruct(tokenizer, pictures.images, BATCH)
-            for name, measure in (("psnr", metrics.psnr), ("ssim", metrics.ssim)):
-                values = measure(images, pictures.images)
-                found[f"{pictures.style}_{name}"] = metrics.mean_interval(values, **resampling)
-            found[f"{pictures.style}_kid"] = metrics.kid_interval(
-                self.features(pictures.images), self.features(images), **resampling
-            )
-        said = {
-            name: [round(x, 3) for x in (i.value, i.low, i.high)]
-            for name, i in found.items()
-            if isinstance(i, Interval)
-        }
-        return said | self._use(tokenizer)
+def measure(judge: Judge, tokenizer: ImageTokenizer) -> dict[str, Any]:
+    """Of held-out pictures: [value, low, high] by name; and the use of the codebook by all."""
+    found = judge.tokenizer(tokenizer).metrics
+    return {
+        name: [round(x, 3) for x in (i.value, i.low, i.high)]
+        for name, i in found.items()
+        if name.endswith(("psnr_unseen", "ssim_unseen", "kid_unseen"))
+    } | codebook_use(tokenizer, torch.cat([p.images for p in judge.eval_set.sets]))
 
-    @torch.inference_mode()
-    def _use(self, tokenizer: ImageTokenizer) -> dict[str, float]:
-        batches = torch.cat([pictures.images for pictures in self.sets]).split(BATCH)
-        tokens = torch.cat([tokenizer.encode(to_float(batch)).flatten() for batch in batches])
-        share = tokens.bincount(minlength=tokenizer.codebook_size) / len(tokens)
-        perplexity = torch.exp(-torch.special.xlogy(share, share).sum())
-        return {
-            "codes_used": round(float((share > 0).float().mean()), 3),
-            "perplexity": round(float(perplexity), 0),
-        }
+
+@torch.inference_mode()
+def codebook_use(tokenizer: ImageTokenizer, images: Tensor) -> dict[str, float]:
+    """How much of the codebook uint8 images (N, 3, S, S) need."""
+    batches = images.split(BATCH)
+    tokens = torch.cat([tokenizer.encode(to_float(batch)).flatten() for batch in batches])
+    share = tokens.bincount(minlength=tokenizer.codebook_size) / len(tokens)
+    perplexity = torch.exp(-torch.special.xlogy(share, share).sum())
+    return {
+        "codes_used": round(float((share > 0).float().mean()), 3),
+        "perplexity": round(float(perplexity), 0),
+    }
 
 
 def main() -> None:
@@ -127,8 +127,8 @@ def main() -> None:
             for phase in ("plain", "adversarial")[: 2 if args.adversarial_steps else 1]:
                 chain, source, costs = train(name, args, source)
                 size = chain.recipe.preprocess.image_size
-                judge = judge or Judge(chain.pixels, size, args.pictures)
-                found = judge(load_tokenizer(source))
+                judge = judge or make_judge(chain.pixels, size, args)
+                found = measure(judge, load_tokenizer(source))
                 print(json.dumps({"tokenizer": name, "phase": phase, **found, **costs}), flush=True)
 
 

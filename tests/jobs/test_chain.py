@@ -7,11 +7,7 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,13 +15,13 @@ from typing import Any
 import pytest
 from openai import OpenAI
 from PIL import Image
+from served import TESSERA, tessera_serve
 
 from pipeline.config import load_recipe
 from pipeline.progress import Progress
 from pipeline.steps import exclusive
 from pipeline.workflow import Chain, Outcome
 
-TESSERA = [sys.executable, "-m", "jobs.cli"]
 CHAMPION = "models:/tessera-smoke@champion"
 STEPS = ["preprocess", "tokenizer", "tokens", "captions", "generator", "aligner", "evaluate"]
 
@@ -155,33 +151,12 @@ def test_pictures_without_a_server(outcome: Outcome, home: Path) -> None:
 @pytest.fixture(scope="module")
 def server(outcome: Outcome, home: Path) -> Iterator[str]:
     """`tessera serve` as a user starts it: a process and a Ray of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = subprocess.Popen(
-        [*TESSERA, "serve", CHAMPION, "--port", str(port), "--home", str(home)],
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 120
-        while not _ready(url):
-            assert process.poll() is None and time.monotonic() < deadline, "did not come up"
-            time.sleep(0.5)
+    arguments = CHAMPION, "--home", str(home)
+    with tessera_serve(*arguments, ready_timeout_s=120, stderr=subprocess.PIPE) as (url, process):
         yield url
         process.send_signal(signal.SIGINT)
         # 130 if the first answer was faster than the command's own look at /readyz
         assert process.wait(timeout=120) in (0, 130)
-    finally:
-        process.kill()
-
-
-def _ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/readyz", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
 
 
 def test_the_openai_client_draws_with_the_served_champion(server: str) -> None:

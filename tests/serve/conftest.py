@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from functools import partial
 
 import harness
 import pytest
 from ray import cloudpickle
+from served import free_port
 
 from serve.app import assemble
 from serve.launch import launch
@@ -26,9 +26,6 @@ def server(
     found = Found("tiny", "3", partial(harness.HashGenerator, log))
     # what is drawn is what these tests are about; test_access.py is about the cache
     app = assemble(found, harness.CONFIG, ServiceConfig(result_cache_bytes=0))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    started = launch(app, host="127.0.0.1", port=port, blocking=False, ready_timeout_s=60)
+    started = launch(app, host="127.0.0.1", port=free_port(), blocking=False, ready_timeout_s=60)
     yield harness.Running(started.url, log)
     started.close()

@@ -10,12 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
-import subprocess
-import sys
 import threading
-import time
-import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from served import tessera_serve
 
 from jobs.bench import Load, bench
 
@@ -54,33 +50,12 @@ class Service:
 def service(pretrained_cache: Path, tmp_path: Path) -> Iterator[Service]:
     settings = tmp_path / "service.yaml"
     settings.write_text("result_cache_bytes: 0\n")  # would grow until it is full
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    tessera = Path(sys.executable).with_name("tessera")
     home = str(pretrained_cache.parent)  # whose `pretrained` it is
-    process = subprocess.Popen(
-        [tessera, "serve", "asset:base", "--port", str(port), "--home", home, "--config", settings]
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 240
-        while not _ready(url):
-            assert process.poll() is None and time.monotonic() < deadline, "did not come up"
-            time.sleep(1)
+    arguments = "asset:base", "--home", home, "--config", str(settings)
+    with tessera_serve(*arguments, ready_timeout_s=240) as (url, process):
         yield Service(url, psutil.Process(process.pid))
         process.terminate()
         assert process.wait(timeout=120) == 0
-    finally:
-        process.kill()
-
-
-def _ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/readyz", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
 
 
 @pytest.mark.slow
