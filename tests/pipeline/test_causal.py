@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,6 +140,21 @@ def test_a_pretrained_language_model_gives_its_weights(tied: bool, tmp_path: Pat
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert torch.equal(whole.lm_head.weight[:50], pretrained.lm_head.weight)
     assert torch.equal(whole.lm_head.weight[50:90], made.image_head.weight)
+
+
+def test_a_pretrained_language_model_begins_without_favourites(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    pretrained = LlamaForCausalLM(LlamaConfig(**dict(SPEC.language_model)))
+    with torch.no_grad():  # as large as trained ones are
+        pretrained.model.embed_tokens.weight.mul_(7)
+        pretrained.model.norm.weight.mul_(2)
+    pretrained.save_pretrained(tmp_path)
+    made = causal.build(CONFIG, SPEC)
+    made.start_from_language_model(str(tmp_path))
+    ids, tokens = torch.tensor([[1, 2, 3]]), torch.arange(SPEC.num_tokens)[None]
+    logits = made(tokens, ids, ids > 0, torch.tensor([0]))
+    loss = torch.nn.functional.cross_entropy(logits[0], tokens[0]).item()
+    assert abs(loss - math.log(SPEC.codebook_size)) < 0.1
 
 
 def test_a_context_that_is_too_short_is_refused() -> None:
