@@ -141,7 +141,10 @@ def load_on(url: str, duration_s: float, seed: int, users: int) -> Result:
 
 
 def throughput(args: argparse.Namespace) -> None:
-    """Pictures a second at saturation (two full batches of users), contenders in turn."""
+    """Pictures a second at saturation (two full batches of users), contenders in turn.
+
+    With --replicas 2 or more, "split" is the service with its threads among that many.
+    """
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(served(args.home, config()))
         unbatched = build_app(
@@ -149,6 +152,14 @@ def throughput(args: argparse.Namespace) -> None:
         )
         deploy(unbatched, name="unbatched", route_prefix="/unbatched")
         urls = {"service": server.url, "unbatched": f"{server.url}/unbatched"}
+        if args.replicas > 1:
+            settings = config(
+                min_replicas=args.replicas, max_replicas=args.replicas,
+                num_cpus=CPUS / args.replicas,
+            )  # fmt: skip
+            app = build_app(BUNDLE, settings, ServiceConfig(), home=str(args.home))
+            deploy(app, name="split", route_prefix="/split")
+            urls["split"] = f"{server.url}/split"
         for what in args.peers:
             urls[what] = stack.enter_context(peer(what, args.home, CPUS))[1]
         offline, _ = stack.enter_context(peer("offline", args.home, CPUS))
