@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
 
 class Config(BaseModel):
@@ -39,6 +39,10 @@ class PictureFilter(Config):
         le=1,
         description="training draws a group of n pictures in proportion to n to this power; 1: "
         "every picture equally often; 0: every group, however many variants it has",
+    )
+    style_weights: dict[str, PositiveFloat] = later(
+        {},
+        description="by style, how often training draws a picture of it; 1 where nothing is said",
     )
 
 

@@ -37,6 +37,7 @@ from pipeline.feed import (
     CaptionIds,
     CaptionStates,
     Ragged,
+    RowWeights,
     fixed_width,
     read_table,
     spread,
@@ -300,7 +301,7 @@ def captioned_dataset(
         ),
         style=_known(table["style"], styles),
         group=pc.rank(table["group"], tiebreaker="dense").to_numpy().astype(np.int64) - 1,
-        group_exponent=1.0 if only is None else only.group_exponent,
+        weights=RowWeights.of(table, only),
     )
 
 

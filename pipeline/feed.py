@@ -35,21 +35,27 @@ class RowWeights:
     values: np.ndarray
 
     @classmethod
-    def of_groups(cls, groups: np.ndarray, exponent: float) -> RowWeights | None:
-        """A group of n rows weighs n ** exponent, in equal shares; None if all rows weigh the same.
+    def of(cls, table: pa.Table, only: PictureFilter | None) -> RowWeights | None:
+        """A group of n rows weighs n ** exponent, in equal shares, and every row by its style too.
 
         Conneau et al. 2020 ("Unsupervised cross-lingual representation learning at scale", section
         3.1) draw languages so.
 
         Args:
-            groups: the group of every row, (rows,).
+            table: what `read_table` gives, with "group" where the filter has a group_exponent.
+
+        Returns:
+            None if all rows weigh the same.
         """
-        if exponent == 1:
+        if only is None:
             return None
-        _, place, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-        if len(set(sizes)) == 1:
-            return None
-        return cls(sizes[place] ** (exponent - 1.0))
+        values = np.ones(len(table))
+        if only.group_exponent != 1:
+            groups = table["group"].combine_chunks().dictionary_encode().indices.to_numpy()
+            values = np.bincount(groups)[groups] ** (only.group_exponent - 1.0)
+        for style, weight in only.style_weights.items():
+            values[pc.equal(table["style"], style).to_numpy()] *= weight
+        return None if (values == values[0]).all() else cls(values)
 
 
 class Dataset(Protocol):
@@ -139,7 +145,7 @@ def read_table(
     "place" counts the rows as `read_pixels` does.
 
     Raises:
-        DataError: nothing is left.
+        DataError: nothing is left, or `only` weighs a style that no picture has.
     """
     wanted = None if columns is None else sorted({*columns, "key", "split", "style"})
     files = [str(path) for path in parquet_files(directory)]
@@ -148,6 +154,8 @@ def read_table(
     table = pads.dataset(files).to_table(wanted)
     found = table.num_rows
     table = table.append_column("place", pa.array(np.arange(found)))
+    if only is not None and only.style_weights:
+        _check_styles(table, only)
     if split is not None:
         splits = pa.array([split] if isinstance(split, str) else split)
         table = table.filter(pc.is_in(table["split"], splits))
@@ -163,6 +171,15 @@ def read_table(
             f"{' and a caption' if captioned else ''}: check the recipe's data and filter sections"
         )
     return table.sort_by("key")
+
+
+def _check_styles(table: pa.Table, only: PictureFilter) -> None:
+    styles = pc.unique(table["style"]).to_pylist()
+    if unknown := sorted(set(only.style_weights) - set(styles)):
+        raise DataError(
+            f"style_weights names {', '.join(unknown)}, which no picture has; the styles are "
+            f"{', '.join(sorted(styles))}"
+        )
 
 
 def fixed_width(
@@ -189,14 +206,11 @@ class PictureDataset:
         cls, directory: Path, *, image_size: int, split: str, only: PictureFilter | None = None
     ) -> PictureDataset:
         """The accepted pixels of one split, mapped from disk where they are many."""
-        weigh = only is not None and only.group_exponent != 1
-        columns = ["group"] if weigh else []  # a text a row, which many rows would feel
+        grouped = only is not None and only.group_exponent != 1
+        columns = ["group"] if grouped else []  # a text a row, which many rows would feel
         table = read_table(directory, split=split, only=only, columns=columns)
         images = read_pixels(directory, table["place"].to_numpy(), image_size=image_size)
-        if not weigh:
-            return cls(images)
-        groups = table["group"].to_numpy()
-        return cls(images, weights=RowWeights.of_groups(groups, only.group_exponent))
+        return cls(images, weights=RowWeights.of(table, only))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -275,12 +289,11 @@ class CaptionedDataset:
         captions: CaptionStates | CaptionIds,
         style: np.ndarray,
         group: np.ndarray,
-        group_exponent: float = 1.0,
+        weights: RowWeights | None = None,
     ) -> None:
         self.arrays, self.viewed = dict(arrays), viewed
         self.caption_ids, self.captions = caption_ids, captions
-        self.style, self.group = style, group
-        self.weights = RowWeights.of_groups(group, group_exponent)
+        self.style, self.group, self.weights = style, group, weights
 
     def __len__(self) -> int:
         return len(self.caption_ids)

@@ -40,7 +40,7 @@ def test_groups_are_drawn_by_the_power_of_their_size(
     sizes: list[int], exponent: float, seed: int
 ) -> None:
     groups = np.repeat(np.arange(len(sizes)), sizes)
-    weights = feed.RowWeights.of_groups(groups, exponent)
+    weights = feed.RowWeights.of(rows_of(groups), PictureFilter(group_exponent=exponent))
     epoch = feed.global_rows(
         0, length=len(groups), batch_size=len(groups), seed=seed, weights=weights
     )
@@ -56,14 +56,30 @@ def test_groups_are_drawn_by_the_power_of_their_size(
 
 def test_every_group_is_drawn_equally_often_with_exponent_0() -> None:
     groups = np.array([0] * 90 + [1] * 9 + [2])
-    weights = feed.RowWeights.of_groups(groups, 0.0)
+    weights = feed.RowWeights.of(rows_of(groups), PictureFilter(group_exponent=0.0))
     rows = [
         feed.global_rows(step, length=100, batch_size=100, seed=0, weights=weights)
         for step in range(30)
     ]
     shares = np.bincount(groups[np.concatenate(rows)]) / 3_000
     assert shares == pytest.approx([1 / 3] * 3, abs=0.01)
-    assert feed.RowWeights.of_groups(groups, 1.0) is None
+    assert feed.RowWeights.of(rows_of(groups), PictureFilter()) is None
+
+
+def test_styles_are_drawn_by_their_weight() -> None:
+    style = np.array(["old"] * 60 + ["new"] * 40)
+    table = pa.table({"style": style})
+    weights = feed.RowWeights.of(table, PictureFilter(style_weights={"new": 3.0}))
+    rows = [
+        feed.global_rows(step, length=100, batch_size=100, seed=0, weights=weights)
+        for step in range(30)
+    ]
+    drawn = style[np.concatenate(rows)]
+    assert (drawn == "new").mean() == pytest.approx(120 / 180, abs=0.01)
+
+
+def rows_of(groups: np.ndarray) -> pa.Table:
+    return pa.table({"group": groups})
 
 
 @given(world_size=st.sampled_from([1, 2, 4]), step=st.integers(0, 50))
@@ -150,6 +166,8 @@ def test_filters_name_what_they_left_nothing_of(tmp_path: Path) -> None:
     assert feed.read_table(tmp_path)["key"].to_pylist() == ["a", "b"]
     assert feed.read_table(tmp_path, split="train")["key"].to_pylist() == ["b"]
     assert feed.read_table(tmp_path, only=PictureFilter(exclude_styles=("x",))).num_rows == 1
+    with pytest.raises(DataError, match=r"style_weights names z, .* the styles are x, y"):
+        feed.read_table(tmp_path, only=PictureFilter(style_weights={"x": 2, "z": 3}))
     captions = pa.array([[], [{"text": "a", "language": "en"}]])
     pq.write_table(table.append_column("captions", captions), tmp_path / "rows.parquet")
     assert feed.read_table(tmp_path, captioned=True)["key"].to_pylist() == ["a"]
