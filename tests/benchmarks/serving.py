@@ -69,6 +69,11 @@ def config(**other: Any) -> ServeConfig:
     return ServeConfig(**(values | other))
 
 
+def split(replicas: int) -> ServeConfig:
+    """The machine's threads among so many replicas."""
+    return config(min_replicas=replicas, max_replicas=replicas, num_cpus=CPUS / replicas)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -147,19 +152,14 @@ def throughput(args: argparse.Namespace) -> None:
     """
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(served(args.home, config()))
-        unbatched = build_app(
-            BUNDLE, config(max_batch_size=1, batch_wait_s=0), ServiceConfig(), home=str(args.home)
-        )
-        deploy(unbatched, name="unbatched", route_prefix="/unbatched")
-        urls = {"service": server.url, "unbatched": f"{server.url}/unbatched"}
+        beside = {"unbatched": config(max_batch_size=1, batch_wait_s=0)}
         if args.replicas > 1:
-            settings = config(
-                min_replicas=args.replicas, max_replicas=args.replicas,
-                num_cpus=CPUS / args.replicas,
-            )  # fmt: skip
+            beside["split"] = split(args.replicas)
+        urls = {"service": server.url}
+        for name, settings in beside.items():
             app = build_app(BUNDLE, settings, ServiceConfig(), home=str(args.home))
-            deploy(app, name="split", route_prefix="/split")
-            urls["split"] = f"{server.url}/split"
+            deploy(app, name=name, route_prefix=f"/{name}")
+            urls[name] = f"{server.url}/{name}"
         for what in args.peers:
             urls[what] = stack.enter_context(peer(what, args.home, CPUS))[1]
         offline, _ = stack.enter_context(peer("offline", args.home, CPUS))
@@ -228,10 +228,8 @@ def swap(args: argparse.Namespace) -> None:
         second = tracker.register(_copy(args.home), model_name="swapped", handle=handle)
     tracker.crown("swapped", first)
     with served(
-        args.home, config(min_replicas=args.replicas, max_replicas=args.replicas,
-                          num_cpus=CPUS / args.replicas),
-        model="models:/swapped@champion", watch_every_s=1,
-    ) as server:  # fmt: skip
+        args.home, split(args.replicas), model="models:/swapped@champion", watch_every_s=1
+    ) as server:
         load_on(server.url, 5, 0, args.users)
         for turn in range(args.rounds):
             quiet = load_on(server.url, args.duration_s, 2 * turn, args.users)
@@ -312,8 +310,7 @@ def _title(process: psutil.Process) -> str:
 def kill(args: argparse.Namespace) -> None:
     """kill -9 of one of two replicas in mid-load; every picture is compared with its reference."""
     model = load_generator(BUNDLE, pretrained_cache=args.home / "pretrained", device="cpu")
-    two = config(min_replicas=2, max_replicas=2, num_cpus=CPUS / 2)
-    with served(args.home, two, result_cache_bytes=0) as server:
+    with served(args.home, split(2), result_cache_bytes=0) as server:
         mine = {child.pid for child in psutil.Process().children(recursive=True)}
         victims = [process for process in replicas() if process.pid in mine]
         assert len(victims) == 2, victims

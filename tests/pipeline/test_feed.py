@@ -57,11 +57,7 @@ def test_groups_are_drawn_by_the_power_of_their_size(
 def test_every_group_is_drawn_equally_often_with_exponent_0() -> None:
     groups = np.array([0] * 90 + [1] * 9 + [2])
     weights = feed.RowWeights.of(rows_of(groups), PictureFilter(group_exponent=0.0))
-    rows = [
-        feed.global_rows(step, length=100, batch_size=100, seed=0, weights=weights)
-        for step in range(30)
-    ]
-    shares = np.bincount(groups[np.concatenate(rows)]) / 3_000
+    shares = np.bincount(groups[thirty_epochs(weights)]) / 3_000
     assert shares == pytest.approx([1 / 3] * 3, abs=0.01)
     assert feed.RowWeights.of(rows_of(groups), PictureFilter()) is None
 
@@ -70,12 +66,17 @@ def test_styles_are_drawn_by_their_weight() -> None:
     style = np.array(["old"] * 60 + ["new"] * 40)
     table = pa.table({"style": style})
     weights = feed.RowWeights.of(table, PictureFilter(style_weights={"new": 3.0}))
-    rows = [
+    drawn = style[thirty_epochs(weights)]
+    assert (drawn == "new").mean() == pytest.approx(120 / 180, abs=0.01)
+
+
+def thirty_epochs(weights: feed.RowWeights | None) -> np.ndarray:
+    """What is drawn of 100 rows."""
+    epochs = [
         feed.global_rows(step, length=100, batch_size=100, seed=0, weights=weights)
         for step in range(30)
     ]
-    drawn = style[np.concatenate(rows)]
-    assert (drawn == "new").mean() == pytest.approx(120 / 180, abs=0.01)
+    return np.concatenate(epochs)
 
 
 def rows_of(groups: np.ndarray) -> pa.Table:
