@@ -110,7 +110,7 @@ def litserve(args: argparse.Namespace) -> None:
     from litserve import LitServer
     from litserve_api import Api
 
-    server = LitServer(Api(args), accelerator="cpu", timeout=120)
+    server = LitServer(Api(args), accelerator="cpu", workers_per_device=args.workers, timeout=120)
     server.run(
         host="127.0.0.1", port=args.port, log_level="warning", generate_client_file=False
     )  # fmt: skip
@@ -121,7 +121,8 @@ def main() -> None:
     parser.add_argument("what", choices=("offline", "fastapi", "litserve"))
     parser.add_argument("bundle")
     parser.add_argument("--pretrained", type=Path, required=True)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1, help="processes, of litserve alone")
+    parser.add_argument("--threads", type=int, default=2, help="of each")
     parser.add_argument("--port", type=int, default=9001)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--batch-wait-s", type=float, default=0.02)

@@ -47,7 +47,7 @@ from pipeline.config import ServeConfig
 from pipeline.contracts import GenerationRequest
 from pipeline.tracking import Tracker
 from serve.app import build_app
-from serve.launch import APP_NAME, Server, deploy, launch
+from serve.launch import APP_NAME, Server, launch
 from serve.settings import ServiceConfig
 
 BUNDLE = "asset:base"
@@ -91,16 +91,17 @@ def served(
         yield server
     finally:
         server.close()
+        ray.shutdown()
 
 
 @contextlib.contextmanager
-def peer(what: str, home: Path, threads: int) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A process of peers.py, and its URL if it is a server."""
+def peer(what: str, home: Path, workers: int = 1) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A process of peers.py with the machine's threads among so many workers, and its URL."""
     port = free_port()
     command = [
         sys.executable, str(PEERS), what, BUNDLE, "--pretrained", str(home / "pretrained"),
-        "--threads", str(threads), "--port", str(port), "--batch-size", str(BATCH),
-        "--batch-wait-s", str(WAIT_S),
+        "--workers", str(workers), "--threads", str(CPUS // workers), "--port", str(port),
+        "--batch-size", str(BATCH), "--batch-wait-s", str(WAIT_S),
     ]  # fmt: skip
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -145,48 +146,74 @@ def load_on(url: str, duration_s: float, seed: int, users: int) -> Result:
     return bench(load, concurrencies=[users], rates=[])[0]
 
 
+Saturate = Callable[[float, int], float]  # seconds, seed -> pictures a second
+
+
+@contextlib.contextmanager
+def contender(name: str, home: Path) -> Iterator[Saturate]:
+    """What draws under this name (see CONTENDERS), alone on the machine."""
+    if name == "offline":
+        with peer(name, home) as (process, _):
+
+            def draw(duration_s: float, seed: int) -> float:
+                answer = ask_offline(process, f"draw {duration_s}")
+                return float(answer["pictures"] / answer["seconds"])
+
+            yield draw
+        return
+
+    def load(duration_s: float, seed: int) -> float:
+        result = load_on(url, duration_s, seed, 2 * BATCH)
+        assert not result.errors, result
+        return result.pictures_per_s
+
+    kind, _, workers = name.partition("-")
+    if kind in ("fastapi", "litserve"):
+        with peer(kind, home, int(workers or 1)) as (_, url):
+            yield load
+    else:
+        shapes = {
+            "service": split(1), "unbatched": config(max_batch_size=1, batch_wait_s=0),
+            "service-2": split(2),
+        }  # fmt: skip
+        with served(home, shapes[name]) as server:
+            url = server.url
+            yield load
+
+
+CONTENDERS = ("service", "offline", "unbatched", "fastapi", "litserve", "service-2", "litserve-2")
+
+
 def throughput(args: argparse.Namespace) -> None:
     """Pictures a second at saturation (two full batches of users), contenders in turn.
 
-    With --replicas 2 or more, "split" is the service with its threads among that many.
+    Each is started for its turn and ended after it, so that none takes anything from another;
+    every second round runs backwards. Those with -2 have two workers of half the threads.
     """
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(served(args.home, config()))
-        beside = {"unbatched": config(max_batch_size=1, batch_wait_s=0)}
-        if args.replicas > 1:
-            beside["split"] = split(args.replicas)
-        urls = {"service": server.url}
-        for name, settings in beside.items():
-            app = build_app(BUNDLE, settings, ServiceConfig(), home=str(args.home))
-            deploy(app, name=name, route_prefix=f"/{name}")
-            urls[name] = f"{server.url}/{name}"
-        for what in args.peers:
-            urls[what] = stack.enter_context(peer(what, args.home, CPUS))[1]
-        offline, _ = stack.enter_context(peer("offline", args.home, CPUS))
-        ask_offline(offline, "draw 3")
-        rates: dict[str, list[float]] = {}
-        for turn in range(args.rounds):
-            answer = ask_offline(offline, f"draw {args.duration_s}")
-            rates.setdefault("offline", []).append(answer["pictures"] / answer["seconds"])
-            for name, url in urls.items():
-                result = load_on(url, args.duration_s, turn, 2 * BATCH)
-                assert not result.errors, result
-                rates.setdefault(name, []).append(result.pictures_per_s)
-            say(turn=turn, **{name: values[-1] for name, values in rates.items()})
-    for name in rates:
-        shares = [mine / theirs for mine, theirs in zip(rates["service"], rates[name], strict=True)]
-        say(
-            name=name, pictures_per_s=statistics.median(rates[name]),
-            service_against_it=statistics.median(shares), low=min(shares), high=max(shares),
-        )  # fmt: skip
+    rates: dict[str, list[float]] = {name: [] for name in args.contenders}
+    for turn in range(args.rounds):
+        for name in args.contenders[:: -1 if turn % 2 else 1]:
+            with contender(name, args.home) as saturate:
+                saturate(3, 1_000 + turn)
+                rates[name].append(saturate(args.duration_s, turn))
+        say(turn=turn, **{name: values[-1] for name, values in rates.items()})
+    for name, mine in rates.items():
+        against = {}
+        for other, theirs in rates.items():
+            shares = [m / t for m, t in zip(mine, theirs, strict=True)]
+            against[other] = [round(f(shares), 3) for f in (statistics.median, min, max)]
+        say(name=name, pictures_per_s=statistics.median(mine), against=against)
 
 
 def latency(args: argparse.Namespace) -> None:
-    """One user: a request, then the same picture by a bare model call, in turn."""
+    """One user: a request, then the same picture by a bare model call, in turn.
+
+    With --replicas 2 both have half of the threads.
+    """
     body = {"prompt": "a red apple", "seed": 0}
     with (
-        served(args.home, config(), result_cache_bytes=0) as server,
-        peer("offline", args.home, CPUS) as (offline, _),
+        served(args.home, split(args.replicas), result_cache_bytes=0) as server,
+        peer("offline", args.home, args.replicas) as (offline, _),
     ):
         bare, whole = [], []
         for seed in range(args.requests + 3):
@@ -399,15 +426,12 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=4)
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--kill-at-s", type=float, nargs="*", default=[8.0])
-    parser.add_argument("--peers", nargs="*", default=["fastapi", "litserve"])
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--plot", type=Path, default=Path(__file__).with_name("autoscaling.png"))
     args = parser.parse_args()
     args.home = args.home.absolute()
     args.home.mkdir(parents=True, exist_ok=True)
-    try:
-        commands[args.what](args)
-    finally:
-        ray.shutdown()
+    commands[args.what](args)
 
 
 if __name__ == "__main__":
