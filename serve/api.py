@@ -51,7 +51,7 @@ GENERATOR = "generator"
 DEADLINE_HEADER = "x-deadline-s"
 
 
-def _caller(request: Request) -> Caller:
+async def _caller(request: Request) -> Caller:
     access: Access = request.app.state.access
     name = access.authenticate(request.headers.get("authorization"))
     request.state.said = {"caller": name}
@@ -79,12 +79,12 @@ def _deadline_s(said: str | None) -> float | None:
     return seconds
 
 
-def _pool(request: Request) -> Pool:
+async def _pool(request: Request) -> Pool:
     pool: Pool = request.app.state.pool
     return pool
 
 
-def _studio(request: Request) -> Studio:
+async def _studio(request: Request) -> Studio:
     studio: Studio = request.app.state.studio
     return studio
 
