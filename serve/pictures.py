@@ -5,7 +5,9 @@ Light on purpose: the ingress imports this and never loads PyTorch.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from pipeline.contracts import GenerationRequest, TokenCount
@@ -65,6 +67,12 @@ class Upload:
     image: bytes = field(repr=False)
     mask: bytes | None = field(default=None, repr=False)
     share: float | None = None
+
+    @cached_property
+    def digest(self) -> bytes:
+        """sha256 of all of it, computed once however many pictures go on from it."""
+        files = [file and hashlib.sha256(file).digest() for file in (self.image, self.mask)]
+        return hashlib.sha256(repr((files, self.share)).encode()).digest()
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ import dataclasses
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Iterator
 
 from pipeline.contracts import MAX_SEED
 from serve.access import Access
@@ -76,20 +75,8 @@ class Studio:
 
         if caller.repeat_key is None:
             return await work()
-        content = body.model_dump_json(), upload and dataclasses.astuple(upload)
-        return await self._once(caller, content, work)
-
-    async def _once(
-        self,
-        caller: Caller,
-        content: object,
-        work: Callable[[], Coroutine[Any, Any, list[Picture]]],
-    ) -> list[Picture]:
-        assert caller.repeat_key is not None
-        drawn: list[Picture] = await self._repeats.once(
-            caller.name, caller.repeat_key, content, work
-        )
-        return drawn
+        content = body.model_dump_json(), upload and upload.digest
+        return await self._repeats.once(caller.name, caller.repeat_key, content, work)
 
     async def stream(
         self, body: Drawable, caller: Caller, upload: Upload | None = None
