@@ -215,7 +215,7 @@ async def healthz() -> Health:
 
 @open_router.get("/readyz", response_model_exclude_none=True, responses=_errors(503))
 async def readyz(generators: Generators) -> Health:
-    """A replica draws pictures; which model, and if a newer one is refused, why."""
+    """A replica draws pictures; which model, and if a newer one is refused."""
     await generators.check_ready()
     card = await generators.card()
     return Health(

@@ -34,7 +34,7 @@ _CODES = {
     "json_invalid": "invalid_json",
 }
 _HTTP_CODES = {404: "unknown_url", 405: "method_not_allowed"}
-_EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception)\b")
+EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception)\b")
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -93,7 +93,7 @@ def shown(value: object) -> str:
 def last_error(status: str) -> str:
     """The exception at the end of a traceback that Serve reports, without the traceback."""
     lines = status.strip().splitlines()
-    starts = [i for i, line in enumerate(lines) if _EXCEPTION.match(line)]
+    starts = [i for i, line in enumerate(lines) if EXCEPTION.match(line)]
     return " ".join(line.strip() for line in lines[starts[-1] if starts else -1 :])
 
 

@@ -29,7 +29,7 @@ class Card:
         styles: what `style` may be.
         loaded: Unix time, seconds.
         tasks: what it can do; "completion" is what edits and variations need.
-        notice: why a newer version is not served; empty if all is well.
+        notice: that a newer version is not served; empty if all is well.
     """
 
     name: str

@@ -19,7 +19,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from serve.errors import ApiError, last_error
+from serve.errors import EXCEPTION, ApiError, last_error
 from serve.pictures import PROBE, Card, Job, Picture, Preview, Refusal
 
 logger = logging.getLogger("ray.serve")
@@ -169,6 +169,8 @@ class Pool:
         )
         states = ", ".join(f"{n} {state}" for state, n in generator.replica_states.items())
         why = last_error(generator.message)
+        if failed := EXCEPTION.match(why):  # /readyz needs no key, and its message may name paths
+            why = f"{failed[0]}; the replicas' log says why"
         return f"replicas: {states or 'none'}; {generator.status.value} {why}".strip()
 
 

@@ -287,4 +287,4 @@ class Health(BaseModel):
     status: Literal["ok", "ready"]
     model: str | None = None
     model_version: str | None = None
-    notice: str | None = Field(None, description="why a newer version is not served")
+    notice: str | None = Field(None, description="that a newer version is not served")

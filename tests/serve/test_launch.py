@@ -71,7 +71,7 @@ def test_a_model_that_does_not_load_is_one_clear_line(server: Running) -> None:
         assert http.get("/broken/healthz").status_code == 200
         answer = http.get("/broken/readyz")
     assert answer.status_code == 503
-    assert answer.json()["error"]["message"].endswith("BundleError: no weights in the bundle")
+    assert answer.json()["error"]["message"].endswith("BundleError; the replicas' log says why")
     serve.delete("broken")
 
 
