@@ -38,7 +38,7 @@ def assemble(
     """The Serve application around any ImageGenerator.
 
     Args:
-        found: the model to begin with; loaded in every replica.
+        found: the model to begin with; replicas that start later begin with what `find` finds.
         config: replicas and batches.
         service: access, limits, safety and caches.
         find: looks for a newer model; None where there is nothing to look for.

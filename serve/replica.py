@@ -7,7 +7,7 @@ encode pictures meanwhile.
 
 Hot swap: where the model is named by an alias, the replica looks every few seconds what the alias
 stands for. A newer version is loaded and draws once beside the old one, which it then replaces
-between two batches; one that fails is refused, the old one goes on, and the card says why.
+between two batches; one that fails is refused, the old one goes on, and the card says so.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Generator:
     """The generator deployment.
 
     Args:
-        found: the model to begin with.
+        found: the model to begin with if `find` has none.
         find: looks for a newer one; None where the name can stand for nothing else.
         config: batch size and wait.
         service: safety, and how often to look.
@@ -85,7 +85,7 @@ class Generator:
         self._safety, self._sign = load_safety(service), load_signer(service.c2pa)
         self._find, self._every_s = find, service.watch_every_s
         thread = drawing_thread()
-        model, self._card = thread.submit(_load, found).result()
+        model, self._card = thread.submit(_load_newest, found, find).result()
         self._cards = WeakKeyDictionary({model: self._card})
         self._engine = Engine(
             model,
@@ -174,20 +174,26 @@ class Generator:
         assert self._find is not None
         try:
             found = await asyncio.to_thread(self._find)
-        except Exception as error:  # noqa: BLE001 - the card and /readyz say it
-            self._note(f"the registry does not say what to serve: {error}")
+        except Exception:
+            if self._card.notice != _SILENT:  # logged once, not at every look
+                logger.exception("the registry does not answer")
+            self._note(_SILENT)
             return
         if found.version == self._card.version:
             self._refused = ""
             self._note("")
-        if found.version in (self._card.version, self._refused):
             return
+        if found.version != self._refused:
+            await self._change_over(found)
+        if found.version == self._refused:
+            self._note(f"version {found.version} is refused; {_LOG}; make it anew, or move back")
+
+    async def _change_over(self, found: Found) -> None:
         try:
             model, card = await _load_aside(found)
-        except Exception as error:
+        except Exception:
             logger.exception("version %s is refused", found.version)
             self._refused = found.version
-            self._note(f"version {found.version} is refused ({error}); make it anew, or move back")
             return
         self._cards[model] = card
         self._engine.model, self._card, self._refused = model, card, ""
@@ -199,6 +205,21 @@ class Generator:
 
 
 _UNFINISHED = {"Software": "Tessera (machine-made picture, unfinished)"}
+
+# notices need no key to be read, and exceptions may name paths, hosts and passwords
+_LOG = "the replicas' log says why"
+_SILENT = f"the registry does not answer; {_LOG}"
+
+
+def _load_newest(found: Found, find: Find | None) -> tuple[ImageGenerator, Card]:
+    """What the alias stands for now; `found`, which it stood for when the application was built,
+    if that cannot be had."""
+    if find is not None:
+        try:
+            return _load(find())
+        except Exception:
+            logger.exception("the newest version cannot be had; version %s instead", found.version)
+    return _load(found)
 
 
 def _load(found: Found) -> tuple[ImageGenerator, Card]:

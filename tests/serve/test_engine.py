@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,17 +183,19 @@ class Registry:
 
     def __call__(self) -> Found:
         if self.version == "gone":
-            raise BundleError("no such alias")
-        return Found("tiny", self.version, self._load)
+            raise BundleError("no answer from https://me:secret@registry")
+        return Found("tiny", self.version, partial(self._load, self.version))
 
-    def _load(self) -> HashGenerator:
-        if self.version == "bad":
-            raise BundleError("weights are damaged")
-        self.niceness[self.version] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    def _load(self, version: str) -> HashGenerator:
+        if version == "bad":
+            raise BundleError("/srv/model.safetensors is damaged")
+        self.niceness[version] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
         return HashGenerator(self.log)
 
 
-def test_a_moved_alias_is_followed_and_a_bad_bundle_refused(tmp_path: Path) -> None:
+def test_a_moved_alias_is_followed_and_a_bad_bundle_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async def main() -> None:
         registry = Registry(tmp_path / "log")
         service = ServiceConfig(watch_every_s=0.02)
@@ -214,16 +217,34 @@ def test_a_moved_alias_is_followed_and_a_bad_bundle_refused(tmp_path: Path) -> N
         assert (await during).card.version == "1"  # type: ignore[union-attr]
         assert (await replica.draw(job)).card.version == "2"  # type: ignore[union-attr]
         registry.version = "bad"
-        await until("2", "version bad is refused (weights are damaged)")
+        await until("2", "version bad is refused; the replicas' log says why")
         drawn = await replica.draw(job)
-        assert isinstance(drawn, Picture) and "refused" in drawn.card.notice
+        assert isinstance(drawn, Picture) and "/srv" not in drawn.card.notice
         registry.version = "gone"
-        await until("2", "no such alias")
+        await until("2", "the registry does not answer")
+        assert "secret" not in (await replica.card()).notice
+        registry.version = "bad"
+        await until("2", "version bad is refused")
+        assert "/srv" in caplog.text and "secret" in caplog.text
         registry.version = "3"
         await until("3", "")
         assert (await replica.card()).notice == ""
         if sys.platform == "linux":  # where loading gives way to drawing
             assert registry.niceness["1"] < registry.niceness["2"] == registry.niceness["3"]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("now", "served"), [("2", "2"), ("gone", "1"), ("bad", "1")])
+def test_a_replica_that_starts_later_begins_with_what_the_alias_stands_for(
+    now: str, served: str, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        registry = Registry(tmp_path / "log")
+        built = registry()
+        registry.version = now
+        replica = Generator(built, registry, CONFIG, ServiceConfig(watch_every_s=60))
+        assert (await replica.card()).version == served
 
     asyncio.run(main())
 
