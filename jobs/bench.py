@@ -38,7 +38,8 @@ class Load:
         prompt, num_pictures, num_steps: of every request; each has a seed of its own.
         api_key: sent if given.
         timeout_s: of one request.
-        seed: of arrivals and pictures.
+        seed: of arrivals and pictures. None: a random one, because a server that was asked for
+            them before does not draw them again.
     """
 
     url: str
@@ -48,7 +49,7 @@ class Load:
     num_steps: int | None = None
     api_key: str | None = None
     timeout_s: float = 120.0
-    seed: int = 0
+    seed: int | None = None
 
 
 @dataclass

@@ -50,7 +50,13 @@ def bench_serve(
     api_key: Annotated[
         str | None, typer.Option(envvar="TESSERA_API_KEY", help="Where the server wants one.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of arrivals and pictures.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Of arrivals and pictures; default: a random one. Given again, it measures the "
+            "server's result cache."
+        ),
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:

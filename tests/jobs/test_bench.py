@@ -89,6 +89,20 @@ def test_poisson_arrivals_do_not_wait_for_answers(stub: tuple[str, Stub]) -> Non
     assert 35 <= sent <= 90 and set(result["errors"]) == {"429"}
 
 
+def test_a_second_run_asks_for_other_pictures_unless_the_seed_is_given(
+    stub: tuple[str, Stub],
+) -> None:
+    url, seen = stub
+
+    def seeds(*arguments: str) -> list[int]:
+        seen.bodies.clear()
+        bench(url, "--concurrency", "1", "--duration-s", "0.1", *arguments)
+        return [body["seed"] for body in seen.bodies]
+
+    assert not set(seeds()) & set(seeds())
+    assert seeds("--seed", "1")[:2] == seeds("--seed", "1")[:2]
+
+
 def test_a_server_that_is_not_there_is_named() -> None:
     shown = CliRunner().invoke(app, ["bench", "serve", "--url", "http://127.0.0.1:9"])
     assert shown.exit_code == 1 and "tessera serve" in str(shown.exception)
