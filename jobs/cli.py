@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from jobs.console import ConsoleReporter, time_table, trial_table
 from jobs.data_cli import data_app, ingest_app
@@ -31,7 +32,7 @@ app.add_typer(ingest_app, name="ingest")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.command()(key)
-console = Console(stderr=True)
+console = Console(stderr=True, emoji=False)
 
 
 @app.command()
@@ -97,11 +98,11 @@ def retrain(
 
 def _print_decision(outcome: Any) -> None:
     for sentence in outcome.choice:
-        console.print(sentence, highlight=False)
+        console.print(sentence, highlight=False, markup=False)
     verdict = "promoted to champion" if outcome.decision.promoted else "not promoted"
     console.print(f"version {outcome.version}: [bold]{verdict}[/bold]")
     for reason in outcome.decision.reasons:
-        console.print(f"  {reason}", highlight=False)
+        console.print(f"  {reason}", highlight=False, markup=False)
 
 
 def _step_command(name: str, help_text: str) -> None:
@@ -146,7 +147,7 @@ def _run_step(
 
     result = run_step(name, loaded, home, ConsoleReporter(console), debug=debug)
     for sentence in result.get("choice", ()):
-        console.print(sentence, highlight=False)
+        console.print(sentence, highlight=False, markup=False)
     typer.echo(json.dumps(result) if as_json else result["path"])
 
 
@@ -235,7 +236,7 @@ def _serve(model: str, config: Any, home: Path, host: str, port: int, service: A
         blocking=False,
     )
     console.print(
-        f"[bold]{model}[/bold] draws at {server.url} (Ctrl-C stops):\n"
+        f"[bold]{escape(model)}[/bold] draws at {server.url} (Ctrl-C stops):\n"
         f"  curl {server.url}/v1/images/generations -H 'content-type: application/json' "
         """-d '{"model": "champion", "prompt": "红苹果"}'""",
         highlight=False, soft_wrap=True,
@@ -337,7 +338,9 @@ def main() -> None:
     except TesseraError as error:
         if debug:
             raise
-        console.print(f"[bold red]error:[/bold red] {error}", highlight=False, soft_wrap=True)
+        console.print(
+            f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True
+        )
         sys.exit(1)
     except KeyboardInterrupt:
         console.print("interrupted; run the same command again to go on from here")
@@ -346,7 +349,8 @@ def main() -> None:
         if debug:
             raise
         console.print(
-            f"[bold red]unexpected error:[/bold red] {type(error).__name__}: {error}\n"
+            f"[bold red]unexpected error:[/bold red] {type(error).__name__}: "
+            f"{escape(str(error))}\n"
             "Run the same command with --debug for the traceback.", highlight=False, soft_wrap=True,
         )  # fmt: skip
         sys.exit(2)

@@ -8,13 +8,16 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from jobs import cli
 from jobs.cli import app
 from pipeline.config import recipe_names
+from pipeline.errors import MissingExtraError
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -70,6 +73,29 @@ def test_a_mistake_is_one_message(arguments: list[str], said: str, tmp_path: Pat
     assert result.returncode == 1
     assert said in result.stderr and "Traceback" not in result.stderr
     assert "error:" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MissingExtraError("LoRA", "lora"), ValueError("no file [/tmp/a] [bold] :cat: C:\\[b]\\")],
+)
+def test_a_message_is_shown_as_it_is(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert str(error) in capsys.readouterr().err
+
+
+def test_reasons_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    decision = SimpleNamespace(promoted=True, reasons=["kid 0.1 [/0, 0.2]"])
+    cli._print_decision(SimpleNamespace(choice=["a [b]"], decision=decision, version="1"))
+    said = capsys.readouterr().err
+    assert "a [b]" in said and "kid 0.1 [/0, 0.2]" in said
 
 
 def test_an_occupied_port_is_named_before_anything_starts(tmp_path: Path) -> None:
