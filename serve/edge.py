@@ -1,19 +1,22 @@
-"""What happens to every request: pages of other sites kept out, headers, log, count.
+"""What happens to every request: pages of other sites kept out, headers, log, count, and a 500 for
+what nobody foresaw.
 
 A plain ASGI middleware: it neither buffers a stream nor hides that a client has gone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.errors import CODE_HEADER, ApiError, shown
+from serve.errors import CODE_HEADER, ApiError, internal_error, shown
 from serve.metrics import Metrics
 
 logger = logging.getLogger("ray.serve")
@@ -25,6 +28,9 @@ SECURITY_HEADERS = {
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
     "cache-control": "no-store",
 }
+
+LEFT = 499
+"""The status in log and metrics of a request whose client went before it was answered."""
 
 
 class Edge:
@@ -43,7 +49,7 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status, code = time.monotonic(), 499, ""  # 499: the client went first
+        began, status, code = time.monotonic(), LEFT, ""
 
         async def answer(message: Message) -> None:
             nonlocal status, code
@@ -57,6 +63,13 @@ class Edge:
         try:
             refusal = self._foreign(Headers(scope=scope))
             await (refusal.response() if refusal else self._app)(scope, receive, answer)
+        except ClientDisconnect:
+            logger.info("the client has left")
+        except Exception:
+            logger.exception("a request failed")
+            if status != LEFT:  # the answer has begun
+                raise
+            await internal_error(Request(scope)).response()(scope, receive, answer)
         finally:
             self._note(scope, status, code, time.monotonic() - began)
 
@@ -65,8 +78,9 @@ class Edge:
         origin = headers.get("origin")
         if origin is None or origin in self._origins:
             return None
-        if urlsplit(origin).netloc == headers.get("host"):
-            return None
+        with contextlib.suppress(ValueError):  # what cannot be parsed is no page of this host
+            if urlsplit(origin).netloc == headers.get("host"):
+                return None
         return ApiError(
             403,
             f"pages of {shown(origin)} may not call; name it in cors_origins",
@@ -76,7 +90,8 @@ class Edge:
     def _note(self, scope: Scope, status: int, code: str, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unknown")
         self._metrics.requests.labels(route, status, code).inc()
-        self._metrics.stages.labels("request").observe(seconds)
+        if status == 200 and route.startswith("/v1/images/"):
+            self._metrics.stages.labels("request").observe(seconds)
         said = {
             "method": scope["method"],
             "route": route,

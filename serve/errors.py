@@ -2,9 +2,9 @@
 
     {"error": {"message": ..., "type": ..., "param": the field or null, "code": ...}}
 
-Routes raise `ApiError`; `install` turns it, FastAPI's validation errors, unknown routes and
-anything unforeseen into the envelope. A client never sees a traceback: what went wrong inside is
-in the server's log under the request's id (the `x-request-id` header that Serve's proxy sets).
+Routes raise `ApiError`; `install` turns it, FastAPI's validation errors and unknown routes into the
+envelope, and edge.py anything unforeseen. A client never sees a traceback: what went wrong inside
+is in the server's log under the request's id (the `x-request-id` header that Serve's proxy sets).
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ async def limited_body(request: Request, limit: int) -> bytes:
 
 
 def install(app: FastAPI) -> None:
-    """Make `app` answer every error in the envelope."""
+    """Make `app` answer every error that was foreseen in the envelope."""
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> JSONResponse:
@@ -172,10 +172,6 @@ def install(app: FastAPI) -> None:
         answer = ApiError(error.status_code, f"{target}: {error.detail}", code=code).response()
         answer.headers.update(error.headers or {})
         return answer
-
-    @app.exception_handler(Exception)
-    async def unforeseen(request: Request, error: Exception) -> JSONResponse:
-        return internal_error(request).response()
 
 
 def internal_error(request: Request) -> ApiError:

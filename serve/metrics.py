@@ -21,7 +21,7 @@ class Metrics:
         )
         self.stages = Histogram(
             "tessera_stage_seconds",
-            "where a picture's time goes: queue, model, encode; request is a whole answer",
+            "where a picture's time goes: queue, model, encode; request is its whole answer",
             ["stage"],
             buckets=_SECONDS,
             registry=to,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import logging
@@ -14,12 +15,15 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.requests import ClientDisconnect
 from test_pool import CARD, Call, Handle
 
 from pipeline.contracts import TokenCount
 from pipeline.errors import RecipeError
 from serve.access import Bucket, new_key
 from serve.api import create_api
+from serve.edge import Edge
+from serve.metrics import Metrics
 from serve.pictures import Job, Picture, Timing
 from serve.pool import Pool
 from serve.safety import Words, load_safety
@@ -160,8 +164,9 @@ def test_pages_of_other_sites_are_kept_out() -> None:
     def origin(value: str) -> Ask:
         return ("POST", "/v1/images/generations", {**DRAW[2], "headers": {"origin": value}})
 
-    answers = ask(origin("http://evil.example"), origin("null"), origin("http://test"))
-    assert codes(answers) == [(403, "origin_not_allowed")] * 2 + [(200, None)]
+    foreign = [origin(said) for said in ("http://evil.example", "null", "http://[")]
+    answers = ask(*foreign, origin("http://test"))
+    assert codes(answers) == [(403, "origin_not_allowed")] * 3 + [(200, None)]
     friendly = ServiceConfig(cors_origins=("https://a.example",))
     (allowed,) = ask(origin("https://a.example"), service=friendly)
     assert allowed.headers["access-control-allow-origin"] == "https://a.example"
@@ -237,7 +242,7 @@ def test_a_deadline_goes_with_the_job() -> None:
 def test_metrics_and_the_dashboard_agree() -> None:
     scrape: Ask = ("GET", "/metrics", {})
     failed = ("POST", DRAW[1], {"json": {"prompt": "a", "n": 99}})
-    answers = ask(DRAW, DRAW, failed, scrape)
+    answers = ask(DRAW, DRAW, failed, ("GET", "/healthz", {}), scrape, scrape)
     text = answers[-1].text
     route = 'route="/v1/images/generations"'
     assert f'tessera_requests_total{{code="",{route},status="200"}} 2.0' in text
@@ -245,8 +250,8 @@ def test_metrics_and_the_dashboard_agree() -> None:
     assert 'tessera_pictures_total{model_version="3"} 1.0' in text
     assert 'tessera_model_info{model="tiny",notice="",version="3"} 1.0' in text
     assert 'tessera_result_cache_total{found="yes"} 1.0' in text
-    for stage in ("queue", "model", "encode", "request"):
-        assert f'tessera_stage_seconds_count{{stage="{stage}"}}' in text
+    for stage, times in {"queue": 1, "model": 1, "encode": 1, "request": 2}.items():
+        assert f'tessera_stage_seconds_count{{stage="{stage}"}} {times}.0' in text
     assert "tessera_batch_size_count 1.0" in text and "tessera_waiting_pictures 0.0" in text
     dashboard = json.loads(
         (Path(__file__).parents[2] / "infra" / "grafana.json").read_text(encoding="utf-8")
@@ -260,6 +265,52 @@ def test_metrics_and_the_dashboard_agree() -> None:
 
 def _words(query: str) -> list[str]:
     return "".join(c if c.isalnum() or c == "_" else " " for c in query).split()
+
+
+def test_what_nobody_foresaw_is_logged_and_counted_as_what_it_is(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    handle = Handle(Call(RuntimeError("a secret")))
+    with caplog.at_level(logging.INFO, logger="ray.serve"):
+        failed, metrics = ask(DRAW, ("GET", "/metrics", {}), handle=handle)
+    assert codes([failed]) == [(500, "internal_error")] and "secret" not in failed.text
+    assert failed.headers["x-content-type-options"] == "nosniff"
+    said = next(r.http for r in caplog.records if r.getMessage() == "answered")
+    assert (said["status"], said["code"]) == (500, "internal_error")
+    assert "a secret" in caplog.text
+    counted = 'code="internal_error",route="/v1/images/generations",status="500"'
+    assert f"tessera_requests_total{{{counted}}} 1.0" in metrics.text
+    assert 'tessera_stage_seconds_count{stage="request"} ' not in metrics.text
+
+
+@pytest.mark.parametrize(
+    ("began", "failure", "status"),
+    [(True, RuntimeError, 200), (False, asyncio.CancelledError, 499), (False, None, 499)],
+)
+def test_what_cannot_be_answered_any_more(
+    began: bool, failure: type[BaseException] | None, status: int
+) -> None:
+    """An answer that breaks off, a request that is withdrawn, a client that leaves."""
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if began:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        if failure is None:
+            raise ClientDisconnect
+        raise failure
+
+    async def keep(message: Any) -> None:
+        sent.append(message)
+
+    metrics = Metrics()
+    edge = Edge(app, metrics, ())
+    scope = {"type": "http", "method": "GET", "headers": []}
+    with pytest.raises(failure) if failure else contextlib.nullcontext():
+        asyncio.run(edge(scope, keep, keep))  # type: ignore[arg-type]
+    assert len(sent) == began
+    text = metrics.render(None, lambda: 0).decode()
+    assert f'tessera_requests_total{{code="",route="unknown",status="{status}"}} 1.0' in text
 
 
 def test_a_line_in_the_log_holds_no_raw_control_character(
