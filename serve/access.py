@@ -50,6 +50,9 @@ class Bucket:
     def take(self, cost: float) -> None:
         self._level -= cost
 
+    def give_back(self, cost: float) -> None:
+        self._level = min(self.size, self._level + cost)
+
 
 @dataclass(frozen=True)
 class Account:
@@ -111,13 +114,7 @@ class Access:
         Raises:
             ApiError: 429 a limit is reached; 400 the request exceeds it however long one waits.
         """
-        if name not in self._accounts:
-            return
-        account, megapixels = self._accounts[name], pictures * pixels / 1e6
-        costs = [
-            (account.pictures, float(pictures), "pictures a minute"),
-            (account.megapixels, megapixels, "megapixels a day"),
-        ]
+        costs = self._costs(name, pictures, pixels)
         for bucket, cost, unit in costs:
             if cost > bucket.size:
                 raise ApiError(
@@ -138,6 +135,21 @@ class Access:
                 )
         for bucket, cost, _ in costs:
             bucket.take(cost)
+
+    def refund(self, name: str, *, pictures: int, pixels: int) -> None:
+        """Give back what `charge` took for pictures that were not drawn."""
+        for bucket, cost, _ in self._costs(name, pictures, pixels):
+            bucket.give_back(cost)
+
+    def _costs(self, name: str, pictures: int, pixels: int) -> list[tuple[Bucket, float, str]]:
+        """By limit: its bucket, what is to be taken, and the unit; nothing for the unlimited."""
+        if name not in self._accounts:
+            return []
+        account = self._accounts[name]
+        return [
+            (account.pictures, float(pictures), "pictures a minute"),
+            (account.megapixels, pictures * pixels / 1e6, "megapixels a day"),
+        ]
 
 
 def _unauthorized(message: str) -> ApiError:

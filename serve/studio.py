@@ -1,12 +1,13 @@
 """From a request whose shape is right to its pictures: may it be drawn, must it be drawn, draw.
 
 The order is that of cost: what is wrong is said first, what is known is not drawn, and what is
-drawn is charged.
+drawn is charged; what fails is not.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import math
 import secrets
@@ -90,10 +91,10 @@ class Studio:
                 param="idempotency-key",
             )
         card = await self._check(body, upload)
-        self._access.charge(caller.name, pictures=1, pixels=card.image_size**2)
         (job,) = self._jobs(body, caller, upload)
-        async for answer in self._pool.stream(job):
-            yield answer
+        with self._charged(caller, 1, card):
+            async for answer in self._pool.stream(job):
+                yield answer
 
     async def _draw(
         self, body: Drawable, caller: Caller, upload: Upload | None, card: Card
@@ -107,14 +108,24 @@ class Studio:
             self._metrics.cached.labels("no").inc(len(missing))
         drawn: Iterator[Picture] = iter(())
         if missing:
-            pixels = card.image_size**2
-            self._access.charge(caller.name, pictures=len(missing), pixels=pixels)
-            drawn = iter(await self._pool.draw(missing))
+            with self._charged(caller, len(missing), card):
+                drawn = iter(await self._pool.draw(missing))
         pictures = [next(drawn) if picture is None else picture for picture in kept]
         if body.seed is not None:
             for job, picture in zip(jobs, pictures, strict=True):
                 self._results.put(job, picture)
         return pictures
+
+    @contextlib.contextmanager
+    def _charged(self, caller: Caller, pictures: int, card: Card) -> Iterator[None]:
+        """Pictures are drawn in here, or fail and cost nothing; whoever leaves meanwhile pays."""
+        pixels = card.image_size**2
+        self._access.charge(caller.name, pictures=pictures, pixels=pixels)
+        try:
+            yield
+        except Exception:
+            self._access.refund(caller.name, pictures=pictures, pixels=pixels)
+            raise
 
     def _jobs(self, body: Drawable, caller: Caller, upload: Upload | None) -> list[Job]:
         patience = min(self._deadline_s, caller.deadline_s or math.inf)

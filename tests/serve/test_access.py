@@ -9,12 +9,14 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.serve.exceptions import BackPressureError
 from starlette.requests import ClientDisconnect
 from test_pool import CARD, Call, Handle
 
@@ -24,8 +26,9 @@ from serve.access import Bucket, new_key
 from serve.api import create_api
 from serve.edge import Edge
 from serve.metrics import Metrics
-from serve.pictures import Job, Picture, Timing
+from serve.pictures import Job, Picture, Refusal, Timing
 from serve.pool import Pool
+from serve.replica import LATE
 from serve.safety import Words, load_safety
 from serve.settings import ApiKey, ServiceConfig, load_service
 
@@ -121,6 +124,40 @@ def test_pixels_are_limited_too() -> None:
     assert "megapixels a day" in answers[1].text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("failure", "status"),
+    [
+        (Call(BackPressureError(10, 10, 429, 1)), 429),
+        (Call(LATE), 503),
+        (Call(Refusal("the image is cut off", "image")), 400),
+        (Call(RuntimeError()), 500),
+    ],
+)
+def test_what_is_not_drawn_costs_nothing(failure: Call, status: int, stream: bool) -> None:
+    body = {"json": {"prompt": "a", "n": 1 if stream else 3, "stream": stream}}
+    failing = keyed(("POST", DRAW[1], body))
+    handle = Streaming(*[failure] * 3) if stream else Handle(*[failure] * 3)
+    answers = ask(failing, draw(3), draw(1), service=KEYED, handle=handle)
+    assert [answer.status_code for answer in answers] == [status, 200, 429]
+
+
+class Streaming(Handle):
+    """A Handle whose first answer is a stream."""
+
+    def options(self, *, stream: bool) -> Any:
+        first = self.waiting[0]
+
+        class Stream:
+            cancel = staticmethod(lambda: None)
+
+            async def __anext__(self) -> Any:
+                return await first
+
+        self.waiting = []
+        return SimpleNamespace(stream=SimpleNamespace(remote=lambda job: Stream()))
+
+
 @given(costs=st.lists(st.floats(0.1, 5), max_size=20), gap=st.floats(0, 10))
 def test_a_bucket_never_gives_more_than_it_gets(costs: list[float], gap: float) -> None:
     now, taken = 0.0, 0.0
@@ -131,6 +168,8 @@ def test_a_bucket_never_gives_more_than_it_gets(costs: list[float], gap: float) 
             bucket.take(cost)
             taken += cost
         assert taken <= 5 + now * 0.5 + 1e-6
+    bucket.give_back(5)
+    assert bucket.wait_s(5.1) > 0, "never more than its size"
 
 
 @pytest.mark.parametrize(
