@@ -124,7 +124,7 @@ class Engine:
         self._arrived = asyncio.Event()
         self._thread = thread or drawing_thread()
         self._worker: asyncio.Task[None] | None = None
-        self._batch_s = 0.0
+        self._picture_s = 0.0  # from the start of a picture to its end, of the latest ones
         self._shared_until = 0.0
 
     def enter(
@@ -158,12 +158,13 @@ class Engine:
             if not batch:
                 continue
             loop = asyncio.get_running_loop()
-            drawing = _Batch(self.model, loop, self._next_in_line)
+            drawing = _Batch(self.model, loop, self._next_in_line, self._took)
             await loop.run_in_executor(self._thread, drawing.draw, batch)
-            if drawing.picture_s:
-                self._batch_s = 0.5 * (self._batch_s or drawing.picture_s) + 0.5 * drawing.picture_s
             if len(batch) > 1 or self._line:  # who was just answered may ask again
                 self._shared_until = time.monotonic() + self._batch_wait_s
+
+    def _took(self, picture_s: float) -> None:
+        self._picture_s = 0.5 * (self._picture_s or picture_s) + 0.5 * picture_s
 
     async def _next_batch(self) -> list[Place]:
         """The next places in line that are still wanted and can be in time."""
@@ -185,7 +186,7 @@ class Engine:
             place = self._line.popleft()
             if place.left:
                 continue
-            if time.time() + self._batch_s > place.deadline:
+            if time.time() + self._picture_s > place.deadline:
                 loop.call_soon_threadsafe(_settle, place, Late())
             else:
                 taken.append(place)
@@ -224,6 +225,7 @@ class _Batch:
         model: what draws.
         loop: where the outcomes are told.
         next_in_line: (loop, model, pictures under way) -> places to join them.
+        took: told how many seconds pictures took that are done.
     """
 
     def __init__(
@@ -231,10 +233,11 @@ class _Batch:
         model: ImageGenerator,
         loop: asyncio.AbstractEventLoop,
         next_in_line: Callable[[asyncio.AbstractEventLoop, ImageGenerator, int], list[Place]],
+        took: Callable[[float], None],
     ) -> None:
-        self._model, self._loop, self._next_in_line = model, loop, next_in_line
+        self._model, self._loop = model, loop
+        self._next_in_line, self._took = next_in_line, took
         self._seats: dict[int, tuple[Place, float]] = {}  # by row: who, and since when
-        self.picture_s = 0.0  # from the start of a picture to its end, the latest
 
     def draw(self, places: Sequence[Place]) -> None:
         """Tell every place its outcome. A batch that fails is drawn again one by one: a request's
@@ -250,7 +253,7 @@ class _Batch:
                 return
             logger.warning("a batch of %d failed (%s); drawing one by one", len(left), type(error))
             for place in left:
-                _Batch(self._model, self._loop, _nobody).draw([place])
+                _Batch(self._model, self._loop, _nobody, self._took).draw([place])
 
     def _draw(self, places: Sequence[Place]) -> None:
         requests = [place.request for place in places]
@@ -310,9 +313,9 @@ class _Batch:
 
     def _finish(self, images: Tensor, rows: Sequence[int]) -> None:
         now, together = time.monotonic(), len(self._seats)
+        self._later(self._took, now - self._seats[rows[-1]][1])  # before anyone can ask again
         for image, row in zip(images, rows, strict=True):
             place, since = self._seats.pop(row)
-            self.picture_s = now - since
             tokens = _tokens(self._model, place.request)
             queue_s = since - place.entered
             self._tell(place, Drawn(image, self._model, queue_s, now - since, together, tokens))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from pipeline.models import causal
 from pipeline.models._captions import CaptionTokenizer
 from pipeline.models._sequential import SequentialDrawing
 from pipeline.models._spec import ModelParts, ModelSpec
-from serve.engine import Drawn, Engine, Place
+from serve.engine import Drawn, Engine, Late, Place
 
 CONFIG = GeneratorConfig(
     family="causal", width=32, depth=2, heads=2, dropout=0, num_styles=3, guidance_scale=2.0,
@@ -154,3 +155,38 @@ def test_the_engine_lets_pictures_in_between_steps(
         assert torch.equal(picture.image, model.generate([request])[0])
     assert drawn[1].queue_s < drawn[0].model_s / 2, "it did not wait for the first to end"
     assert max(seated) == 3
+
+
+def test_under_a_load_that_never_ends_who_cannot_be_in_time_is_told_early(
+    model: causal.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, join, joined = SequentialDrawing.step, SequentialDrawing.join, list[str]()
+
+    def slow(self: SequentialDrawing) -> bool:
+        time.sleep(0.03)
+        return step(self)
+
+    def seen(self: SequentialDrawing, requests: Sequence[GenerationRequest]) -> Sequence[int]:
+        joined.extend(request.prompt for request in requests)
+        return join(self, requests)
+
+    monkeypatch.setattr(SequentialDrawing, "step", slow)
+    monkeypatch.setattr(SequentialDrawing, "join", seen)
+
+    async def main() -> None:
+        engine = Engine(model, max_batch_size=3, batch_wait_s=0.01)
+
+        def enter(prompt: str, left_s: float) -> Place:
+            return engine.enter(GenerationRequest(prompt), deadline=time.time() + left_s)
+
+        first = enter("first", 60)
+        await asyncio.sleep(0.2)
+        second = enter("second", 60)
+        await first.done  # the second one keeps the batch going
+        with pytest.raises(Late):
+            await enter("hurried", 0.2).done
+        await second.done
+        engine.close()
+
+    asyncio.run(main())
+    assert joined == ["first", "second"], "the hurried one is told before it is drawn"
