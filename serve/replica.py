@@ -170,7 +170,7 @@ class Generator:
             await asyncio.sleep(self._every_s)
 
     async def _look(self) -> None:
-        """Serve what the alias stands for now, or say in the card why not."""
+        """Serve what the alias stands for now, or say in the card that it is not."""
         assert self._find is not None
         try:
             found = await asyncio.to_thread(self._find)
