@@ -93,6 +93,7 @@ class Generator:
             batch_wait_s=config.batch_wait_s,
             thread=thread,
         )
+        self._uploads = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._refused = ""
         self._watch = asyncio.get_running_loop().create_task(self._keep_watch()) if find else None
 
@@ -127,11 +128,14 @@ class Generator:
         )
 
     async def _prepare(self, job: Job) -> GenerationRequest | Refusal:
-        """The request with its upload laid out as a canvas."""
+        """The request with its upload laid out as a canvas; one upload at a time, because a large
+        one takes 250 MB while it is decoded."""
         if job.upload is None:
             return job.request
         try:
-            made = await asyncio.to_thread(canvas, job.upload, self._card.image_size)
+            made = await asyncio.get_running_loop().run_in_executor(
+                self._uploads, canvas, job.upload, self._card.image_size
+            )
         except RequestError as error:
             return Refusal(str(error), error.param)
         return dataclasses.replace(job.request, canvas=made)

@@ -5,6 +5,8 @@ Runs in the replica: the ingress holds other users' requests and decodes nothing
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -12,7 +14,8 @@ from PIL import Image
 from pipeline.config import PreprocessConfig
 from pipeline.contracts import Canvas
 from pipeline.errors import RequestError
-from pipeline.images import BadPicture, make_square, open_checked
+from pipeline.images import BAND_PIXELS, BadPicture, make_square, open_checked
+from pipeline.runtime import return_memory
 from serve.pictures import Upload
 
 LIMITS = PreprocessConfig(max_pixels=16_777_216, min_side=16, max_aspect=1.0)
@@ -25,17 +28,27 @@ _REASONS = {
 }
 
 
+@lru_cache(maxsize=1)  # pictures of one request come one after the other
 def canvas(upload: Upload, image_size: int) -> Canvas:
-    """Decode an upload for a model that draws image_size pixels a side.
+    """Decode an upload for a model that draws image_size pixels a side; the latest is remembered.
 
     Raises:
         RequestError: image or mask cannot be used; the message says why and what to send.
     """
+    made, pixels = _lay_out(upload, image_size)
+    if pixels > BAND_PIXELS:
+        return_memory()
+    return made
+
+
+def _lay_out(upload: Upload, image_size: int) -> tuple[Canvas, int]:
+    """The canvas, and how many pixels were decoded for it."""
     image = _open(upload.image, "image")
+    count = image.width * image.height
     pixels = np.asarray(make_square(image, "pad", image_size)).tobytes()
     if upload.share is not None:
-        return Canvas(pixels, share=upload.share)
-    return Canvas(pixels, _editable(upload, image, image_size).tobytes())
+        return Canvas(pixels, share=upload.share), count
+    return Canvas(pixels, _editable(upload, image, image_size).tobytes()), count
 
 
 def _open(encoded: bytes, param: str) -> Image.Image:
@@ -62,14 +75,21 @@ def _editable(upload: Upload, image: Image.Image, image_size: int) -> NDArray[np
             f"the mask {missing}; send a PNG that is transparent where the picture is to change",
             param="mask",
         )
-    clear = np.asarray(mask.convert("RGBA").getchannel("A")) == 0
-    if not clear.any():
+    editable = _shrink(mask, image_size)
+    if not editable.any():
         raise RequestError("the mask is transparent nowhere; nothing would change", param="mask")
-    return _shrink(clear, image_size)
+    return editable
 
 
-def _shrink(clear: NDArray[np.bool_], size: int) -> NDArray[np.uint8]:
-    """bool (H, H) -> uint8 (size, size), 255 where any pixel beneath is True."""
-    picture = Image.fromarray(clear.astype(np.float32))
-    small = np.asarray(picture.resize((size, size), Image.Resampling.BOX))
+def _shrink(mask: Image.Image, size: int) -> NDArray[np.uint8]:
+    """uint8 (size, size), 255 where any pixel of the square mask beneath is fully transparent; a
+    band of rows at a time, as in images.make_square."""
+    narrow = Image.new("F", (size, mask.height))
+    rows = max(1, BAND_PIXELS // mask.width)
+    for first in range(0, mask.height, rows):
+        band = mask.crop((0, first, mask.width, min(first + rows, mask.height)))
+        clear = np.asarray(band.convert("RGBA").getchannel("A")) == 0
+        shares = Image.fromarray(clear.astype(np.float32))
+        narrow.paste(shares.resize((size, band.height), Image.Resampling.BOX), (0, first))
+    small = np.asarray(narrow.resize((size, size), Image.Resampling.BOX))
     return np.where(small > 0, 255, 0).astype(np.uint8)

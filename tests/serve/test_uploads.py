@@ -1,0 +1,91 @@
+"""Uploads as canvases: once a request, one at a time, and every transparent pixel counts."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from harness import CONFIG, HashGenerator
+from PIL import Image
+from test_features import mask, png, source
+
+from pipeline.contracts import GenerationRequest
+from serve import uploads
+from serve.pictures import Job, Picture, Upload
+from serve.replica import Found, Generator
+from serve.settings import ServiceConfig
+
+
+def test_siblings_share_one_decoded_upload_and_strangers_take_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoding, most, decoded = threading.Semaphore(0), list[int](), list[str]()
+    lay_out = uploads._lay_out
+
+    def seen(upload: Upload, image_size: int) -> Any:
+        decoding.release()
+        most.append(decoding._value)
+        decoded.append(threading.current_thread().name)
+        time.sleep(0.05)
+        decoding.acquire()
+        return lay_out(upload, image_size)
+
+    monkeypatch.setattr(uploads, "_lay_out", seen)
+
+    async def main() -> None:
+        found = Found("tiny", "1", lambda: HashGenerator(tmp_path / "log"))
+        replica = Generator(found, None, CONFIG, ServiceConfig())
+        deadline = time.time() + 60
+        jobs = [
+            Job(GenerationRequest("a", seed), deadline, upload=Upload(png(image), share=share))
+            for image in (source(), source(64))
+            for share in (0.3, 0.4)
+            for seed in range(5)
+        ]
+        drawn = await asyncio.gather(*map(replica.draw, jobs))
+        assert all(isinstance(picture, Picture) for picture in drawn)
+
+    asyncio.run(main())
+    assert len(decoded) == 4 and set(most) == {1}
+    assert not any(name.startswith("model") for name in decoded)
+
+
+@pytest.mark.parametrize("side", [16, 65, 100, 128, 1500])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_a_pixel_is_editable_where_anything_beneath_is_transparent(side: int, mode: str) -> None:
+    numbers = np.random.default_rng(side)
+    grey = np.where(numbers.random((side, side)) < 0.01, 0, 255).astype(np.uint8)
+    picture = Image.fromarray(grey)
+    if mode in ("RGBA", "LA"):
+        alpha, picture = picture, picture.convert(mode)
+        picture.putalpha(alpha)
+    else:
+        picture = picture.convert(mode)
+        picture.info["transparency"] = 0 if mode == "P" else (0, 0, 0)
+    clear = Image.fromarray((np.asarray(picture.convert("RGBA"))[..., 3] == 0).astype(np.float32))
+    whole = np.asarray(clear.resize((64, 64), Image.Resampling.BOX)) > 0
+    assert whole.any() and not whole.all()
+    assert np.array_equal(uploads._shrink(picture, 64) > 0, whole)
+
+
+@pytest.mark.parametrize("size", [8, 64])
+def test_one_transparent_pixel_of_the_largest_mask_stays_editable(size: int) -> None:
+    large = mask(4096)
+    large.putalpha(255)
+    large.putpixel((1000, 3000), (0, 0, 0, 0))
+    (place,) = np.argwhere(uploads._shrink(large, size))
+    assert place.tolist() == [3000 * size // 4096, 1000 * size // 4096]
+
+
+def test_memory_is_given_back_after_a_large_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = list[int]()
+    monkeypatch.setattr(uploads, "return_memory", lambda: given.append(1))
+    uploads.canvas(Upload(png(source()), share=0.5), 64)
+    assert not given
+    uploads.canvas(Upload(png(source(1500)), share=0.5), 64)
+    assert given == [1]
