@@ -188,7 +188,14 @@ class Objective(nn.Module):
         return self.losses(batch, phase)
 
     def losses(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
-        """ "loss" of the phase and its parts."""
+        """ "loss" of the phase and its parts; both networks see the same captions and styles, some
+        dropped while training."""
+        if self.training:
+            mask, style = sampling.drop_conditions(
+                batch["caption_mask"], batch["style"],
+                config=self.config, no_style=self.model.no_style,
+            )  # fmt: skip
+            batch = {**batch, "caption_mask": mask, "style": style}
         if phase == "discriminator":
             return self._judge(batch)
         fake = self._draw(batch)
@@ -200,12 +207,14 @@ class Objective(nn.Module):
         with torch.no_grad():
             fake = self._draw(batch)
         condition = self._condition(batch, judge)
+        other = _of_other_groups(batch["group"])
+        said = batch["caption_mask"].any(1)[other]  # no caption fits every picture
         real = judge(self._changed(images), condition).float()
-        wrong = judge(self._changed(images), _mismatched(condition, batch["group"])).float()
+        wrong = judge(self._changed(images), condition[other]).float()
         drawn = judge(self._changed(fake), condition).float()
         parts = {
             "real": F.relu(1 - real).mean(),
-            "mismatched": F.relu(1 + wrong).mean() / 2,
+            "mismatched": (F.relu(1 + wrong) * said).sum() / said.sum().clamp_min(1) / 2,
             "fake": F.relu(1 + drawn).mean() / 2,
             "penalty": self._penalty(images, condition),
         }
@@ -232,18 +241,15 @@ class Objective(nn.Module):
         return {"loss": _kid(*small)}
 
     def _draw(self, batch: Mapping[str, Tensor]) -> Tensor:
-        mask, style = batch["caption_mask"], batch["style"]
-        if self.training:
-            mask, style = sampling.drop_conditions(
-                mask, style, config=self.config, no_style=self.model.no_style
-            )
-        condition = self.model.caption(batch["caption_states"], mask, style)
-        noise = torch.randn(len(mask), self.model.noise_width, device=mask.device)
+        condition = self._condition(batch, self.model)
+        noise = torch.randn(len(condition), self.model.noise_width, device=condition.device)
         drawn: Tensor = self.model(noise, condition)
         return drawn
 
     @staticmethod
-    def _condition(batch: Mapping[str, Tensor], network: Discriminator) -> Tensor:
+    def _condition(
+        batch: Mapping[str, Tensor], network: OnePassGenerator | Discriminator
+    ) -> Tensor:
         condition: Tensor = network.caption(
             batch["caption_states"], batch["caption_mask"], batch["style"]
         )
@@ -256,8 +262,8 @@ class Objective(nn.Module):
         return changed * 2 - 1
 
 
-def _mismatched(condition: Tensor, group: Tensor) -> Tensor:
-    """Each row's condition replaced by a neighbour's of another group; (B, D), int64 (B,)."""
+def _of_other_groups(group: Tensor) -> Tensor:
+    """For each row a neighbour of another group, itself if there is none; int64 (B,) both."""
     B = len(group)
     other = torch.arange(B, device=group.device)
     for shift in range(1, B):
@@ -266,7 +272,7 @@ def _mismatched(condition: Tensor, group: Tensor) -> Tensor:
         other = torch.where(same, rolled, other)
         if not bool((group[other] == group).any()):
             break
-    return condition[other]
+    return other
 
 
 def _kid(x: Tensor, y: Tensor) -> Tensor:
