@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline import registry
 from pipeline.data_config import AugmentConfig as AugmentConfig
@@ -46,6 +47,10 @@ class CaptionEncoderConfig(Config):
     prefix: str = Field("query: ", description="put before every caption, as the model wants it")
 
 
+MAX_CODES = 65_536
+"""Of a codebook: image tokens are kept as 16-bit numbers."""
+
+
 class TokenizerConfig(Config):
     """The self-supervised autoencoder: image <-> grid of discrete tokens."""
 
@@ -53,7 +58,7 @@ class TokenizerConfig(Config):
     levels: tuple[int, ...] = Field(
         (8, 8, 5, 5, 5), description="fsq: levels a channel; the codebook size is their product"
     )
-    codebook_size: int = Field(4_096, ge=2, le=65_536, description="vq")
+    codebook_size: int = Field(4_096, ge=2, le=MAX_CODES, description="vq")
     code_width: int = Field(8, ge=2, description="vq: dimensions of a code")
     commitment_weight: float = Field(0.25, ge=0, description="vq: draws latents to their codes")
     entropy_weight: float = Field(0.1, ge=0, description="vq: keeps all codes in use")
@@ -84,6 +89,16 @@ class TokenizerConfig(Config):
     freeze: bool = Field(False, description="take `source` as it is instead of training on")
     data: PictureFilter = PictureFilter()
     train: TrainConfig = TrainConfig(optimizer="adamw", weight_decay=0.01)
+
+    @field_validator("levels")
+    @classmethod
+    def _codes_fit_16_bits(cls, levels: tuple[int, ...]) -> tuple[int, ...]:
+        if not levels or min(levels) < 2 or math.prod(levels) > MAX_CODES:
+            raise ValueError(
+                f"levels of 2 and more whose product, the codebook, is at most {MAX_CODES:,}; this "
+                f"product is {math.prod(levels):,}"
+            )
+        return levels
 
     @model_validator(mode="after")
     def _frozen_has_a_source(self) -> Self:

@@ -217,11 +217,20 @@ class Tracker:
         return str(created.version)
 
     def champion(self, model_name: str) -> ResolvedModel | None:
-        """The current champion's bundle, or None while there is none."""
+        """The current champion's bundle, or None while there is none.
+
+        Raises:
+            ResourceError: the registry does not say; a silent one must not let a worse model pass.
+        """
         try:
             version = self.client.get_model_version_by_alias(model_name, CHAMPION)
-        except _mlflow().MlflowException:
-            return None
+        except _mlflow().MlflowException as error:
+            if error.error_code in _NOT_THERE:
+                return None
+            raise ResourceError(
+                f"the registry does not say which version of {model_name} is the champion "
+                f"({error.message}); run the same command again to go on from here"
+            ) from error
         return _download(self.client, version, self.home)
 
     def crown(self, model_name: str, version: str) -> None:
@@ -232,6 +241,10 @@ class Tracker:
         """The gate's decision and its numbers as decision.json."""
         text = json.dumps(record, indent=2, ensure_ascii=False)
         self.client.log_text(handle.run_id, text, "decision.json")
+
+
+_NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+"""What MLflow says of a model, and of an alias, that does not exist."""
 
 
 def tracking_uri(home: Path) -> str:
