@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
@@ -89,10 +90,10 @@ def trial_table(trials: Sequence[Mapping[str, Any]]) -> Table:
             f"{k.rpartition('.')[2]}={_short(v)}" for k, v in row["settings"].items()
         )
         table.add_row(
-            row["name"],
+            escape(row["name"]),
             "-" if loss is None else f"{loss:.4f}",
             str(row["steps"]),
-            f"{settings}; failed: {row['failure']}" if row["failure"] else settings,
+            escape(f"{settings}; failed: {row['failure']}" if row["failure"] else settings),
         )
     return table
 

@@ -399,10 +399,10 @@ class Recipe(Config):
 
 
 def _check_train(train: TrainConfig, name: str) -> None:
-    if train.batch_size % train.num_workers:
+    if train.batch_size % (train.num_workers * train.accumulate):
         raise ValueError(
             f"{name}.batch_size={train.batch_size} must be a multiple of "
-            f"{name}.num_workers={train.num_workers}"
+            f"{name}.num_workers={train.num_workers} times {name}.accumulate={train.accumulate}"
         )
 
 

@@ -19,12 +19,19 @@ from pipeline.data_config import Config
 FIXED = {
     "family": "validation losses of two families cannot be compared; list them as candidates",
     "data": "trials must be validated on the same pictures",
+    "tasks": "trials must be validated on the same tasks",
+    "rectangle_fraction": "it shapes the masks that trials are validated with",
+    "base_share": "it acts after training and does not change the validation loss",
+    "causal.top_k": "it does not change the validation loss",
+    "causal.top_p": "it does not change the validation loss",
     "guidance_scale": "it does not change the validation loss",
     "guidance_schedule": "it does not change the validation loss",
     "temperature": "it does not change the validation loss",
     "num_steps": "it does not change the validation loss",
     "train.max_steps": "it is the budget that trials compete within",
     "train.time_limit_s": "it is the budget that trials compete within",
+    "train.restore": "trials are compared by the checkpoint that the recipe restores",
+    "train.batch_size": "it says how many pictures trials are validated on",
     "train.validation_batches": "trials must be validated on the same pictures",
 }
 """Settings below `generator.` that cannot be searched, and why."""

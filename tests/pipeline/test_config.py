@@ -41,6 +41,7 @@ def test_command_line_wins_over_environment_wins_over_file() -> None:
             "tokenizer.levels=[8,8,8,8,8,8]",
             r"tokenizer.levels.*at most 65,536; this product is 262,144",
         ),
+        ("generator.train.accumulate=3", r"batch_size=\d+ must be a multiple of .*accumulate=3"),
         ("generator.widht=3", r"unknown key 'generator.widht'; did you mean 'width'"),
         ("generator.train.qqq=3", r"unknown key 'generator.train.qqq'; known here: .*batch_size"),
         ("generator.train.max_steps=many", r"generator.train.max_steps='many'.*integer"),
