@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from pipeline import registry
 from pipeline.config import CaptionEncoderConfig, Config, GeneratorConfig, TokenizerConfig
 from pipeline.contracts import ImageGenerator
-from pipeline.errors import BundleError
+from pipeline.errors import BundleError, RecipeError
 from pipeline.models._captions import CaptionTokenizer
 from pipeline.models._spec import ModelParts, ModelSpec
 from pipeline.runtime import cast_linear_weights, choose_device
@@ -102,6 +102,28 @@ def resolve_tokenizer(source: str | Path) -> Path:
     path = resolve_path(source)
     inner = path / "tokenizer"
     return inner.absolute() if inner.is_dir() else path.absolute()
+
+
+def given_tokenizer(base: Path | None, config: TokenizerConfig, image_size: int) -> Path | None:
+    """The base's tokenizer directory, or one that the recipe takes as it is; None: train one.
+
+    Raises:
+        BundleError: there is none at `config.source`.
+        RecipeError: it was made for pictures of another size.
+    """
+    if base is not None:
+        path = base / "tokenizer"
+    elif config.source and config.freeze:
+        path = resolve_tokenizer(config.source)
+    else:
+        return None
+    made_for = _read_manifest(path, TokenizerManifest).image_size
+    if made_for != image_size:
+        raise RecipeError(
+            f"preprocess.image_size={image_size}: the tokenizer at {path} was made for {made_for}; "
+            "set that, or train a tokenizer (without base and tokenizer.freeze)"
+        )
+    return path
 
 
 def save_tokenizer(

@@ -28,6 +28,7 @@ from pipeline.aligning import build_aligner_training
 from pipeline.bundle import (
     ASSETS,
     bundle_digest,
+    given_tokenizer,
     load_generator,
     load_tokenizer,
     resolve_tokenizer,
@@ -103,6 +104,8 @@ class Chain:
         }
         for config in self.candidates.values():
             generation.check_generator(config)
+        size = recipe.preprocess.image_size
+        self.given_tokenizer = given_tokenizer(self.base, recipe.tokenizer, size)
         self.manifests = {uri: read_manifest(uri) for uri in self.shard_sets}
         check_available(recipe.caption_encoder, cache=self.cache)
         check_disk(home, NEEDED_MB)
@@ -218,14 +221,12 @@ class Chain:
 
     @cached_property
     def tokenizer(self) -> Path:
-        """The base bundle's tokenizer directory, or one trained on the pictures alone."""
-        if self.base is not None:
-            return self.base / "tokenizer"
+        """The given tokenizer's directory, or that of one trained on the pictures alone."""
+        if self.given_tokenizer is not None:
+            return self.given_tokenizer
         recipe, config = self.recipe, self.recipe.tokenizer
         size = recipe.preprocess.image_size
         source = resolve_tokenizer(config.source) if config.source else None
-        if source is not None and config.freeze:
-            return source
 
         def work(context: StepContext) -> dict[str, Any]:
             result = train.fit(

@@ -10,9 +10,10 @@ import torch
 
 from pipeline import registry
 from pipeline.autoencoding import TokenizerObjective, gradient_l1
-from pipeline.bundle import load_tokenizer, save_tokenizer
+from pipeline.bundle import given_tokenizer, load_tokenizer, resolve_path, save_tokenizer
 from pipeline.config import TokenizerConfig
 from pipeline.contracts import ImageTokenizer
+from pipeline.errors import RecipeError
 from pipeline.tokenizers.fsq import FSQ
 from pipeline.tokenizers.vq import CosineVQ
 
@@ -171,3 +172,12 @@ def test_gradient_l1_sees_edges_and_not_brightness() -> None:
     edge[:, :, :, 4:] = 1
     assert gradient_l1(edge, edge + 0.5) == 0
     assert gradient_l1(edge, torch.full_like(edge, 0.5)) > 0.1
+
+
+def test_a_given_tokenizer_of_another_size_is_refused() -> None:
+    base, config = resolve_path("asset:base"), TokenizerConfig(source="asset:base", freeze=True)
+    assert given_tokenizer(None, TokenizerConfig(), 128) is None, "one will be trained"
+    assert given_tokenizer(None, config, 64) == given_tokenizer(base, TokenizerConfig(), 64)
+    for start, section in ((base, TokenizerConfig()), (None, config)):
+        with pytest.raises(RecipeError, match=r"image_size=128: the tokenizer at .* made for 64"):
+            given_tokenizer(start, section, 128)
