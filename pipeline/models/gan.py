@@ -208,13 +208,13 @@ class Objective(nn.Module):
             fake = self._draw(batch)
         condition = self._condition(batch, judge)
         other = _of_other_groups(batch["group"])
-        said = batch["caption_mask"].any(1)[other]  # no caption fits every picture
+        captioned = batch["caption_mask"].any(1)[other]  # no caption fits every picture
         real = judge(self._changed(images), condition).float()
         wrong = judge(self._changed(images), condition[other]).float()
         drawn = judge(self._changed(fake), condition).float()
         parts = {
             "real": F.relu(1 - real).mean(),
-            "mismatched": (F.relu(1 + wrong) * said).sum() / said.sum().clamp_min(1) / 2,
+            "mismatched": (F.relu(1 + wrong) * captioned).sum() / captioned.sum().clamp_min(1) / 2,
             "fake": F.relu(1 + drawn).mean() / 2,
             "penalty": self._penalty(images, condition),
         }
