@@ -182,14 +182,18 @@ class Engine:
         Called from the loop, or from the thread that draws: never from both at a time.
         """
         taken: list[Place] = []
+        late = 0
         while self._line and model is self.model and under_way + len(taken) < self._max_batch_size:
             place = self._line.popleft()
             if place.left:
                 continue
             if time.time() + self._picture_s > place.deadline:
                 loop.call_soon_threadsafe(_settle, place, Late())
+                late += 1
             else:
                 taken.append(place)
+        if late and not taken and not under_way:  # one slow picture must not turn all away for ever
+            self._picture_s /= 2
         return taken
 
     async def _gather(self) -> None:

@@ -118,13 +118,15 @@ class Studio:
 
     @contextlib.contextmanager
     def _charged(self, caller: Caller, pictures: int, card: Card) -> Iterator[None]:
-        """Pictures are drawn in here, or fail and cost nothing; whoever leaves meanwhile pays."""
+        """Pictures are drawn in here, or fail and cost nothing; whoever leaves meanwhile pays, and
+        so does whose pictures were drawn and are withheld."""
         pixels = card.image_size**2
         self._access.charge(caller.name, pictures=pictures, pixels=pixels)
         try:
             yield
-        except Exception:
-            self._access.refund(caller.name, pictures=pictures, pixels=pixels)
+        except Exception as error:
+            if not (isinstance(error, ApiError) and error.code == "content_policy_violation"):
+                self._access.refund(caller.name, pictures=pictures, pixels=pixels)
             raise
 
     def _jobs(self, body: Drawable, caller: Caller, upload: Upload | None) -> list[Job]:

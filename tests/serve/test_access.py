@@ -142,6 +142,12 @@ def test_what_is_not_drawn_costs_nothing(failure: Call, status: int, stream: boo
     assert [answer.status_code for answer in answers] == [status, 200, 429]
 
 
+def test_what_is_drawn_and_withheld_is_paid_for() -> None:
+    withheld = Call(Refusal("not this one", None, "content_policy_violation"))
+    answers = ask(draw(3), draw(1), service=KEYED, handle=Handle(*[withheld] * 3))
+    assert [answer.status_code for answer in answers] == [400, 429]
+
+
 class Streaming(Handle):
     """A Handle whose first answer is a stream."""
 

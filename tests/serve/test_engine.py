@@ -150,6 +150,19 @@ def test_who_cannot_be_in_time_is_told_early(tmp_path: Path) -> None:
     run(tmp_path, work)
 
 
+def test_one_slow_picture_does_not_turn_everyone_away_for_ever(tmp_path: Path) -> None:
+    async def work(engine: Engine) -> None:
+        engine._took(100.0)  # as a machine that slept would have it
+        outcomes = []
+        for seed in range(12):
+            place = enter(engine, GenerationRequest("cat", seed=seed), left_s=5.0)
+            outcomes.append(await asyncio.gather(place.done, return_exceptions=True))
+        late = [isinstance(outcome, Late) for (outcome,) in outcomes]
+        assert late[0] and not late[-1] and late == sorted(late, reverse=True)
+
+    run(tmp_path, work)
+
+
 def test_pictures_in_the_making(tmp_path: Path) -> None:
     async def work(engine: Engine) -> list[tuple[int, torch.Tensor]]:
         place = enter(engine, SLOW, num_previews=3)
