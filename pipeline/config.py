@@ -169,7 +169,9 @@ class GeneratorConfig(Config):
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="while training")
     rectangle_fraction: float = Field(0.15, ge=0, le=1, description="of the training masks")
     num_styles: int = Field(16, ge=1, description="places for styles; new ones take a free place")
-    guidance_scale: float = Field(3.0, ge=1, description="default at generation")
+    guidance_scale: float | None = Field(
+        None, ge=1, description="default at generation; None: the family's, 3, for gan 1"
+    )
     guidance_schedule: Literal["constant", "linear"] = later(
         "constant", description="masked, causal; linear: from 1 at the first step to the scale"
     )

@@ -224,6 +224,7 @@ class Objective(Protocol):
         learning_rate_ratios: by phase, what its learning rate is multiplied with.
         validate(batch): scalars of a validation batch, "loss" among them; otherwise the last
             phase's losses are taken.
+        min_validation_rows: that `validate` needs at once; otherwise 1.
     """
 
     phases: tuple[str, ...]

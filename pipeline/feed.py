@@ -10,6 +10,7 @@ its place in the global batch, so that this does not depend on the number of wor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -119,11 +120,13 @@ def training_batch(
 def validation_rows(
     length: int, *, batch_size: int, num_batches: int, rank: int, world_size: int
 ) -> list[np.ndarray]:
-    """This rank's share of the validation rows, evenly spread over the set, always the same."""
+    """This rank's share of the validation rows, evenly spread over the set, always the same.
+
+    Batches are of equal size, give or take a row, so that no rank is left with an odd one.
+    """
     rows = spread(length, batch_size * num_batches)
-    count = len(rows)
-    batches = [rows[i : i + batch_size] for i in range(0, count, batch_size)]
-    return [shard for batch in batches if len(shard := batch[rank::world_size])]
+    batches = np.array_split(rows, math.ceil(len(rows) / batch_size))
+    return [batch[rank::world_size] for batch in batches]
 
 
 def spread(length: int, count: int) -> np.ndarray:

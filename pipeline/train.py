@@ -34,7 +34,7 @@ from pipeline import feed
 from pipeline.augment import Augment
 from pipeline.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from pipeline.config import TrainConfig
-from pipeline.errors import ResourceError, TesseraError, TrainingError
+from pipeline.errors import DataError, ResourceError, TesseraError, TrainingError
 from pipeline.finetune import (
     EMA,
     apply_policy,
@@ -127,15 +127,16 @@ def fit(
 def scaling_for(num_workers: int, resources: Mapping[str, float]) -> ScalingConfig:
     """A GPU a worker where the cluster has any, else half a logical CPU a worker.
 
-    With fewer GPUs than workers, fewer workers train: the global batch, and so the result, is the
-    same.
+    With fewer GPUs than workers, fewer workers train, as many as the global batch divides into as
+    well. It is the same then, and so is the result of losses that are means over pictures; those
+    that compare a worker's pictures with each other (the aligner's) have more to compare.
 
     Raises:
         ResourceError: the cluster is too small for the workers.
     """
     gpus, cpus = int(resources.get("GPU", 0)), resources.get("CPU", 0)
     if gpus:
-        num_workers = min(num_workers, gpus)
+        num_workers = max(n for n in range(1, gpus + 1) if num_workers % n == 0)
         per_worker = {"CPU": CPUS_A_WORKER, "GPU": 1}
     else:
         per_worker = {"CPU": CPUS_A_WORKER}
@@ -220,11 +221,35 @@ class _Worker:
         self.optimizers = [o for each in self.phase_optimizers.values() for o in each]
         self.ema = EMA(self.objective.model, config.ema_decay) if config.ema_decay else None
         self.augment = Augment(config.augment).to(self.device)
+        self.validation_rows = self._validation_rows()
         self.state = TrainState()
         self.tokens_a_picture = 0  # of families that draw pixels
         self.logger = RunLogger(run if self.rank == 0 else None)
         self._restore()
         self.started = time.monotonic() - self.state.elapsed_s
+
+    def _validation_rows(self) -> list[np.ndarray]:
+        """This rank's, batch by batch.
+
+        Raises:
+            DataError: too few for every rank to have some in every batch.
+        """
+        config, length = self.config, len(self.training.validation)
+        fewest = getattr(self.objective, "min_validation_rows", 1)
+        shares = [
+            feed.validation_rows(
+                length, batch_size=config.batch_size, num_batches=config.validation_batches,
+                rank=rank, world_size=self.world_size,
+            )
+            for rank in range(self.world_size)
+        ]  # fmt: skip
+        if min(len(rows) for share in shares for rows in share) < fewest:
+            raise DataError(
+                f"{length} validation pictures in batches of up to {config.batch_size} do not give "
+                f"each of {self.world_size} workers {fewest} a batch: give more data, raise "
+                "data.validation_fraction or train.batch_size, or lower train.num_workers"
+            )
+        return shares[self.rank]
 
     def _restore(self) -> None:
         checkpoint = ray.train.get_checkpoint()
@@ -384,20 +409,13 @@ class _Worker:
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
         """Mean losses over the validation rows and all ranks, with fixed randomness."""
-        config, dataset = self.config, self.training.validation
+        dataset = self.training.validation
         self.objective.eval()
         last = self.objective.phases[-1]
         validate = getattr(self.objective, "validate", partial(self.objective.losses, phase=last))
         sums: dict[str, float] = {}
         count = 0
-        batches = feed.validation_rows(
-            len(dataset),
-            batch_size=config.batch_size,
-            num_batches=config.validation_batches,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
-        for i, rows in enumerate(batches):
+        for i, rows in enumerate(self.validation_rows):
             torch.manual_seed(VALIDATION_SEED + i)
             batch = self._to_device(dataset.batch(rows, None))
             with autocast(self.device):

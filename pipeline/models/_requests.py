@@ -34,6 +34,7 @@ def check_requests(
     config: GeneratorConfig,
     styles: Sequence[str],
     *,
+    guidance_scale: float,
     negative_prompts: bool = False,
     canvas_size: int | None = None,
     fixed_steps: int | None = None,
@@ -41,6 +42,7 @@ def check_requests(
     """Fill in defaults and check every limit before anything is drawn.
 
     Args:
+        guidance_scale: the family's default, for a config that has none.
         negative_prompts: whether the family can be led away from one.
         canvas_size: pixels a side of the canvas it can go on from; None if it cannot.
         fixed_steps: the family's only number of decoding steps; None if a request may choose.
@@ -49,10 +51,9 @@ def check_requests(
         RequestError: names the field, the value and what is allowed.
     """
     settings = Settings([], [], [], [], [], [], [], [])
+    default = guidance_scale if config.guidance_scale is None else config.guidance_scale
     for request in requests:
-        guidance = (
-            config.guidance_scale if request.guidance_scale is None else request.guidance_scale
-        )
+        guidance = default if request.guidance_scale is None else request.guidance_scale
         temperature = config.temperature if request.temperature is None else request.temperature
         num_steps = _steps(request, config, fixed_steps)
         _within("seed", request.seed, 0, MAX_SEED)

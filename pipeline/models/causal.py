@@ -48,6 +48,7 @@ from pipeline.tasks import gives_source
 
 READS = "image_tokens"
 CAPTIONS = "ids"
+GUIDANCE_SCALE = 3.0
 NO_TARGET = -100
 
 Source = tuple[Tensor, Tensor]
@@ -115,6 +116,11 @@ class CausalTransformer(nn.Module):
     def text_modules(self) -> list[nn.Module]:
         """What reads the caption: the policy `frozen` leaves the language model alone."""
         return [self.lm]
+
+    def style_rows(self) -> Tensor:
+        """The styles' vectors, one a row in the order of their ids."""
+        first = self.vocabulary.style(0)
+        return self.image_table.weight[first : first + self.no_style]
 
     def head_modules(self) -> list[nn.Module]:
         """What the policy `head` trains: the new tokens' table and head, and the last block."""
@@ -277,7 +283,7 @@ class Generator:
         sources, device = self.model.vocabulary.with_source, self.parts.device
         settings = check_requests(
             requests, self.config, self.styles, fixed_steps=self.spec.num_tokens,
-            canvas_size=self.image_size if sources else None,
+            canvas_size=self.image_size if sources else None, guidance_scale=GUIDANCE_SCALE,
         )  # fmt: skip
         noise = [torch.Generator().manual_seed(seed) for seed in settings.seeds]
         ids, mask = self.read_ids(settings.prompts)

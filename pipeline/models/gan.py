@@ -31,6 +31,7 @@ from pipeline.text import masked_mean, standardise
 
 READS = "images"
 CAPTIONS = "states"
+GUIDANCE_SCALE = 1.0  # off: it is trained without
 SMALLEST = 4  # pixels a side where the generator starts and the discriminator ends
 
 
@@ -102,6 +103,10 @@ class OnePassGenerator(nn.Module):
         """What reads the caption; the policy `frozen` leaves it alone."""
         return [self.caption.norm, self.caption.read]
 
+    def style_rows(self) -> Tensor:
+        """The styles' vectors, one a row in the order of their ids."""
+        return self.caption.style.weight
+
     def head_modules(self) -> list[nn.Module]:
         """What the policy `head` trains: styles, the last block, the way to colours."""
         return [self.caption.style, self.blocks[-1], self.last]
@@ -136,13 +141,22 @@ class Discriminator(nn.Module):
         )
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, images: Tensor, condition: Tensor) -> Tensor:
-        """float (B, 3, H, W), (B, D) -> (B,)."""
-        x = self.first(images)
+    def look(self, images: Tensor) -> Tensor:
+        """float (B, 3, H, W) -> (B, channels, SMALLEST, SMALLEST): what the picture shows."""
+        x: Tensor = self.first(images)
         for block in self.blocks:
             x = block(x)
+        return x
+
+    def match(self, looks: Tensor, condition: Tensor) -> Tensor:
+        """look's result, (B, D) -> (B,): real, and what the condition says?"""
         spread = condition[:, :, None, None].expand(-1, -1, SMALLEST, SMALLEST)
-        return self.judge(torch.cat([x, spread], 1)).flatten()
+        matched: Tensor = self.judge(torch.cat([looks, spread], 1))
+        return matched.flatten()
+
+    def forward(self, images: Tensor, condition: Tensor) -> Tensor:
+        """float (B, 3, H, W), (B, D) -> (B,)."""
+        return self.match(self.look(images), condition)
 
 
 class _DownBlock(nn.Module):
@@ -166,6 +180,7 @@ class Objective(nn.Module):
     """Matching-aware hinge losses (DF-GAN, equation 2), on differentiably augmented pictures."""
 
     phases = ("discriminator", "generator")
+    min_validation_rows = 2  # of KID
 
     def __init__(self, model: OnePassGenerator, config: GeneratorConfig) -> None:
         super().__init__()
@@ -209,8 +224,9 @@ class Objective(nn.Module):
         condition = self._condition(batch, judge)
         other = _of_other_groups(batch["group"])
         captioned = batch["caption_mask"].any(1)[other]  # no caption fits every picture
-        real = judge(self._changed(images), condition).float()
-        wrong = judge(self._changed(images), condition[other]).float()
+        looks = judge.look(self._changed(images))
+        real = judge.match(looks, condition).float()
+        wrong = judge.match(looks, condition[other]).float()
         drawn = judge(self._changed(fake), condition).float()
         parts = {
             "real": F.relu(1 - real).mean(),
@@ -276,11 +292,9 @@ def _of_other_groups(group: Tensor) -> Tensor:
 
 
 def _kid(x: Tensor, y: Tensor) -> Tensor:
-    """metrics.kid of (B, d) and (B, d) as a tensor (); it needs two pictures."""
+    """metrics.kid of (B, d) and (B, d) as a tensor ()."""
     from pipeline.metrics import kid  # brings evaluation's networks, which serving does without
 
-    if len(x) < 2:
-        raise RecipeError("the gan's validation needs at least 2 pictures a worker and batch")
     return torch.tensor(kid(x.detach().cpu(), y.detach().cpu()), device=x.device)
 
 
@@ -324,7 +338,9 @@ class Generator:
         Raises:
             RequestError: also for num_steps other than 1: there is one pass.
         """
-        settings = check_requests(requests, self.config, self.styles, fixed_steps=1)
+        settings = check_requests(
+            requests, self.config, self.styles, fixed_steps=1, guidance_scale=GUIDANCE_SCALE
+        )
         device = self.parts.device
         noise = torch.stack(
             [

@@ -30,6 +30,7 @@ from pipeline.text import masked_mean, standardise
 
 READS = "image_tokens"
 CAPTIONS = "states"
+GUIDANCE_SCALE = 3.0
 
 ROWS = 512  # logits are made for a multiple of so many tokens
 NO_TARGET = -100
@@ -155,6 +156,10 @@ class MaskedTransformer(nn.Module):
             self.token_norm, self.pooled_norm,
             self.read_caption, self.pool_caption, self.caption_blocks,
         ]  # fmt: skip
+
+    def style_rows(self) -> Tensor:
+        """The styles' vectors, one a row in the order of their ids."""
+        return self.style.weight
 
     def head_modules(self) -> list[nn.Module]:
         """What the policy `head` trains: token table, styles, condition, output, last block."""
@@ -297,6 +302,7 @@ class Generator:
             requests,
             self.config,
             self.styles,
+            guidance_scale=GUIDANCE_SCALE,
             negative_prompts=True,
             canvas_size=self.image_size,
         )

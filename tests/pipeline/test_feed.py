@@ -157,6 +157,9 @@ def test_validation_rows_are_fixed_and_split(
         )
         for rank in range(world_size)
     ]
+    assert len({len(share) for share in shares}) == 1, "every rank has as many batches"
+    sizes = [len(batch) for share in shares for batch in share]
+    assert max(sizes) - min(sizes) <= 2
     rows = np.concatenate([batch for share in shares for batch in share])
     assert len(rows) == min(length, 16 * num_batches) == len(set(rows.tolist()))
 

@@ -16,6 +16,7 @@ from pipeline.bundle import load_generator
 from pipeline.config import GanConfig, GeneratorConfig, TrainConfig
 from pipeline.contracts import GenerationRequest
 from pipeline.errors import RecipeError, RequestError
+from pipeline.images import to_float
 from pipeline.models import gan
 from pipeline.models._spec import ModelSpec
 from pipeline.train import Training, fit
@@ -92,8 +93,16 @@ def test_kid_is_unbiased_and_sees_a_difference() -> None:
     same = torch.stack([gan._kid(torch.randn(64, 8), torch.randn(64, 8)) for _ in range(200)])
     assert abs(same.mean()) < 3 * same.std() / 200**0.5
     assert gan._kid(torch.randn(64, 8), torch.randn(64, 8) + 0.7) > same.max()
-    with pytest.raises(RecipeError, match="at least 2"):
-        gan._kid(torch.randn(1, 8), torch.randn(1, 8))
+
+
+def test_a_picture_is_looked_at_once_for_both_its_captions() -> None:
+    made, batch = objective(), colour_batch()
+    condition = made._condition(batch, made.discriminator)
+    looks = made.discriminator.look(to_float(batch["images"]))
+    torch.testing.assert_close(
+        made.discriminator.match(looks, condition),
+        made.discriminator(to_float(batch["images"]), condition),
+    )
 
 
 def test_each_phase_moves_its_own_network() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.checkpoint import TrainState, best_weights, load_checkpoint, save_checkpoint
 from pipeline.config import AugmentConfig, TrainConfig
-from pipeline.errors import RecipeError, ResourceError, TrainingError
+from pipeline.errors import DataError, RecipeError, ResourceError, TrainingError
 from pipeline.finetune import EMA, KernelMuon, build_optimizers, learning_rate_factor
 from pipeline.progress import Progress
 from pipeline.train import Training, fit, scaling_for
@@ -34,8 +34,11 @@ class Rows:
 
     weights = None
 
+    def __init__(self, length: int = 64) -> None:
+        self.length = length
+
     def __len__(self) -> int:
-        return 64
+        return self.length
 
     def batch(self, rows: np.ndarray, rng: np.random.Generator | None) -> dict[str, Tensor]:
         x = torch.from_numpy(rows / 32 - 1).float()[:, None]
@@ -61,8 +64,8 @@ class Line(nn.Module):
         return {"loss": loss * float("nan") if self.calls == self.poison else loss}
 
 
-def build(poison: int | None = None) -> Training:
-    return Training(Line(poison), Rows(), Rows())
+def build(poison: int | None = None, validation: int = 64) -> Training:
+    return Training(Line(poison), Rows(), Rows(validation))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -110,6 +113,11 @@ def test_a_loss_that_is_no_number_stops_and_names_the_step(
     with pytest.raises(TrainingError, match=r"step 6 .*lower train.learning_rate"):
         fit(partial(build, 7), config, storage=tmp_path, name="line")
     assert list(tmp_path.glob("line/checkpoint_*/model.safetensors")), "the last good one is kept"
+
+
+def test_too_few_validation_rows_are_refused_at_once(ray_session: None, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"1 validation pictures .* each of 2 workers 1 a batch"):
+        fit(partial(build, validation=1), CONFIG, storage=tmp_path, name="line")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "rmsprop", "muon"])
@@ -200,5 +208,6 @@ def test_workers_follow_the_devices() -> None:
     assert (on_cpu.num_workers, on_cpu.use_gpu) == (2, False)
     on_gpu = scaling_for(4, {"CPU": 8, "GPU": 2})
     assert (on_gpu.num_workers, on_gpu.use_gpu) == (2, True)
+    assert scaling_for(4, {"CPU": 8, "GPU": 3}).num_workers == 2, "the batch divides as before"
     with pytest.raises(ResourceError, match=r"num_workers=9 needs 4.5 .* has 4"):
         scaling_for(9, {"CPU": 4})
