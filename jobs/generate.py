@@ -10,22 +10,16 @@ from pathlib import Path
 
 from pipeline.bundle import load_generator
 from pipeline.contracts import MAX_SEED, GenerationRequest
-from pipeline.errors import BundleError
 from pipeline.images import encode_png, grid
 from pipeline.provenance import describe
-from pipeline.tracking import CHAMPION, resolve_model
+from pipeline.tracking import CHAMPION, has_champion, resolve_model
 
 FALLBACK = "asset:base"
 
 
 def default_model(home: Path, name: str = "tessera") -> str:
     """The champion under `home`, or the shipped base while there is none."""
-    champion = f"models:/{name}@{CHAMPION}"
-    try:
-        resolve_model(champion, home=home)
-    except BundleError:
-        return FALLBACK
-    return champion
+    return f"models:/{name}@{CHAMPION}" if has_champion(home, name) else FALLBACK
 
 
 def generate(

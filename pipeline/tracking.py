@@ -12,6 +12,8 @@ import contextlib
 import json
 import logging
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from pipeline.sinks import Sink, SinkAddress, check_sinks, open_sinks
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 EXPERIMENT = "tessera"
 CHAMPION = "champion"
@@ -222,16 +225,8 @@ class Tracker:
         Raises:
             ResourceError: the registry does not say; a silent one must not let a worse model pass.
         """
-        try:
-            version = self.client.get_model_version_by_alias(model_name, CHAMPION)
-        except _mlflow().MlflowException as error:
-            if error.error_code in _NOT_THERE:
-                return None
-            raise ResourceError(
-                f"the registry does not say which version of {model_name} is the champion "
-                f"({error.message}); run the same command again to go on from here"
-            ) from error
-        return _download(self.client, version, self.home)
+        version = _registered(self.client, model_name, alias=CHAMPION)
+        return None if version is None else _download(self.client, version, self.home)
 
     def crown(self, model_name: str, version: str) -> None:
         """Move the alias `champion` to a version."""
@@ -241,10 +236,6 @@ class Tracker:
         """The gate's decision and its numbers as decision.json."""
         text = json.dumps(record, indent=2, ensure_ascii=False)
         self.client.log_text(handle.run_id, text, "decision.json")
-
-
-_NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-"""What MLflow says of a model, and of an alias, that does not exist."""
 
 
 def tracking_uri(home: Path) -> str:
@@ -277,37 +268,75 @@ def resolve_model(model: str, *, home: Path) -> ResolvedModel:
     """A bundle directory, asset:NAME, or models:/NAME@ALIAS or models:/NAME/VERSION.
 
     Raises:
-        BundleError: there is no such bundle or no such registered version.
+        BundleError: there is no such bundle or no such registered version, or it cannot be fetched.
+        ResourceError: nothing answers at the tracking URI.
     """
     if not model.startswith("models:/"):
         path = resolve_path(model).absolute()
         return ResolvedModel(path, name=path.name, version=bundle_digest(path)[:12])
     client = connect(home)
     reference = model.removeprefix("models:/")
-    try:
-        if "@" in reference:
-            name, alias = reference.split("@", 1)
-            version = client.get_model_version_by_alias(name, alias)
-        else:
-            name, _, number = reference.partition("/")
-            version = client.get_model_version(name, number)
-    except _mlflow().MlflowException as error:
+    if "@" in reference:
+        name, alias = reference.split("@", 1)
+        version = _registered(client, name, alias=alias)
+    else:
+        name, _, number = reference.partition("/")
+        version = _registered(client, name, number=number)
+    if version is None:
         raise BundleError(
-            f"{model} is not in the registry at {tracking_uri(home)} ({error.message}); "
+            f"{model} is not in the registry at {tracking_uri(home)}; "
             "`tessera retrain RECIPE` or `tessera demo` makes a champion"
-        ) from error
+        )
     return _download(client, version, home)
 
 
-def _download(client: MlflowClient, version: Any, home: Path) -> ResolvedModel:
+def has_champion(home: Path, model_name: str) -> bool:
+    """Whether a version of the registered model has the alias `champion`.
+
+    Raises:
+        ResourceError: nothing answers at the tracking URI.
+    """
+    return _registered(connect(home), model_name, alias=CHAMPION) is not None
+
+
+def _registered(
+    client: MlflowClient, name: str, *, alias: str | None = None, number: str = ""
+) -> ModelVersion | None:
+    """The version with an alias or a number; None if the registry says that there is none.
+
+    Raises:
+        ResourceError: it does not say.
+    """
+    try:
+        if alias is not None:
+            return client.get_model_version_by_alias(name, alias)
+        return client.get_model_version(name, number)
+    except _mlflow().MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        wanted = f"is the {alias}" if alias is not None else f"is number {number}"
+        raise ResourceError(
+            f"the registry does not say which version of {name} {wanted} ({error.message}); "
+            "run the same command again to go on from here"
+        ) from error
+
+
+def _download(client: MlflowClient, version: ModelVersion, home: Path) -> ResolvedModel:
     """Fetch a version's bundle into the home directory, once."""
     target = home / "models" / f"{version.name}-{version.version}-{version.run_id[:8]}"
     if not (target / "config.json").is_file():
-        staging = target.with_name(target.name + f".partial-{os.getpid()}")
-        staging.mkdir(parents=True, exist_ok=True)
-        client.download_artifacts(version.run_id, "bundle", str(staging))
-        with contextlib.suppress(OSError):  # another process was first
-            (staging / "bundle").rename(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            client.download_artifacts(version.run_id, "bundle", str(staging))
+            with contextlib.suppress(OSError):  # another process was first
+                (staging / "bundle").rename(target)
+        except (_mlflow().MlflowException, OSError) as error:
+            raise BundleError(
+                f"version {version.version} of {version.name} cannot be fetched: {error}"
+            ) from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
     return ResolvedModel(resolve_path(target), name=version.name, version=str(version.version))
 
 
