@@ -165,9 +165,12 @@ def check_fraction(reasons: Mapping[str, int], promised: int, limit: float) -> N
     bad = sum(reasons.values())
     if bad > limit * promised:
         listed = ", ".join(f"{reason} {n}" for reason, n in Counter(reasons).most_common(5))
+        remedy = "mend the source, or raise the limit"
+        if DUPLICATE in reasons:
+            remedy = f"keys must be unique over all sets of data.shards; {remedy}"
         raise DataError(
             f"{bad} of {promised} samples are bad ({listed}), more than "
-            f"preprocess.max_bad_fraction={limit}; mend the source, or raise the limit"
+            f"preprocess.max_bad_fraction={limit}; {remedy}"
         )
 
 

@@ -6,13 +6,17 @@ from it is only the validation split, by which its own training stops.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from pipeline.aligner import AlignerObjective
+from pipeline.checkpoint import best_weights
 from pipeline.config import AlignerConfig
 from pipeline.encode import captioned_dataset, sample_captions
 from pipeline.feed import read_table
-from pipeline.train import Training
+from pipeline.steps import StepContext
+from pipeline.text import HFCaptionEncoder, identify
+from pipeline.train import Training, fit
 
 
 def build_aligner_training(
@@ -40,3 +44,44 @@ def build_aligner_training(
     objective = AlignerObjective(config, image_size=image_size, caption_width=caption_width)
     objective.model.standardise_captions(*sample_captions(training))
     return Training(objective, training, validation)
+
+
+def train_aligner(
+    context: StepContext,
+    pixels: Path,
+    captions: Path,
+    config: AlignerConfig,
+    *,
+    image_size: int,
+    encoder: HFCaptionEncoder,
+) -> dict[str, float]:
+    """Train on Ray and leave an aligner's directory, "bundle" in the step's; its last metrics.
+
+    Args:
+        pixels, captions: outputs of `preprocess` and `encode_captions`.
+        encoder: the one that the captions were read with.
+
+    Raises:
+        TesseraError: as `train.fit`.
+    """
+    build = partial(
+        build_aligner_training,
+        pixels,
+        captions,
+        config,
+        image_size=image_size,
+        caption_width=encoder.width,
+        max_tokens=encoder.max_tokens,
+    )
+    result = fit(
+        build,
+        config.train,
+        storage=context.path,
+        name="aligner",
+        run=context.run,
+        on_progress=context.on_progress,
+    )
+    model = build().objective.model
+    model.load_state_dict(best_weights(result.checkpoint))
+    model.save(context.path / "bundle", identify(encoder))
+    return result.metrics

@@ -15,13 +15,15 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from pipeline import registry
-from pipeline.bundle import load_tokenizer
+from pipeline.bundle import load_tokenizer, save_tokenizer
+from pipeline.checkpoint import best_weights
 from pipeline.config import TokenizerConfig
 from pipeline.errors import RecipeError
 from pipeline.feed import PictureDataset
 from pipeline.images import grid, to_float, to_uint8
 from pipeline.perceptual import PerceptualLoss
-from pipeline.train import Training
+from pipeline.steps import StepContext
+from pipeline.train import Training, fit
 
 
 def gradient_l1(x: Tensor, y: Tensor) -> Tensor:
@@ -172,6 +174,32 @@ def build_training(
     return Training(
         objective, train, validation, sample=partial(draw_reconstructions, images=shown)
     )
+
+
+def train_tokenizer(
+    context: StepContext,
+    pixels: Path,
+    config: TokenizerConfig,
+    image_size: int,
+    *,
+    cache: Path,
+    source: Path | None = None,
+) -> dict[str, float]:
+    """Train on Ray and leave a tokenizer directory, "bundle" in the step's; its last metrics.
+
+    Raises:
+        TesseraError: as `build_training` and `train.fit`.
+    """
+    result = fit(
+        partial(build_training, pixels, config, image_size, cache=cache, source=source),
+        config.train,
+        storage=context.path,
+        name="tokenizer",
+        run=context.run,
+        on_progress=context.on_progress,
+    )
+    save_tokenizer(context.path / "bundle", best_weights(result.checkpoint), config, image_size)
+    return result.metrics
 
 
 @torch.no_grad()

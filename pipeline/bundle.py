@@ -62,12 +62,18 @@ class BundleManifest(Config):
     spec: dict[str, Any] = Field(description="ModelSpec")
     caption_encoder: CaptionEncoderConfig
     encoder_identity: dict[str, Any] = Field(description="EncoderIdentity")
+    split: str | None = Field(None, description="DataConfig.split that it was trained with")
     files: dict[str, str] = Field(description="sha256 by file name")
 
     @property
     def model_spec(self) -> ModelSpec:
         spec = {"image_size": self.image_size, **self.spec}
         return ModelSpec(**spec | {k: tuple(spec[k]) for k in ("levels", "styles")})
+
+    @property
+    def encoder(self) -> EncoderIdentity:
+        """The caption encoder it was trained with."""
+        return EncoderIdentity.from_dict(self.encoder_identity)
 
 
 @dataclass
@@ -161,10 +167,12 @@ def save_bundle(
     caption_encoder: CaptionEncoderConfig,
     identity: EncoderIdentity,
     text_tokenizer: str | None = None,
+    split: str | None = None,
 ) -> None:
     """Write a bundle around a copy of the tokenizer directory `tokenizer`.
 
     Args:
+        split: DataConfig.split of its training.
         text_tokenizer: where the tokenizer of a pretrained language model lies, to be copied too.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -181,6 +189,7 @@ def save_bundle(
         spec=asdict(spec),
         caption_encoder=caption_encoder,
         encoder_identity=asdict(identity),
+        split=split,
         files=files,
     )
     (directory / "config.json").write_text(manifest.model_dump_json(indent=2))
@@ -191,6 +200,15 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", WEIGHTS):
         (target / name).write_bytes((source / name).read_bytes())
+
+
+def read_bundle(bundle: str | Path) -> BundleManifest:
+    """What a bundle says of itself, without its weights.
+
+    Raises:
+        BundleError: it is missing, or of another format.
+    """
+    return _read_manifest(resolve_path(bundle), BundleManifest)
 
 
 def load_bundle(bundle: str | Path) -> Bundle:
@@ -222,7 +240,7 @@ def load_generator(
     encoder = load_caption_encoder(
         manifest.caption_encoder, cache=pretrained_cache, device=str(target)
     )
-    check_encoder(EncoderIdentity.from_dict(manifest.encoder_identity), encoder)
+    check_encoder(manifest.encoder, encoder)
     cast_linear_weights(loaded.model, target)
     family = registry.load("models", manifest.generator.family)
     caption_ids = None

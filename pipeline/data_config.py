@@ -62,6 +62,14 @@ class DataConfig(Config):
         False, description="go on without shards that are missing or truncated, counting the loss"
     )
 
+    @property
+    def split(self) -> str:
+        """What decides which concepts are held out."""
+        return (
+            f"seed {self.split_seed}, validation {self.validation_fraction:g}, "
+            f"test {self.test_fraction:g}"
+        )
+
 
 class PreprocessConfig(Config):
     """How an encoded picture becomes image_size x image_size uint8 RGB."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.contracts import GenerationRequest, ImageGenerator, ImageTokenizer
 from pipeline.evalset import PictureSet
-from pipeline.images import grid, to_float, to_uint8
+from pipeline.images import grid, resized, to_float, to_uint8
 
 GRID_ROWS = 12
 
@@ -40,16 +40,24 @@ def requests_for(
 
 
 def draw(
-    generator: ImageGenerator, requests: Sequence[GenerationRequest], batch_size: int
+    generator: ImageGenerator,
+    requests: Sequence[GenerationRequest],
+    batch_size: int,
+    *,
+    image_size: int | None = None,
 ) -> tuple[Tensor, list[float]]:
-    """Pictures uint8 (N, 3, S, S), and for each its share of its batch's seconds."""
+    """Pictures uint8 (N, 3, S, S), and for each its share of its batch's seconds.
+
+    `image_size` is the S they are brought to; None leaves them as they are drawn.
+    """
     drawn, seconds = [], []
     for first in range(0, len(requests), batch_size):
         batch = requests[first : first + batch_size]
         started = time.perf_counter()
         drawn.append(generator.generate(batch).cpu())
         seconds.extend([(time.perf_counter() - started) / len(batch)] * len(batch))
-    return torch.cat(drawn), seconds
+    pictures = torch.cat(drawn)
+    return pictures if image_size is None else resized(pictures, image_size), seconds
 
 
 @torch.inference_mode()

@@ -26,7 +26,7 @@ Metrics, by name ("/" parts the style from the metric for all styles but the fir
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,11 @@ from torch import Tensor
 
 from pipeline import metrics
 from pipeline.aligner import Aligner
+from pipeline.bundle import load_generator
 from pipeline.config import EvaluateConfig
 from pipeline.contracts import (
     EvalReport,
+    GenerationRequest,
     ImageGenerator,
     ImageTokenizer,
     Interval,
@@ -117,6 +119,41 @@ class Judge:
 
     # ---- Subjects --------------------------------------------------------------------------------
 
+    def bundles(
+        self,
+        paths: Mapping[str, Path],
+        *,
+        tokenizer: ImageTokenizer,
+        candidates: Mapping[str, float],
+        before: Collection[str],
+        grids: Path,
+        pretrained_cache: Path,
+    ) -> list[EvalReport]:
+        """The floors and every bundle, one in memory at a time.
+
+        Args:
+            paths: by the report's subject.
+            tokenizer: the floor, and part of the grids.
+            candidates: the subjects among them that were just trained, with validation losses.
+            before: the subjects over which the candidates' gains are told.
+            grids: an existing directory for the PNGs.
+            pretrained_cache: of the caption encoder.
+
+        Raises:
+            BundleError: a bundle cannot be used.
+        """
+        found = [self.real(), self.tokenizer(tokenizer)]
+        for name, path in paths.items():
+            report = self.generator(
+                load_generator(path, pretrained_cache=pretrained_cache),
+                name,
+                validation_loss=candidates.get(name),
+                tokenizer=tokenizer,
+                grids=grids,
+            )
+            found.append(report)
+        return [self.with_gains(r, sorted(before)) if r.subject in candidates else r for r in found]
+
     def generator(
         self,
         generator: ImageGenerator,
@@ -141,7 +178,7 @@ class Judge:
                 requests = requests_for(pictures, language, generator.styles, seed=self.config.seed)
                 if language != self.eval_set.languages[0]:
                     requests = requests[: num_other_pictures(self.config)]
-                drawn[language], seconds = draw(generator, requests, self.config.batch_size)
+                drawn[language], seconds = self._draw(generator, requests)
                 speed.extend(seconds)
                 self._judge(found, index, drawn[language], language)
             if grids is not None:
@@ -228,6 +265,13 @@ class Judge:
         requests = requests_for(pictures, language, generator.styles, seed=self.config.seed)
         return draw(generator, requests[:LATENCY_REQUESTS], 1)[1]
 
+    def _draw(
+        self, generator: ImageGenerator, requests: Sequence[GenerationRequest]
+    ) -> tuple[Tensor, list[float]]:
+        """As large as the real pictures: a champion may be of another size than its challenger."""
+        size = self.eval_set.sets[0].images.shape[-1]
+        return draw(generator, requests, self.config.batch_size, image_size=size)
+
     def _guidance(self, found: _Findings, generator: ImageGenerator) -> None:
         """The gated style's seen set again at every further guidance scale."""
         config, language = self.config, self.eval_set.languages[0]
@@ -235,7 +279,7 @@ class Judge:
             requests = requests_for(
                 self.eval_set.sets[0], language, generator.styles, seed=config.seed, scale=scale
             )
-            drawn, _ = draw(generator, requests, config.batch_size)
+            drawn, _ = self._draw(generator, requests)
             at_scale = _Findings()
             self._retrieve(at_scale, 0, drawn, language)
             found.metrics |= {

@@ -15,23 +15,32 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from pipeline import registry
-from pipeline.bundle import load_bundle, load_tokenizer
-from pipeline.config import GeneratorConfig
+from pipeline.bundle import load_bundle, load_tokenizer, read_bundle, save_bundle
+from pipeline.checkpoint import best_weights
+from pipeline.config import CaptionEncoderConfig, GeneratorConfig
 from pipeline.contracts import GenerationRequest
 from pipeline.encode import captioned_dataset, sample_captions
 from pipeline.errors import RecipeError
+from pipeline.finetune import adapter_weights, merged_weights
 from pipeline.images import grid
 from pipeline.models._captions import CaptionTokenizer, KnownCaptions
 from pipeline.models._spec import ModelParts, ModelSpec
+from pipeline.overrides import set_key
+from pipeline.steps import StepContext
 from pipeline.tasks import gives_source
 from pipeline.tasks._dataset import TaskDataset
-from pipeline.train import Training
+from pipeline.text import HFCaptionEncoder, identify
+from pipeline.train import Training, fit
 
 TOKENS = "image_tokens"
-SHAPE_FIELDS = ("family", "width", "depth", "heads", "caption_depth", "num_styles")
+SHAPE_FIELDS = (
+    "family", "width", "depth", "heads", "caption_depth", "num_styles",
+    "gan.channels", "gan.noise_width",
+)  # fmt: skip
 SAMPLE_PROMPTS = (
     "red apple", "dog face", "house", "fire engine", "rainbow", "pizza", "sailboat", "robot",
     "红苹果", "狗脸", "房子", "消防车", "彩虹", "披萨", "帆船", "机器人",
@@ -107,6 +116,57 @@ class GeneratorTask:
         return Training(objective, train, validation, sample=partial(draw_samples, task=self))
 
 
+def train_generator(
+    context: StepContext,
+    task: GeneratorTask,
+    *,
+    encoder: HFCaptionEncoder,
+    caption_encoder: CaptionEncoderConfig,
+    split: str,
+) -> dict[str, float]:
+    """Train on Ray and leave "bundle" in the step's directory, and of LoRA "adapters.safetensors".
+
+    Args:
+        encoder: the one that the task's captions were read with.
+        caption_encoder: how it is found again.
+        split: DataConfig.split of the pictures.
+
+    Returns:
+        The metrics of the checkpoint that the bundle is made of.
+
+    Raises:
+        TesseraError: as `train.fit`.
+    """
+    config = task.config
+    result = fit(
+        task.build,
+        config.train,
+        storage=context.path,
+        name="generator",
+        run=context.run,
+        on_progress=context.on_progress,
+    )
+    weights = best_weights(result.checkpoint)
+    if adapters := adapter_weights(weights):
+        (context.path / "adapters.safetensors").write_bytes(save(adapters))
+        weights = merged_weights(task.model(), config.train, weights)
+    if config.base_share:
+        weights = mixed_with_start(task.model(), weights, config.base_share)
+    save_bundle(
+        context.path / "bundle",
+        weights=weights,
+        tokenizer=task.tokenizer,
+        image_size=task.spec.image_size,
+        config=config,
+        spec=task.spec,
+        caption_encoder=caption_encoder,
+        identity=identify(encoder),
+        text_tokenizer=task.language_model,
+        split=split,
+    )
+    return result.metrics
+
+
 def check_generator(config: GeneratorConfig) -> None:
     """Refuse tasks that do not exist or that the family cannot learn, and augmentation where it
     sees no pixels.
@@ -144,16 +204,21 @@ def shape_of_base(config: GeneratorConfig, base: Path | None) -> GeneratorConfig
     """
     if base is None:
         return config
-    built = load_bundle(base).manifest.generator
-    for name in SHAPE_FIELDS:
-        wanted, given = getattr(config, name), getattr(built, name)
-        if name in config.model_fields_set and wanted != given:
+    built = read_bundle(base).generator
+    values = config.model_dump(exclude_unset=True)
+    for key in SHAPE_FIELDS:
+        *sections, name = key.split(".")
+        section, given = config, built
+        for part in sections:
+            section, given = getattr(section, part), getattr(given, part)
+        wanted, given = getattr(section, name), getattr(given, name)
+        if name in section.model_fields_set and wanted != given:
             raise RecipeError(
-                f"generator.{name}={wanted} is not the base's, which has {given}: leave it out to "
+                f"generator.{key}={wanted} is not the base's, which has {given}: leave it out to "
                 "take the base's, or train from scratch with base=null"
             )
-    taken = SHAPE_FIELDS if "tasks" in config.model_fields_set else (*SHAPE_FIELDS, "tasks")
-    return config.model_copy(update={name: getattr(built, name) for name in taken})
+        set_key(values, key, given, origin=key)
+    return GeneratorConfig.model_validate({"tasks": built.tasks} | values)
 
 
 def make_spec(
@@ -170,7 +235,7 @@ def make_spec(
         RecipeError: more styles than generator.num_styles.
     """
     tokenizer = load_tokenizer(tokenizer_dir)
-    known = load_bundle(base).manifest.model_spec.styles if base else ()
+    known = read_bundle(base).model_spec.styles if base else ()
     names = (*known, *sorted(set(styles) - set(known)))
     if len(names) > config.num_styles:
         raise RecipeError(
@@ -195,7 +260,7 @@ def _language_model_config(
     if family.CAPTIONS != "ids":
         return {}
     if base is not None:
-        return load_bundle(base).manifest.model_spec.language_model
+        return read_bundle(base).model_spec.language_model
     found: Mapping[str, Any] = family.language_model_config(config, source)
     return found
 
@@ -238,11 +303,10 @@ def start_from(model: nn.Module, base: Path, spec: ModelSpec) -> None:
             )
         weights[name] = torch.cat([known, wanted[name][len(known) :]])
     model.load_state_dict(weights)
-    known = bundle.manifest.model_spec.styles
-    style = getattr(model, "style", None)
-    if known and isinstance(style, nn.Embedding):
+    if known := bundle.manifest.model_spec.styles:
+        rows: Tensor = model.style_rows()
         fresh = [i for i, name in enumerate(spec.styles) if name not in known]
-        style.weight[fresh] = style.weight[: len(known)].mean(0)
+        rows[fresh] = rows[: len(known)].mean(0)
 
 
 def draw_samples(objective: Any, *, task: GeneratorTask) -> Image.Image:

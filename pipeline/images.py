@@ -151,6 +151,16 @@ def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
+def resized(images: Tensor, side: int) -> Tensor:
+    """uint8 (B, 3, H, W) -> uint8 (B, 3, side, side), as they are if they have that size."""
+    if images.shape[-2:] == (side, side):
+        return images
+    import torch
+
+    pictures = [np.asarray(resize(to_pil(image), (side, side))) for image in images]
+    return torch.from_numpy(np.stack(pictures).transpose(0, 3, 1, 2).copy())
+
+
 def to_float(images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) -> float32 in [-1, 1]."""
     return images.float().div_(127.5).sub_(1.0)

@@ -89,9 +89,7 @@ def find_language_model(model: str, *, cache: Path) -> str:
     if model.startswith("package:"):
         return _from_gguf_package(model, cache)
     if path.suffix == ".gguf" and path.is_file():
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return _from_gguf(path, cache / f"{path.stem}-{digest[:12]}")
+        return _from_gguf(path, cache / f"{path.stem}-{file_digest(path)[:12]}")
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise PretrainedNotFoundError(
@@ -104,6 +102,23 @@ def find_language_model(model: str, *, cache: Path) -> str:
         )
     packaged = PACKAGED_ENCODERS.get(model)
     return model if packaged is None else _converted(model, packaged, cache) or model
+
+
+def content_digest(source: str) -> str:
+    """Of what `find_language_model` found: sha256 over a directory, for a hub id the commit."""
+    directory = Path(source)
+    if not directory.is_dir():
+        config = transformers.AutoConfig.from_pretrained(source)
+        return getattr(config, "_commit_hash", None) or ""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    lines = [f"{path.relative_to(directory).as_posix()} {file_digest(path)}" for path in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _from_gguf_package(model: str, cache: Path) -> str:

@@ -260,13 +260,12 @@ def fingerprint(encoder: HFCaptionEncoder) -> tuple[tuple[float, ...], ...]:
 def check_encoder(expected: EncoderIdentity, encoder: HFCaptionEncoder) -> None:
     """Make sure that a bundle meets the caption encoder it was trained with.
 
-    Other weights whose probes agree (full precision instead of 4 bits) pass with a warning.
+    Other weights whose probes agree (full precision instead of 4 bits) pass with a warning; the
+    same weights behind another prefix or tokenizer do not.
 
     Raises:
         BundleError: the encoder reads captions differently.
     """
-    if encoder.digest == expected.digest:
-        return
     wanted = f"caption encoder {expected.id!r} (weights {expected.digest[:12]})"
     found = f"{encoder.id!r} (weights {encoder.digest[:12]})"
     probes = torch.tensor(expected.probes)
@@ -278,6 +277,8 @@ def check_encoder(expected: EncoderIdentity, encoder: HFCaptionEncoder) -> None:
     if cosine < MIN_PROBE_COSINE:
         raise BundleError(
             f"the bundle wants {wanted}; {found} reads captions differently (cosine {cosine:.3f}, "
-            f"at least {MIN_PROBE_COSINE} is needed). Set caption_encoder.model to {expected.id!r}"
+            f"at least {MIN_PROBE_COSINE} is needed). Set caption_encoder.model to {expected.id!r} "
+            "and its prefix to the one it was trained with"
         )
-    logger.warning("%s stands in for %s; their probes agree to %.4f", found, wanted, cosine)
+    if encoder.digest != expected.digest:
+        logger.warning("%s stands in for %s; their probes agree to %.4f", found, wanted, cosine)

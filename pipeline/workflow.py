@@ -19,39 +19,40 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from safetensors.torch import save
 
-from pipeline import autoencoding, evaluate, generation, registry, reports, train
+from pipeline import evaluate, generation, registry, reports
 from pipeline.accounting import check_fraction
 from pipeline.aligner import Aligner
-from pipeline.aligning import build_aligner_training
+from pipeline.aligning import train_aligner
+from pipeline.autoencoding import train_tokenizer
 from pipeline.bundle import (
-    ASSETS,
     bundle_digest,
     given_tokenizer,
-    load_generator,
     load_tokenizer,
+    read_bundle,
+    resolve_path,
     resolve_tokenizer,
-    save_bundle,
-    save_tokenizer,
     text_tokenizer_of,
 )  # fmt: skip
 from pipeline.card import write_card
-from pipeline.checkpoint import best_weights
 from pipeline.config import GeneratorConfig, PreprocessConfig, Recipe
 from pipeline.contracts import Decision, EvalReport
 from pipeline.encode import encode_captions, encode_pictures
 from pipeline.evalset import EvalSet
-from pipeline.finetune import adapter_weights, merged_weights
 from pipeline.metrics import ImageNetFeatures
 from pipeline.models._captions import KnownCaptions
 from pipeline.preprocess import preprocess
-from pipeline.pretrained import find_language_model
+from pipeline.pretrained import content_digest, file_digest, find_language_model
 from pipeline.promotion import choose, decide
 from pipeline.runtime import check_disk
-from pipeline.shards import locate, read_manifest
+from pipeline.shards import locate, read_manifest, verify
 from pipeline.steps import Reporter, StepContext, StepResult, Workspace, exclusive
-from pipeline.text import HFCaptionEncoder, check_available, identify, load_caption_encoder
+from pipeline.text import (
+    HFCaptionEncoder,
+    check_available,
+    check_encoder,
+    load_caption_encoder,
+)
 from pipeline.tracking import ResolvedModel, RunHandle, RunLogger, Tracker, resolve_model
 
 NEEDED_MB = 2_000
@@ -108,9 +109,22 @@ class Chain:
         self.given_tokenizer = given_tokenizer(self.base, recipe.tokenizer, size)
         self.manifests = {uri: read_manifest(uri) for uri in self.shard_sets}
         check_available(recipe.caption_encoder, cache=self.cache)
+        self._check_encoder()
         check_disk(home, NEEDED_MB)
         self.tracker = Tracker(home, recipe.tracking.sinks)
         self._workspace: Workspace | None = None
+
+    def _check_encoder(self) -> None:
+        """The base and a given aligner read captions as the recipe's encoder gives them."""
+        read = [] if self.base is None else [read_bundle(self.base).encoder]
+        if self.recipe.aligner.source is not None:
+            read.append(Aligner.load(self.aligner).encoder)
+        for identity in filter(None, read):
+            check_encoder(identity, self._encoder)
+
+    @property
+    def _encoder(self) -> HFCaptionEncoder:
+        return load_caption_encoder(self.recipe.caption_encoder, cache=self.cache)
 
     @contextmanager
     def open(self) -> Iterator[RunHandle]:
@@ -176,10 +190,21 @@ class Chain:
             "preprocess",
             work,
             settings={"data": data, "preprocess": settings.model_dump(mode="json")},
-            inputs={f"shards-{i}": m.digest for i, m in enumerate(self.manifests.values())},
+            inputs={f"shards-{i}": m.digest for i, m in enumerate(self.manifests.values())}
+            | self._lacking(),
         )
         check_fraction(result.values["reasons"], result.values["promised"], limit)
         return result
+
+    def _lacking(self) -> dict[str, str]:
+        """The shards that may be missing and are, by set: once they are back, work is done anew."""
+        if not self.recipe.data.allow_missing_shards:
+            return {}
+        found = {}
+        for i, uri in enumerate(self.manifests):
+            if files := [p.file for p in verify(uri) if p.kind != "surplus"]:
+                found[f"shards-{i}-without"] = " ".join(files)
+        return found
 
     @property
     def pixels(self) -> Path:
@@ -198,7 +223,10 @@ class Chain:
                 )
             },
             settings=config.model_dump(mode="json"),
-            inputs={"pixels": self.preprocessed.digest},
+            inputs={
+                "pixels": self.preprocessed.digest,
+                "encoder": content_digest(find_language_model(config.model, cache=self.cache)),
+            },
         )  # fmt: skip
 
     @cached_property
@@ -227,30 +255,18 @@ class Chain:
         recipe, config = self.recipe, self.recipe.tokenizer
         size = recipe.preprocess.image_size
         source = resolve_tokenizer(config.source) if config.source else None
-
-        def work(context: StepContext) -> dict[str, Any]:
-            result = train.fit(
-                partial(
-                    autoencoding.build_training,
-                    self.pixels, config, size, cache=self.cache, source=source,
-                ),
-                config.train,
-                storage=context.path,
-                name="tokenizer",
-                run=context.run,
-                on_progress=context.on_progress,
-            )  # fmt: skip
-            weights = best_weights(result.checkpoint)
-            save_tokenizer(context.path / "bundle", weights, config, size)
-            return result.metrics
+        features = Path(config.perceptual_features)
 
         trained = self.workspace.run(
             "tokenizer",
-            work,
+            lambda context: train_tokenizer(
+                context, self.pixels, config, size, cache=self.cache, source=source
+            ),
             settings={"tokenizer": config.model_dump(mode="json"), "image_size": size},
             inputs={
                 "pixels": self.preprocessed.digest,
                 "source": bundle_digest(source) if source else "",
+                "perceptual": file_digest(features) if features.is_file() else "",
             },
         )
         return trained.path / "bundle"
@@ -258,34 +274,19 @@ class Chain:
     @cached_property
     def aligner(self) -> Path:
         """A trained aligner's directory, or one trained on all pictures and captions."""
-        recipe, config = self.recipe, self.recipe.aligner
+        config = self.recipe.aligner
         if config.source is not None:
-            name = config.source.removeprefix("asset:")
-            return ASSETS / name if name != config.source else Path(config.source).absolute()
-
-        def work(context: StepContext) -> dict[str, Any]:
-            encoder = load_caption_encoder(recipe.caption_encoder, cache=self.cache)
-            build = partial(
-                build_aligner_training,
+            return resolve_path(config.source).absolute()
+        trained = self.workspace.run(
+            "aligner",
+            lambda context: train_aligner(
+                context,
                 self.pixels,
                 self.captions.path / "data",
                 config,
-                image_size=recipe.preprocess.image_size,
-                caption_width=encoder.width,
-                max_tokens=recipe.caption_encoder.max_tokens,
-            )
-            result = train.fit(
-                build, config.train, storage=context.path, name="aligner", run=context.run,
-                on_progress=context.on_progress,
-            )  # fmt: skip
-            model = build().objective.model
-            model.load_state_dict(best_weights(result.checkpoint))
-            model.save(context.path / "bundle", identify(encoder))
-            return result.metrics
-
-        trained = self.workspace.run(
-            "aligner",
-            work,
+                image_size=self.recipe.preprocess.image_size,
+                encoder=self._encoder,
+            ),
             settings={"aligner": config.model_dump(mode="json")},
             inputs={"pixels": self.preprocessed.digest, "captions": self.captions.digest},
         )
@@ -297,37 +298,16 @@ class Chain:
         return {name: self._generator(name) for name in self.candidates}
 
     def _generator(self, name: str) -> StepResult:
-        recipe, config = self.recipe, self.candidates[name]
-
-        def work(context: StepContext) -> dict[str, Any]:
-            encoder = load_caption_encoder(recipe.caption_encoder, cache=self.cache)
-            task = self.generator_task(config, encoder)
-            result = train.fit(
-                task.build, config.train, storage=context.path, name="generator", run=context.run,
-                on_progress=context.on_progress,
-            )  # fmt: skip
-            weights = best_weights(result.checkpoint)
-            if adapters := adapter_weights(weights):
-                (context.path / "adapters.safetensors").write_bytes(save(adapters))
-                weights = merged_weights(task.model(), config.train, weights)
-            if config.base_share:
-                weights = generation.mixed_with_start(task.model(), weights, config.base_share)
-            save_bundle(
-                context.path / "bundle",
-                weights=weights,
-                tokenizer=self.tokenizer,
-                image_size=recipe.preprocess.image_size,
-                config=config,
-                spec=task.spec,
-                caption_encoder=recipe.caption_encoder,
-                identity=identify(encoder),
-                text_tokenizer=task.language_model,
-            )
-            return result.metrics
-
+        config = self.candidates[name]
         return self.workspace.run(
-            f"generator-{name}" if recipe.candidates else "generator",
-            work,
+            f"generator-{name}" if self.recipe.candidates else "generator",
+            lambda context: generation.train_generator(
+                context,
+                self.generator_task(config, self._encoder),
+                encoder=self._encoder,
+                caption_encoder=self.recipe.caption_encoder,
+                split=self.recipe.data.split,
+            ),
             settings={"generator": config.model_dump(mode="json")},
             inputs=self.generator_inputs(config),
         )
@@ -336,10 +316,13 @@ class Chain:
         """Digests of all that a generator is trained on; makes what is not made yet."""
         reads = generation.reads_of(config)
         pictures = self.tokens if reads == generation.TOKENS else self.preprocessed
+        language_model = self._language_model(config)
         return {
             reads: pictures.digest,
             "captions": self.captions.digest,
+            "tokenizer": bundle_digest(self.tokenizer),
             "base": bundle_digest(self.base) if self.base else "",
+            "language_model": content_digest(language_model) if language_model else "",
         }
 
     def generator_task(
@@ -431,7 +414,6 @@ class Chain:
 
     def _evaluate(self, context: StepContext, *, subjects: Mapping[str, Path]) -> dict[str, Any]:
         recipe = self.recipe
-        encoder = load_caption_encoder(recipe.caption_encoder, cache=self.cache)
         eval_set = EvalSet.from_parquet(
             self.pixels, recipe.evaluate, image_size=recipe.preprocess.image_size
         )
@@ -439,28 +421,18 @@ class Chain:
             eval_set,
             aligner=Aligner.load(self.aligner),
             features=ImageNetFeatures(),
-            encoder=encoder,
+            encoder=self._encoder,
             config=recipe.evaluate,
         )
-        tokenizer = load_tokenizer(self.tokenizer)
-        found = [judge.real(), judge.tokenizer(tokenizer)]
         (context.path / "grids").mkdir(exist_ok=True)
-        losses = {n: step.values["validation_loss"] for n, step in self.generators.items()}
-        for name, path in subjects.items():
-            found.append(
-                judge.generator(
-                    load_generator(path, pretrained_cache=self.cache),
-                    name,
-                    validation_loss=losses.get(name),
-                    tokenizer=tokenizer,
-                    grids=context.path / "grids",
-                )
-            )
-        before = sorted({"untuned", self.champion_name} & subjects.keys())
-        found = [
-            judge.with_gains(report, before) if report.subject in self.generators else report
-            for report in found
-        ]
+        found = judge.bundles(
+            subjects,
+            tokenizer=load_tokenizer(self.tokenizer),
+            candidates={n: s.values["validation_loss"] for n, s in self.generators.items()},
+            before={"untuned", self.champion_name} & subjects.keys(),
+            grids=context.path / "grids",
+            pretrained_cache=self.cache,
+        )
         (context.path / "report.md").write_text(reports.markdown_table(found))
         logger = RunLogger(context.run)
         logger.files(context.path / "grids", folder="grids")
@@ -477,6 +449,7 @@ class Chain:
             reason = f"it is already the champion, version {champion.version}"
             return Decision(True, (reason,)), champion.version
         decision = decide(found["candidate"], self.champion_report, self.recipe.promote)
+        decision = replace(decision, reasons=(*decision.reasons, *self._other_splits()))
         write_card(
             bundle,
             self.recipe,
@@ -493,3 +466,15 @@ class Chain:
         if decision.promoted:
             self.tracker.crown(name, version)
         return decision, version
+
+    def _other_splits(self) -> Iterator[str]:
+        """A sentence for the base and the champion each that knows what is held out here."""
+        here = self.recipe.data.split
+        paths = {"base": self.base, "champion": self.champion and self.champion.path}
+        for name, path in paths.items():
+            there = None if path is None else read_bundle(path).split
+            if there not in (None, here):
+                yield (
+                    f"note: the {name} was trained with another split ({there}) and may have seen "
+                    f"what is unseen in this one ({here})"
+                )

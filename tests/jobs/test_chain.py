@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -17,7 +18,9 @@ from openai import OpenAI
 from PIL import Image
 from served import TESSERA, tessera_serve
 
+from pipeline.bundle import ASSETS
 from pipeline.config import load_recipe
+from pipeline.errors import BundleError
 from pipeline.progress import Progress
 from pipeline.steps import exclusive
 from pipeline.workflow import Chain, Outcome
@@ -126,6 +129,37 @@ def test_another_limit_of_bad_samples_redoes_nothing(outcome: Outcome, home: Pat
     chain = Chain(recipe, home, Killer())
     with chain.open():
         assert chain.pixels == outcome.pixels and not chain.workspace.seconds["preprocess"]
+
+
+def test_a_shard_that_is_back_is_read(home: Path, ray_session: None, tmp_path: Path) -> None:
+    shards, away = tmp_path / "set", tmp_path / "away"
+    shutil.copytree(ASSETS / "emoji", shards)
+    recipe = load_recipe(
+        "smoke", [f"data.shards=[{shards}]", "data.allow_missing_shards=true"], environment={}
+    )
+    lost = sorted(shards.glob("*.tar.gz"))[-1]
+    lost.rename(away)
+    counts = []
+    for there in (False, True):
+        if there:
+            away.rename(lost)
+        chain = Chain(recipe, home, Killer())
+        with chain.open():
+            counts.append(chain.preprocessed.values["missing"])
+    assert counts[0] > 0 and counts[1] == 0
+
+
+def test_another_encoder_than_the_bases_is_refused_at_once(home: Path) -> None:
+    settings = ["base=asset:base", "caption_encoder.prefix='passage: '"]
+    with pytest.raises(BundleError, match="reads captions differently"):
+        Chain(load_recipe("emoji-demo", settings, environment={}), home, Killer())
+
+
+def test_another_split_than_the_champions_is_noted(outcome: Outcome, home: Path) -> None:
+    assert not any("another split" in reason for reason in outcome.decision.reasons)
+    chain = Chain(load_recipe("smoke", ["data.split_seed=3"], environment={}), home, Killer())
+    (note,) = chain._other_splits()
+    assert "the champion was trained with another split (seed 0," in note
 
 
 def test_one_chain_at_a_time(outcome: Outcome, home: Path) -> None:

