@@ -32,6 +32,8 @@ FIXED = {
     "train.time_limit_s": "it is the budget that trials compete within",
     "train.restore": "trials are compared by the checkpoint that the recipe restores",
     "train.batch_size": "it says how many pictures trials are validated on",
+    "train.sample_every": "it draws sample grids and does not change the training",
+    "train.max_failures": "it does not change the training",
     "train.validation_batches": "trials must be validated on the same pictures",
 }
 """Settings below `generator.` that cannot be searched, and why."""

@@ -25,7 +25,7 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 
-from pipeline import generation, train
+from pipeline import generation, registry, train
 from pipeline.config import Recipe, TuneConfig
 from pipeline.errors import RecipeError, ResourceError, TesseraError, TrainingError
 from pipeline.progress import OnProgress, Progress
@@ -36,7 +36,7 @@ from pipeline.workflow import Chain
 
 METRIC = "validation_loss"
 TRIAL_CPUS = 0.01  # a trial itself only waits for its training
-REPORTS, RUN, FAILURE = "reports.jsonl", "run.json", "failure.txt"
+REPORTS, RUN, FAILURE, ENDED = "reports.jsonl", "run.json", "failure.txt", "ended"
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,43 @@ def draw_trials(recipe: Recipe, base: Path | None) -> list[Trial]:
             f"recipe {recipe.name} has no section `tune`: say what to search, for example "
             "tune: {space: {generator.train.learning_rate: {loguniform: [1.0e-4, 3.0e-3]}}}"
         )
+    _check_effects(recipe)
     trials = []
     for number, settings in enumerate(recipe.tune.draws()):
         try:
             made = recipe.with_settings(settings)
-            generation.shape_of_base(made.generator, base)
+            generation.check_generator(generation.shape_of_base(made.generator, base))
         except RecipeError as error:
             raise RecipeError(f"tune.space allows {settings}, but {error}") from error
         trials.append(Trial(number, settings, made))
     return trials
+
+
+def _check_effects(recipe: Recipe) -> None:
+    """Raises RecipeError for a setting whose trials would all be alike."""
+    assert recipe.tune is not None
+    config, space = recipe.generator, recipe.tune.space
+    unread = registry.load("models", config.family).UNREAD
+    for key in space:
+        inside = key.removeprefix("generator.")
+        if inside.partition(".")[0] in unread:
+            raise RecipeError(f"tune.space: {key!r} is not read by the family {config.family}")
+        setting, value = _ONLY_WITH.get(inside, ("", ""))
+        if setting and f"generator.train.{setting}" not in space:
+            chosen = getattr(config.train, setting)
+            if chosen != value:
+                raise RecipeError(
+                    f"tune.space: {key!r} acts with generator.train.{setting}={value} alone, and "
+                    f"it is {chosen}"
+                )
+
+
+_ONLY_WITH = {
+    "train.lora_rank": ("policy", "lora"),
+    "train.lora_alpha": ("policy", "lora"),
+    "train.muon_learning_rate": ("optimizer", "muon"),
+    "train.final_learning_rate": ("schedule", "cosine"),
+}
 
 
 def check_room(config: TuneConfig, trials: Sequence[Trial]) -> None:
@@ -245,6 +273,7 @@ def _trial(config: dict[str, Any], jobs: Sequence[_Job]) -> None:
         except TesseraError as error:
             (job.folder / FAILURE).write_text(str(error))
             raise
+        (job.folder / ENDED).touch()
 
 
 class _Recorder(TuneReportCallback):
@@ -327,6 +356,7 @@ def _conclude(
     table = [
         summarise(_reports(folder), keep_last=keep_last)
         | {"name": t.name, "settings": t.settings, "failure": failures.get(t.number)}
+        | {"ended": (folder / ENDED).is_file()}
         for t, folder in zip(trials, folders, strict=True)
     ]
     ranked = rank(table, keep_last=keep_last)
@@ -352,7 +382,13 @@ def rank(table: Sequence[dict[str, Any]], *, keep_last: bool) -> list[dict[str, 
     """The trials that did not fail, best first: by loss.
 
     Where the last checkpoint is kept, losses may rise while training goes on, so that only trials
-    that trained for equally long can be compared: those that trained longest come first.
+    that trained for equally long can be compared: those that came to their end, by steps or by
+    time, come first, then those stopped early, the later the better.
     """
+
+    def place(row: dict[str, Any]) -> tuple[float, float]:
+        stopped_at = float("inf") if row["ended"] else row["steps"]
+        return (-stopped_at if keep_last else 0.0, row[METRIC])
+
     fine = [row for row in table if row["failure"] is None and row[METRIC] is not None]
-    return sorted(fine, key=lambda row: (-row["steps"] if keep_last else 0, row[METRIC]))
+    return sorted(fine, key=place)

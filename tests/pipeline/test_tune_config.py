@@ -56,6 +56,7 @@ def test_draws_repeat_and_stay_within_their_spaces() -> None:
         ({"space": {"generator.depth": {}}}, "there is none"),
         ({"space": {"generator.depth": {"chioce": [1]}}}, r"chioce'; did you mean 'choice'"),
         ({"space": {"generator.train.momentum": {"loguniform": [0, 0.5]}}}, "must be above 0"),
+        ({"space": {"generator.train.sample_every": {"choice": [1]}}}, "sample grids"),
         ({"space": RATE, "num_trials": 1}, "num_trials=1"),
         ({"space": RATE, "trials": 3}, r"'tune.trials'; did you mean 'num_trials'"),
         ({"space": RATE, "grace_steps": 5_000}, "no trial could ever be stopped"),
@@ -97,14 +98,33 @@ def test_a_written_recipe_reads_back_with_the_settings(tmp_path: Path) -> None:
 
 
 def test_trials_are_ranked_by_the_checkpoint_that_is_kept() -> None:
-    def row(name: str, *losses: float, failure: str | None = None) -> dict[str, Any]:
-        reports = [{"step": 10.0 * (i + 1), "validation_loss": v} for i, v in enumerate(losses)]
-        return {"name": name, "failure": failure, "reports": reports}
+    def row(name: str, *losses: float, step: float = 10.0, **more: Any) -> dict[str, Any]:
+        reports = [{"step": step * (i + 1), "validation_loss": v} for i, v in enumerate(losses)]
+        return {"name": name, "failure": None, "ended": True, "reports": reports, **more}
 
-    rows = [row("rose", 2.0, 1.0, 3.0), row("fell", 4.0, 2.5, 1.5), row("stopped", 1.2),
-            row("failed", 0.1, failure="nan"), row("silent")]  # fmt: skip
+    rows = [row("rose", 2.0, 1.0, 3.0, step=11.0), row("fell", 4.0, 2.5, 1.5),
+            row("stopped", 1.2, ended=False), row("failed", 0.1, failure="nan"),
+            row("silent")]  # fmt: skip
     for keep_last, best in ((False, "rose"), (True, "fell")):
         table = [r | summarise(r["reports"], keep_last=keep_last) for r in rows]
         names = [r["name"] for r in rank(table, keep_last=keep_last)]
         assert names[0] == best and {*names} == {"rose", "fell", "stopped"}
-    assert names == ["fell", "rose", "stopped"], "those that trained as long are compared first"
+    assert names == ["fell", "rose", "stopped"], "those that came to their end are compared first"
+
+
+@pytest.mark.parametrize(
+    ("generator", "key", "said"),
+    [
+        ({"family": "gan"}, "generator.depth", "not read by the family gan"),
+        ({}, "generator.causal.max_prompt_tokens", "not read by the family masked"),
+        ({}, "generator.train.lora_rank", "acts with generator.train.policy=lora alone"),
+        ({}, "generator.train.augment.shift", "trains on image tokens"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(
+    tmp_path: Path, generator: dict[str, Any], key: str, said: str
+) -> None:
+    tune = {"space": {key: {"choice": [4, 5]}}}
+    recipe = load_recipe(written(tmp_path, tune, generator=generator), environment={})
+    with pytest.raises(RecipeError, match=said):
+        draw_trials(recipe, None)
