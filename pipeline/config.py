@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -30,6 +30,7 @@ from pipeline.data_config import PreprocessConfig as PreprocessConfig
 from pipeline.data_config import later
 from pipeline.errors import RecipeError
 from pipeline.overrides import explain, merged, override, set_key
+from pipeline.serve_config import ServeConfig as ServeConfig
 from pipeline.train_config import TrainConfig as TrainConfig
 from pipeline.tune_config import TuneConfig as TuneConfig
 
@@ -47,6 +48,8 @@ class CaptionEncoderConfig(Config):
     prefix: str = Field("query: ", description="put before every caption, as the model wants it")
 
 
+MAX_GUIDANCE, MAX_TEMPERATURE, MAX_STEPS = 20.0, 4.0, 64
+"""What a request may ask for, and so what a model's defaults may be."""
 MAX_CODES = 65_536
 """Of a codebook: image tokens are kept as 16-bit numbers."""
 
@@ -93,9 +96,13 @@ class TokenizerConfig(Config):
     @field_validator("levels")
     @classmethod
     def _codes_fit_16_bits(cls, levels: tuple[int, ...]) -> tuple[int, ...]:
-        if not levels or min(levels) < 2 or math.prod(levels) > MAX_CODES:
+        if (
+            not levels
+            or not 2 <= min(levels) <= max(levels) <= 1_000
+            or (math.prod(levels) > MAX_CODES)
+        ):
             raise ValueError(
-                f"levels of 2 and more whose product, the codebook, is at most {MAX_CODES:,}; this "
+                f"levels of 2 to 1,000 whose product, the codebook, is at most {MAX_CODES:,}; this "
                 f"product is {math.prod(levels):,}"
             )
         return levels
@@ -113,6 +120,14 @@ class EncodeConfig(Config):
     num_views: int = Field(1, ge=1, description="token grids a picture; the first is unaugmented")
     augment: AugmentConfig = AugmentConfig(shift=2, flip=0.0)
     batch_size: int = Field(64, ge=1, description="pictures an actor call")
+
+    @model_validator(mode="after")
+    def _augmented_views_exist(self) -> Self:
+        if "augment" in self.model_fields_set and self.num_views == 1:
+            raise ValueError(
+                "encode.augment changes all views but the first, and encode.num_views=1: raise it"
+            )
+        return self
 
 
 class CausalConfig(Config):
@@ -170,13 +185,16 @@ class GeneratorConfig(Config):
     rectangle_fraction: float = Field(0.15, ge=0, le=1, description="of the training masks")
     num_styles: int = Field(16, ge=1, description="places for styles; new ones take a free place")
     guidance_scale: float | None = Field(
-        None, ge=1, description="default at generation; None: the family's, 3, for gan 1"
+        None,
+        ge=1,
+        le=MAX_GUIDANCE,
+        description="default at generation; None: the family's, 3, for gan 1",
     )
     guidance_schedule: Literal["constant", "linear"] = later(
         "constant", description="masked, causal; linear: from 1 at the first step to the scale"
     )
-    temperature: float = Field(1.0, ge=0, description="default at generation")
-    num_steps: int = Field(12, ge=1, description="default at generation")
+    temperature: float = Field(1.0, ge=0, le=MAX_TEMPERATURE, description="default at generation")
+    num_steps: int = Field(12, ge=1, le=MAX_STEPS, description="default at generation")
     causal: CausalConfig = CausalConfig()
     gan: GanConfig = GanConfig()
     data: PictureFilter = PictureFilter()
@@ -213,7 +231,7 @@ class EvaluateConfig(Config):
         description="of the captions; the first is the one gated on, the others are asked of the "
         "first style alone",
     )
-    guidance_scales: tuple[float, ...] = Field(
+    guidance_scales: tuple[Annotated[float, Field(ge=1, le=MAX_GUIDANCE)], ...] = Field(
         (), description="further scales to report, to show what guidance does"
     )
     bootstrap: int = Field(1_000, ge=100, description="resamples an interval")
@@ -224,7 +242,9 @@ class EvaluateConfig(Config):
 class PromoteConfig(Config):
     """When the candidate is better than the champion."""
 
-    model_name: str = Field("tessera", description="name in the model registry")
+    model_name: str = Field(
+        "tessera", pattern=r"^[^/:@']+$", description="name in the model registry"
+    )
     min_kid_gain: float = Field(0.0, description="KID must fall by more than this")
     min_retrieval_gain: float = Field(
         0.0, description="retrieval must not fall by more than minus this"
@@ -235,25 +255,6 @@ class PromoteConfig(Config):
     choose_by: Literal["kid_unseen", "retrieval"] = Field(
         "kid_unseen", description="what the best of several candidates is best at"
     )
-
-
-class ServeConfig(Config):
-    """The service: replicas and batches."""
-
-    min_replicas: int = Field(1, ge=0, description="kept however quiet it is")
-    max_replicas: int = Field(2, ge=1, description="started under load")
-    target_ongoing_requests: float = Field(
-        4.0, gt=0, description="pictures a replica works on before another is started"
-    )
-    upscale_delay_s: float = Field(30.0, ge=0, description="of load before one is started")
-    downscale_delay_s: float = Field(600.0, ge=0, description="of quiet before one is stopped")
-    max_batch_size: int = Field(8, ge=1, description="pictures drawn together")
-    batch_wait_s: float = Field(0.02, ge=0, description="for others to join a batch")
-    max_queued_requests: int = Field(
-        64, ge=10, description="pictures; more are answered 429, and one request asks for up to 10"
-    )
-    num_cpus: float = Field(1.0, ge=0, description="of Ray's logical CPUs, a replica")
-    num_gpus: float = Field(0.0, ge=0, description="a replica; 0 draws on the CPU")
 
 
 class TrackingConfig(Config):
@@ -388,8 +389,8 @@ class Recipe(Config):
                     f"{name}.augment mixes pictures (mixup={augment.mixup}, cutmix="
                     f"{augment.cutmix}), and a mixture has no caption: set both to 0"
                 )
-        for section in (self.tokenizer, self.aligner):
-            _check_train(section.train, "train")
+        _check_train(self.tokenizer.train, "tokenizer.train")
+        _check_train(self.aligner.train, "aligner.train")
         shares = [g.base_share for g in self.generators.values() if g.base_share]
         if shares and self.base is None:
             raise ValueError(

@@ -54,8 +54,8 @@ class DataConfig(Config):
         description="shard sets: directories or URIs that hold a manifest.json; "
         "asset:NAME is one that ships with Tessera, home:NAME one that lies under --home",
     )
-    validation_fraction: float = Field(0.05, ge=0, lt=0.5, description="of the groups")
-    test_fraction: float = Field(0.10, ge=0, lt=0.5, description="of the groups")
+    validation_fraction: float = Field(0.05, gt=0, lt=0.5, description="of the groups")
+    test_fraction: float = Field(0.10, gt=0, lt=0.5, description="of the groups")
     split_seed: int = Field(0, ge=0, description="a group's split depends on (group, seed) alone")
     limit: int | None = Field(None, ge=8, description="use the first so many groups; None is all")
     allow_missing_shards: bool = Field(

@@ -22,7 +22,7 @@ from pipeline import registry
 from pipeline.bundle import load_bundle, load_tokenizer, read_bundle, save_bundle
 from pipeline.checkpoint import best_weights
 from pipeline.config import CaptionEncoderConfig, GeneratorConfig
-from pipeline.contracts import GenerationRequest
+from pipeline.contracts import GenerationRequest, ImageTokenizer
 from pipeline.encode import captioned_dataset, sample_captions
 from pipeline.errors import RecipeError
 from pipeline.finetune import adapter_weights, merged_weights
@@ -39,7 +39,7 @@ from pipeline.train import Training, fit
 TOKENS = "image_tokens"
 SHAPE_FIELDS = (
     "family", "width", "depth", "heads", "caption_depth", "num_styles",
-    "gan.channels", "gan.noise_width",
+    "causal.language_model", "gan.channels", "gan.noise_width",
 )  # fmt: skip
 SAMPLE_PROMPTS = (
     "red apple", "dog face", "house", "fire engine", "rainbow", "pizza", "sailboat", "robot",
@@ -151,6 +151,7 @@ def train_generator(
         (context.path / "adapters.safetensors").write_bytes(save(adapters))
         weights = merged_weights(task.model(), config.train, weights)
     if config.base_share:
+        torch.manual_seed(config.train.seed)  # as the workers did before they made theirs
         weights = mixed_with_start(task.model(), weights, config.base_share)
     save_bundle(
         context.path / "bundle",
@@ -180,6 +181,11 @@ def check_generator(config: GeneratorConfig) -> None:
         raise RecipeError(
             f"generator.train.augment: the family {config.family} trains on image tokens, encoded "
             "once; augment the views they are made of in the section `encode`"
+        )
+    if not on_tokens and (augment.mixup or augment.cutmix):
+        raise RecipeError(
+            f"generator.train.augment mixes pictures (mixup={augment.mixup}, cutmix="
+            f"{augment.cutmix}), and a mixture has no caption: set both to 0"
         )
     if gives_source(config.tasks) and not on_tokens:
         raise RecipeError(
@@ -218,11 +224,13 @@ def shape_of_base(config: GeneratorConfig, base: Path | None) -> GeneratorConfig
                 "take the base's, or train from scratch with base=null"
             )
         set_key(values, key, given, origin=key)
-    return GeneratorConfig.model_validate({"tasks": built.tasks} | values)
+    # a setting at its default may be left out of the dump although the recipe says it
+    values["tasks"] = config.tasks if "tasks" in config.model_fields_set else built.tasks
+    return GeneratorConfig.model_validate(values)
 
 
 def make_spec(
-    tokenizer_dir: Path,
+    tokenizer: ImageTokenizer,
     caption_width: int,
     styles: Sequence[str],
     base: Path | None,
@@ -231,10 +239,16 @@ def make_spec(
 ) -> ModelSpec:
     """The sizes a generator is built by; a base's styles keep their places.
 
+    Args:
+        tokenizer: the one whose tokens it draws.
+        caption_width: of the caption encoder's states.
+        styles: of the pictures it trains on.
+        base: the bundle it starts from.
+        language_model: where a causal family's pretrained one lies.
+
     Raises:
         RecipeError: more styles than generator.num_styles.
     """
-    tokenizer = load_tokenizer(tokenizer_dir)
     known = read_bundle(base).model_spec.styles if base else ()
     names = (*known, *sorted(set(styles) - set(known)))
     if len(names) > config.num_styles:
@@ -259,10 +273,13 @@ def _language_model_config(
     family = registry.load("models", config.family)
     if family.CAPTIONS != "ids":
         return {}
-    if base is not None:
-        return read_bundle(base).model_spec.language_model
-    found: Mapping[str, Any] = family.language_model_config(config, source)
-    return found
+    found: Mapping[str, Any] = (
+        read_bundle(base).model_spec.language_model
+        if base is not None
+        else family.language_model_config(config, source)
+    )
+    dropout = {"attention_dropout": config.dropout} if "attention_dropout" in found else {}
+    return {**found, **dropout}
 
 
 @torch.no_grad()

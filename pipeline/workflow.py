@@ -41,6 +41,7 @@ from pipeline.encode import encode_captions, encode_pictures
 from pipeline.evalset import EvalSet
 from pipeline.metrics import ImageNetFeatures
 from pipeline.models._captions import KnownCaptions
+from pipeline.preflight import check_recipe
 from pipeline.preprocess import preprocess
 from pipeline.pretrained import content_digest, file_digest, find_language_model
 from pipeline.promotion import choose, decide
@@ -50,7 +51,6 @@ from pipeline.steps import Reporter, StepContext, StepResult, Workspace, exclusi
 from pipeline.text import (
     HFCaptionEncoder,
     check_available,
-    check_encoder,
     load_caption_encoder,
 )
 from pipeline.tracking import ResolvedModel, RunHandle, RunLogger, Tracker, resolve_model
@@ -109,18 +109,18 @@ class Chain:
         self.given_tokenizer = given_tokenizer(self.base, recipe.tokenizer, size)
         self.manifests = {uri: read_manifest(uri) for uri in self.shard_sets}
         check_available(recipe.caption_encoder, cache=self.cache)
-        self._check_encoder()
+        check_recipe(
+            recipe,
+            self.manifests,
+            self._encoder,
+            generators=[(c, self._language_model(c)) for c in self.candidates.values()],
+            tokenizer=self.given_tokenizer,
+            base=self.base,
+            cache=self.cache,
+        )
         check_disk(home, NEEDED_MB)
         self.tracker = Tracker(home, recipe.tracking.sinks)
         self._workspace: Workspace | None = None
-
-    def _check_encoder(self) -> None:
-        """The base and a given aligner read captions as the recipe's encoder gives them."""
-        read = [] if self.base is None else [read_bundle(self.base).encoder]
-        if self.recipe.aligner.source is not None:
-            read.append(Aligner.load(self.aligner).encoder)
-        for identity in filter(None, read):
-            check_encoder(identity, self._encoder)
 
     @property
     def _encoder(self) -> HFCaptionEncoder:
@@ -333,9 +333,13 @@ class Chain:
         wanted = set(config.data.styles or found) - set(config.data.exclude_styles)
         language_model = self._language_model(config)
         spec = generation.make_spec(
-            self.tokenizer, encoder.width, sorted(found & wanted), self.base, config,
+            load_tokenizer(self.tokenizer),
+            encoder.width,
+            sorted(found & wanted),
+            self.base,
+            config,
             language_model,
-        )  # fmt: skip
+        )
         on_tokens = generation.reads_of(config) == generation.TOKENS
         return generation.GeneratorTask(
             config=config,
@@ -381,6 +385,7 @@ class Chain:
                 "pixels": self.preprocessed.digest,
                 "aligner": bundle_digest(self.aligner),
                 **{name: bundle_digest(path) for name, path in subjects.items()},
+                **self._crowned(),
             },
         )
 
@@ -398,6 +403,11 @@ class Chain:
         digest = bundle_digest(self.champion.path)
         same = [n for n, s in self.generators.items() if bundle_digest(s.path / "bundle") == digest]
         return same[0] if same else "champion"
+
+    def _crowned(self) -> dict[str, str]:
+        """Which of several candidates is the champion, if one is: gains are told over that one."""
+        name = self.champion_name
+        return {"champion_is": name} if self.recipe.candidates and name in self.generators else {}
 
     @property
     def champion_report(self) -> EvalReport | None:

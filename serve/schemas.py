@@ -23,8 +23,8 @@ from pydantic import (
     model_validator,
 )
 
+from pipeline.config import MAX_GUIDANCE, MAX_STEPS, MAX_TEMPERATURE
 from pipeline.contracts import MAX_SEED, GenerationRequest
-from pipeline.models._requests import MAX_GUIDANCE, MAX_STEPS, MAX_TEMPERATURE
 from serve.pictures import Format, Output
 
 CHAMPION = "champion"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import registry
+from pipeline import generation, registry
 from pipeline.bundle import load_bundle, resolve_tokenizer
 from pipeline.config import GanConfig, GeneratorConfig
 from pipeline.errors import BundleError, RecipeError
@@ -36,7 +36,7 @@ def test_a_new_style_starts_from_the_mean_of_the_known(
     bundle = load_bundle(base)
     known = bundle.manifest.model_spec
     config = shape_of_base(GeneratorConfig(family=family), base)
-    spec = make_spec(base / "tokenizer", known.caption_width, ["crayon"], base, config)
+    spec = make_spec(bundle.tokenizer, known.caption_width, ["crayon"], base, config)
     assert spec.styles == (*known.styles, "crayon")
     model = registry.load("models", family).build(config, spec)
     start_from(model, base, spec)
@@ -44,6 +44,26 @@ def test_a_new_style_starts_from_the_mean_of_the_known(
     assert len(rows) >= config.num_styles
     torch.testing.assert_close(rows[len(known.styles)], table.mean(0))
     torch.testing.assert_close(rows[: len(known.styles)], table)
+
+
+def test_tasks_that_the_recipe_names_are_its_own(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = generation.read_bundle(tiny_bundle)
+    both = ("text_to_image", "completion")
+    wider = built.model_copy(
+        update={"generator": built.generator.model_copy(update={"tasks": both})}
+    )
+    monkeypatch.setattr(generation, "read_bundle", lambda _: wider)
+    assert shape_of_base(GeneratorConfig(), tiny_bundle).tasks == both
+    assert shape_of_base(GeneratorConfig(tasks=both[:1]), tiny_bundle).tasks == both[:1]
+
+
+def test_a_causal_model_has_the_recipes_dropout(tiny_bundles: dict[str, Path]) -> None:
+    base = tiny_bundles["causal"]
+    config = shape_of_base(GeneratorConfig(family="causal", dropout=0.25), base)
+    spec = make_spec(load_bundle(base).tokenizer, 384, ["noto"], base, config)
+    assert spec.language_model["attention_dropout"] == 0.25
 
 
 def test_a_gans_width_comes_from_the_base(tiny_bundles: dict[str, Path]) -> None:

@@ -1,0 +1,145 @@
+"""Mistakes that a recipe and its data already show: told at once, not after hours of work.
+
+The networks are built on PyTorch's meta device, where they have shapes and no weights.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from pipeline import generation, registry
+from pipeline.aligner import Aligner
+from pipeline.bundle import load_tokenizer, read_bundle, resolve_path
+from pipeline.config import GeneratorConfig, PictureFilter, Recipe
+from pipeline.contracts import ImageTokenizer
+from pipeline.errors import DataError, RecipeError
+from pipeline.finetune import apply_policy
+from pipeline.pretrained import find_vgg
+from pipeline.shards import Manifest, open_shards
+from pipeline.text import HFCaptionEncoder, check_encoder
+
+logger = logging.getLogger(__name__)
+
+
+def check_recipe(
+    recipe: Recipe,
+    manifests: Mapping[str, Manifest],
+    encoder: HFCaptionEncoder,
+    *,
+    generators: Sequence[tuple[GeneratorConfig, str | None]],
+    tokenizer: Path | None,
+    base: Path | None,
+    cache: Path,
+) -> None:
+    """Everything below; a section that the recipe fills in and that does nothing is logged.
+
+    Args:
+        manifests: of the shard sets.
+        encoder: the recipe's caption encoder.
+        generators: the sections, with what they take from the base, and where the pretrained
+            language model of each lies, if it has one.
+        tokenizer: the given one's directory; None if one is trained.
+        base: the bundle that generators start from.
+        cache: where pretrained weights are converted to.
+
+    Raises:
+        RecipeError: a style that no picture has, sizes or a policy that do not fit.
+        DataError: shard sets on several file systems.
+        BundleError: the base, or a given aligner, read captions through another encoder.
+        MissingExtraError: lora, or the perceptual loss, without its packages.
+        PretrainedNotFoundError: the perceptual loss' features cannot be had.
+    """
+    for sentence in _idle(recipe):
+        logger.warning(sentence)
+    check_data(recipe, manifests)
+    if base is not None:
+        check_encoder(read_bundle(base).encoder, encoder)
+    if recipe.aligner.source is not None:
+        aligner = Aligner.load(resolve_path(recipe.aligner.source))
+        assert aligner.encoder is not None, "a saved one has it"
+        check_encoder(aligner.encoder, encoder)
+    if tokenizer is None and recipe.tokenizer.perceptual_weight:
+        find_vgg(recipe.tokenizer.perceptual_features, cache=cache)
+    check_networks(recipe, generators, tokenizer=tokenizer, base=base, encoder=encoder)
+
+
+def check_data(recipe: Recipe, manifests: Mapping[str, Manifest]) -> None:
+    """The styles that the recipe names exist, and one file system holds all shard sets.
+
+    Raises:
+        RecipeError: a style that no picture has.
+        DataError: shard sets on several file systems.
+    """
+    known = sorted({style for manifest in manifests.values() for style in manifest.styles})
+    for key, styles in _named_styles(recipe):
+        if unknown := [style for style in styles if style not in known]:
+            raise RecipeError(
+                f"{key} names {', '.join(unknown)}, which no picture has; the styles are "
+                f"{', '.join(known)}"
+            )
+    systems = [open_shards(uri, manifest)[0] for uri, manifest in manifests.items()]
+    if any(system != systems[0] for system in systems):
+        raise DataError(
+            f"data.shards lie on several file systems ({', '.join(manifests)}): copy them to one"
+        )
+
+
+def _named_styles(recipe: Recipe) -> Iterator[tuple[str, Sequence[str]]]:
+    filters: dict[str, PictureFilter] = {"tokenizer.data": recipe.tokenizer.data}
+    for name, config in recipe.generators.items():
+        place = f"candidates.{name}" if recipe.candidates else "generator"
+        filters[f"{place}.data"] = config.data
+    for key, only in filters.items():
+        yield f"{key}.styles", only.styles
+        yield f"{key}.exclude_styles", only.exclude_styles
+        yield f"{key}.style_weights", tuple(only.style_weights)
+    yield "evaluate.styles", recipe.evaluate.styles
+
+
+def check_networks(
+    recipe: Recipe,
+    generators: Sequence[tuple[GeneratorConfig, str | None]],
+    *,
+    tokenizer: Path | None,
+    base: Path | None,
+    encoder: HFCaptionEncoder,
+) -> None:
+    """Every network that will be trained can be built, and trained by its policy.
+
+    Raises:
+        RecipeError: sizes or a policy that do not fit.
+        MissingExtraError: lora without its package.
+    """
+    size, width = recipe.preprocess.image_size, encoder.width
+    made: ImageTokenizer | None = None if tokenizer is None else load_tokenizer(tokenizer)
+    with torch.device("meta"):
+        if made is None:
+            section = recipe.tokenizer
+            made = registry.load("tokenizers", section.name).build(section, size)
+            apply_policy(made, section.train)
+        if recipe.aligner.source is None:
+            aligner = Aligner(recipe.aligner, image_size=size, caption_width=width)
+            apply_policy(aligner, recipe.aligner.train)
+        for config, language_model in generators:
+            family = registry.load("models", config.family)
+            spec = generation.make_spec(made, width, (), base, config, language_model)
+            apply_policy(family.build(config, spec), config.train)
+
+
+def _idle(recipe: Recipe) -> Iterator[str]:
+    """A sentence for each section that the recipe fills in and that does nothing."""
+    tokenizer, aligner = recipe.tokenizer, recipe.aligner
+    if recipe.base is not None and tokenizer.model_fields_set:
+        yield f"tokenizer: nothing in this section acts, the one of base={recipe.base} is taken"
+    elif tokenizer.freeze and (idle := tokenizer.model_fields_set - {"source", "freeze"}):
+        yield f"tokenizer: {_listed(idle)} without effect, {tokenizer.source} is taken as it is"
+    if aligner.source is not None and (idle := aligner.model_fields_set - {"source"}):
+        yield f"aligner: {_listed(idle)} without effect, {aligner.source} is taken as it is"
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names)) + (" is" if len(names) == 1 else " are")

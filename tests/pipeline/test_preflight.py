@@ -1,0 +1,78 @@
+"""What a recipe shows before anything is started: each mistake is told by the chain's making."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import load_recipe
+from pipeline.errors import DataError, RecipeError, TesseraError
+from pipeline.workflow import Chain
+
+
+def chain(recipe: str, *settings: str, home: Path) -> Chain:
+    return Chain(load_recipe(recipe, settings, environment={}), home, None)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def home(tmp_path: Path, pretrained_cache: Path) -> Path:
+    (tmp_path / "pretrained").symlink_to(pretrained_cache)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("recipe", "setting", "said"),
+    [
+        ("smoke", "evaluate.styles=[twemojy]", "evaluate.styles names twemojy.*noto, twemoji"),
+        ("smoke", "generator.data.exclude_styles=[nto]", "generator.data.exclude_styles names nto"),
+        ("smoke", "tokenizer.data.styles=[noto,x]", "tokenizer.data.styles names x"),
+        ("emoji-families", "candidates.gan.data.styles=[x]", "candidates.gan.data.styles names x"),
+        ("smoke", "tokenizer.name=vqq", "vqq"),
+        ("smoke", "tokenizer.train.policy=head", "train.policy='head' is not offered"),
+        ("smoke", "aligner.train.policy=frozen", "train.policy='frozen' is not offered"),
+        ("emoji-causal", "generator.causal.max_prompt_tokens=5000", "5000 caption tokens.*2048"),
+    ],
+)
+def test_mistakes_are_told_before_any_work(
+    home: Path, recipe: str, setting: str, said: str
+) -> None:
+    with pytest.raises(RecipeError, match=said):
+        chain(recipe, setting, home=home)
+
+
+def test_a_size_that_the_family_cannot_draw_is_refused(home: Path) -> None:
+    settings = ["preprocess.image_size=96", "generator.family=gan"]
+    with pytest.raises(RecipeError, match="the gan family doubles"):
+        chain("smoke", *settings, home=home)
+
+
+def test_missing_perceptual_features_are_told_at_once(home: Path) -> None:
+    settings = ["tokenizer.perceptual_weight=0.1", "tokenizer.perceptual_features=nowhere"]
+    with pytest.raises(TesseraError, match="no perceptual features at 'nowhere'"):
+        chain("smoke", *settings, home=home)
+
+
+def test_shards_on_two_file_systems_are_refused(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
+
+    from pipeline import preflight
+    from pipeline.shards import locate, read_manifest
+
+    uri = locate("asset:emoji")
+    sets = {uri: read_manifest(uri), "elsewhere": read_manifest(uri)}
+    systems = iter([LocalFileSystem(), SubTreeFileSystem("/tmp", LocalFileSystem())])
+    monkeypatch.setattr(preflight, "open_shards", lambda *_: (next(systems), ""))
+    with pytest.raises(DataError, match=r"several file systems .*elsewhere.* copy them to one"):
+        preflight.check_data(load_recipe("smoke", environment={}), sets)
+
+
+def test_idle_sections_are_named(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = ["tokenizer.train.max_steps=9", "aligner.embedding=8"]
+    with caplog.at_level(logging.WARNING):
+        chain("emoji-demo", *settings, home=home)
+    assert "nothing in this section acts, the one of base=asset:base is taken" in caplog.text
+    assert "aligner: embedding is without effect, asset:aligner is taken as it is" in caplog.text
