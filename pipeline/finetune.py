@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, (in, out) in memory
 
 from pipeline.config import TrainConfig
 from pipeline.errors import MissingExtraError, RecipeError
 
 _ADAPTER = ".lora_"  # in the names that peft gives its weights
-MUON_MODULES = (nn.Linear, nn.Conv2d)
+MUON_MODULES = (nn.Linear, nn.Conv2d, Conv1D)
+DECAYED_MODULES = (*MUON_MODULES, nn.ConvTranspose2d, nn.MultiheadAttention)
 MIN_MUON_SIDE = 64  # narrower matrices gain nothing from orthogonal updates
 
 
@@ -101,8 +103,13 @@ def _add_adapters(model: nn.Module, config: TrainConfig) -> None:
     targets = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and id(module) not in fixed
+        if isinstance(module, MUON_MODULES) and id(module) not in fixed
     ]
+    if not targets:
+        raise RecipeError(
+            f"train.policy=lora: {type(model).__name__} has no linear layer or convolution beside "
+            "its head; take another policy"
+        )
     settings = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=targets)
     inject_adapter_in_model(settings, model)
 
@@ -113,7 +120,7 @@ def build_optimizers(
     """One optimiser, or with muon two: muon for hidden matrices, adamw for all else.
 
     Learning rates are `ratio` times the recipe's. Weight decay is for matrices and kernels alone,
-    never for norms, biases and embeddings. Every group keeps its peak in "peak_lr", which
+    never for norms, biases and tables. Every group keeps its peak in "peak_lr", which
     `set_learning_rate` scales.
 
     Raises:
@@ -203,14 +210,15 @@ def _sort_parameters(
 ) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
     """(hidden matrices, all that decays, all that does not), trainable parameters only.
 
-    A hidden matrix is the weight of a Linear or Conv2d, MIN_MUON_SIDE rows and columns or more.
+    Matrices and kernels decay: the weights of DECAYED_MODULES. Those of MUON_MODULES that have
+    MIN_MUON_SIDE rows and columns or more are what muon is for.
     """
     hidden, decayed, plain = [], [], []
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if not parameter.requires_grad:
                 continue
-            if parameter.ndim < 2 or isinstance(module, nn.Embedding):
+            if parameter.ndim < 2 or not isinstance(module, DECAYED_MODULES):
                 plain.append(parameter)
                 continue
             decayed.append(parameter)

@@ -120,8 +120,10 @@ def standardise(norm: nn.LayerNorm, features: Tensor) -> None:
     one.
 
     Args:
-        features: (rows, channels), hundreds of rows.
+        features: (rows, channels), hundreds of rows; a single one changes nothing.
     """
+    if len(features) < 2:
+        return
     deviation, mean = torch.std_mean(norm(features), dim=0)
     norm.weight.div_(deviation + 1e-3)
     norm.bias.sub_(mean).div_(deviation + 1e-3)

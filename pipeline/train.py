@@ -373,21 +373,21 @@ class _Worker:
         if self.ema is not None:
             self.ema.swap(self.objective.model)
         metrics = self._validate()
-        if (
-            self.rank == 0
-            and self.training.sample is not None
-            and (last or (config.sample_every and state.step % config.sample_every == 0))
-        ):
-            self.logger.image("samples", self.training.sample(self.objective), step=state.step)
-        if self.ema is not None:
-            self.ema.swap(self.objective.model)
-        self.logger.metrics(metrics, step=state.step)
-        self._post(state.step / config.max_steps if not last else 1.0, metrics)
         better = metrics["validation_loss"] < state.best
         state.best = min(state.best, metrics["validation_loss"])
         state.bad_validations = 0 if better else state.bad_validations + 1
         exhausted = bool(config.patience) and state.bad_validations >= config.patience
         state.finished = last or exhausted
+        if (
+            self.rank == 0
+            and self.training.sample is not None
+            and (state.finished or (config.sample_every and state.step % config.sample_every == 0))
+        ):
+            self.logger.image("samples", self.training.sample(self.objective), step=state.step)
+        if self.ema is not None:
+            self.ema.swap(self.objective.model)
+        self.logger.metrics(metrics, step=state.step)
+        self._post(1.0 if state.finished else state.step / config.max_steps, metrics)
         state.elapsed_s = time.monotonic() - self.started
         self._report(metrics | {"step": state.step, "elapsed_s": state.elapsed_s})
 

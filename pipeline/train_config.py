@@ -22,14 +22,18 @@ class TrainConfig(Config):
     lora_alpha: float = Field(16, gt=0, description="adapters count lora_alpha / lora_rank")
     optimizer: Literal["adamw", "sgd", "rmsprop", "muon"] = Field(
         "adamw",
-        description="muon orthogonalises the updates of hidden matrices (torch.optim.Muon); "
-        "embeddings, heads, norms and biases take adamw beside it",
+        description="muon orthogonalises the updates of wide matrices (torch.optim.Muon); "
+        "embeddings, norms and biases take adamw beside it",
     )
     learning_rate: float = Field(
         1e-3, gt=0, description="peak; of adamw's part when muon is chosen"
     )
     muon_learning_rate: float = Field(0.02, gt=0, description="peak; of muon's part")
-    weight_decay: float = Field(0.05, ge=0, description="decoupled; norms, biases, embeddings: 0")
+    weight_decay: float = Field(
+        0.05,
+        ge=0,
+        description="of matrices and kernels; decoupled with adamw and muon, L2 with the others",
+    )
     betas: tuple[float, float] = Field((0.9, 0.95), description="adamw")
     momentum: float = Field(0.95, ge=0, lt=1, description="sgd, rmsprop and muon")
     warmup_steps: int = Field(100, ge=0, description="linear, optimiser steps")

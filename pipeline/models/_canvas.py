@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from pipeline.contracts import Canvas, ImageTokenizer
-from pipeline.images import to_float
+from pipeline.images import to_float, to_uint8
 from pipeline.models import _sampling as sampling
+from pipeline.runtime import autocast, autocast_dtype
 
 
 @dataclass
@@ -31,6 +32,15 @@ class Start:
     hidden: Tensor
     pixels: Tensor
     redrawn: Tensor
+
+
+def decoded(tokenizer: ImageTokenizer, tokens: Tensor, device: torch.device) -> Tensor:
+    """Image tokens int64 (B, N) -> uint8 (B, 3, S, S), each as if it were alone: in float32 a
+    convolution's last bits depend on what else is in its batch."""
+    alone = autocast_dtype(device) is None
+    with autocast(device):
+        pieces = tokens.split(1) if alone else [tokens]
+        return torch.cat([to_uint8(tokenizer.decode(piece)) for piece in pieces])
 
 
 def lay_out(

@@ -125,8 +125,9 @@ class LlamaWeights:
 
     @staticmethod
     def fit(lm: PreTrainedModel) -> bool:
-        """Whether this is an architecture that is written out here."""
-        return type(lm) is LlamaModel and lm.config.hidden_act == "silu"
+        """Whether this is an architecture that is written out here, and without adapters."""
+        adapted = any(hasattr(module, "base_layer") for module in lm.modules())
+        return type(lm) is LlamaModel and lm.config.hidden_act == "silu" and not adapted
 
     def _joined(
         self, *layers: nn.Linear, scale: Tensor | None = None, order: Tensor | None = None

@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.contracts import ImageTokenizer
-from pipeline.images import to_uint8
 from pipeline.models import _sampling as sampling
-from pipeline.models._canvas import lay_out
+from pipeline.models._canvas import decoded, lay_out
 from pipeline.models._requests import Settings
 from pipeline.runtime import autocast
 
@@ -55,7 +54,7 @@ class ParallelDrawing:
     ) -> None:
         self._guidance_schedule = guidance_schedule
         self._guess, self._tokenizer, self._device = guess, tokenizer, device
-        self._noise = [torch.Generator().manual_seed(seed) for seed in settings.seeds]
+        self._noise = [sampling.noise_of(seed) for seed in settings.seeds]
         self._scale = torch.tensor(settings.guidance_scales, device=device)
         self._temperature = torch.tensor(settings.temperatures, device=device)
         self._steps = torch.tensor(settings.num_steps, device=device)
@@ -121,7 +120,6 @@ class ParallelDrawing:
     @torch.inference_mode()
     def images(self, rows: Sequence[int]) -> Tensor:
         index = torch.tensor(list(rows), device=self._device)
-        with autocast(self._device):
-            drawn = to_uint8(self._tokenizer.decode(self._tokens[index]))
+        drawn = decoded(self._tokenizer, self._tokens[index], self._device)
         kept = self._start.pixels[index]
         return torch.where(self._start.redrawn[index], drawn, kept).cpu()

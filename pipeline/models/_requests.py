@@ -6,13 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.config import GeneratorConfig
+from pipeline.config import MAX_GUIDANCE, MAX_STEPS, MAX_TEMPERATURE, GeneratorConfig
 from pipeline.contracts import MAX_SEED, Canvas, GenerationRequest
 from pipeline.errors import RequestError
-
-MAX_GUIDANCE = 20.0
-MAX_TEMPERATURE = 4.0
-MAX_STEPS = 64
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ Shapes: B pictures, N image tokens, V codebook size.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from pipeline.config import GeneratorConfig
+
+GREEDY = 1e-4  # lower temperatures are taken for 0: logits divided by them could overflow
 
 
 def cosine_mask_ratio(progress: Tensor) -> Tensor:
@@ -112,16 +115,27 @@ def categorical(logits: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
 
     Args:
         logits: (B, V).
-        temperature: (B,); 0 takes the likeliest.
+        temperature: (B,); below GREEDY the likeliest is taken.
         uniform: (B,) in [0, 1).
     """
-    sure = temperature == 0
+    sure = temperature < GREEDY
     shares = (logits / temperature.masked_fill(sure, 1)[:, None]).softmax(-1).cumsum_(-1)
     total = shares[:, -1]
     below = total.nextafter(torch.zeros_like(total))  # what is impossible is never reached
     reached = torch.minimum(uniform * total, below)[:, None]
     drawn = torch.searchsorted(shares, reached, right=True)[:, 0]
     return torch.where(sure, logits.argmax(-1), drawn) if sure.any() else drawn
+
+
+def noise_of(seed: int) -> torch.Generator:
+    """A picture's own noise, on the CPU; its generator takes 32 bits, so longer seeds are hashed.
+
+    Args:
+        seed: 0 to contracts.MAX_SEED.
+    """
+    if seed >= 2**32:
+        seed = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
+    return torch.Generator().manual_seed(seed)
 
 
 def uniform_noise(counts: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:

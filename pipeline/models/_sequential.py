@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from pipeline.contracts import GenerationRequest, ImageTokenizer
-from pipeline.images import to_uint8
 from pipeline.models import _sampling as sampling
-from pipeline.models._canvas import Start
+from pipeline.models._canvas import Start, decoded
 from pipeline.models._decoding import Decoder
-from pipeline.runtime import autocast
 
 WHITE = 1.0
 
@@ -168,9 +166,10 @@ class SequentialDrawing:
         logits = sampling.classifier_free_guidance(
             self._logits[guided], self._logits[[away[id(picture)] for picture in pictures]], scale
         )
-        logits = self._choose_from(logits / temperature.masked_fill(temperature == 0, 1)[:, None])
+        greedy = temperature < sampling.GREEDY
+        logits = self._choose_from(logits / temperature.masked_fill(greedy, 1)[:, None])
         noise = sampling.uniform_noise([1] * len(pictures), [p.noise for p in pictures]).to(device)
-        guess = sampling.categorical(logits, (temperature > 0).float(), noise)
+        guess = sampling.categorical(logits, (~greedy).float(), noise)
         given = torch.stack([picture.tokens[picture.done] for picture in pictures])
         hidden = torch.stack([picture.hidden[picture.done] for picture in pictures])
         return torch.where(hidden, guess, given)
@@ -192,8 +191,7 @@ class SequentialDrawing:
     @torch.inference_mode()
     def images(self, rows: Sequence[int]) -> Tensor:
         found = [self._pictures[row] for row in rows]
-        with autocast(self._logits.device):
-            drawn = to_uint8(self._tokenizer.decode(self.tokens(rows)))
+        drawn = decoded(self._tokenizer, self.tokens(rows), self._logits.device)
         kept = torch.stack([picture.pixels for picture in found])
         redrawn = torch.stack([picture.redrawn for picture in found])
         return torch.where(redrawn, drawn, kept).cpu()

@@ -49,6 +49,7 @@ from pipeline.tasks import gives_source
 READS = "image_tokens"
 CAPTIONS = "ids"
 GUIDANCE_SCALE = 3.0
+UNREAD = frozenset({"gan", "caption_depth", "rectangle_fraction"})  # of the section `generator`
 NO_TARGET = -100
 
 Source = tuple[Tensor, Tensor]
@@ -285,7 +286,7 @@ class Generator:
             requests, self.config, self.styles, fixed_steps=self.spec.num_tokens,
             canvas_size=self.image_size if sources else None, guidance_scale=GUIDANCE_SCALE,
         )  # fmt: skip
-        noise = [torch.Generator().manual_seed(seed) for seed in settings.seeds]
+        noise = [sampling.noise_of(seed) for seed in settings.seeds]
         ids, mask = self.read_ids(settings.prompts)
         style = torch.tensor([self.model.no_style if s is None else s for s in settings.styles])
         ids, style = ids.to(device).repeat(2, 1), style.to(device).repeat(2)

@@ -32,6 +32,10 @@ from pipeline.text import masked_mean, standardise
 READS = "images"
 CAPTIONS = "states"
 GUIDANCE_SCALE = 1.0  # off: it is trained without
+UNREAD = frozenset({
+    "causal", "depth", "heads", "caption_depth", "dropout", "label_smoothing", "rectangle_fraction",
+    "guidance_schedule", "num_steps",
+})  # fmt: skip
 SMALLEST = 4  # pixels a side where the generator starts and the discriminator ends
 
 
@@ -223,14 +227,15 @@ class Objective(nn.Module):
             fake = self._draw(batch)
         condition = self._condition(batch, judge)
         other = _of_other_groups(batch["group"])
-        captioned = batch["caption_mask"].any(1)[other]  # no caption fits every picture
+        differ = batch["group"][other] != batch["group"]
+        wrongly = differ & batch["caption_mask"].any(1)[other]  # no caption fits every picture
         looks = judge.look(self._changed(images))
         real = judge.match(looks, condition).float()
         wrong = judge.match(looks, condition[other]).float()
         drawn = judge(self._changed(fake), condition).float()
         parts = {
             "real": F.relu(1 - real).mean(),
-            "mismatched": (F.relu(1 + wrong) * captioned).sum() / captioned.sum().clamp_min(1) / 2,
+            "mismatched": (F.relu(1 + wrong) * wrongly).sum() / wrongly.sum().clamp_min(1) / 2,
             "fake": F.relu(1 + drawn).mean() / 2,
             "penalty": self._penalty(images, condition),
         }
@@ -279,7 +284,7 @@ class Objective(nn.Module):
 
 
 def _of_other_groups(group: Tensor) -> Tensor:
-    """For each row a neighbour of another group, itself if there is none; int64 (B,) both."""
+    """For each row one of another group, if there is any; int64 (B,) both."""
     B = len(group)
     other = torch.arange(B, device=group.device)
     for shift in range(1, B):
@@ -344,7 +349,7 @@ class Generator:
         device = self.parts.device
         noise = torch.stack(
             [
-                torch.randn(self.model.noise_width, generator=torch.Generator().manual_seed(seed))
+                torch.randn(self.model.noise_width, generator=sampling.noise_of(seed))
                 for seed in settings.seeds
             ]
         )
@@ -354,19 +359,24 @@ class Generator:
         )
         states, mask = self.read_captions(settings.prompts)
         style = torch.tensor([self.model.no_style if s is None else s for s in settings.styles])
-        states, mask, style = states.to(device), mask.to(device), style.to(device)
+        columns = noise * temperature, states, mask, style, scale
         with autocast(device):
-            with_caption = self.model.caption(states, mask, style)
-            without = self.model.caption(states, torch.zeros_like(mask), style)
-            condition = without + scale.to(device) * (with_caption - without)
-            # one by one: a convolution's last bits depend on what else is in its batch
+            # one by one: last bits depend on what else is in a batch
             images = [
-                self.model(n[None].to(device), c[None])
-                for n, c in zip(noise * temperature, condition, strict=True)
+                self._draw(*(column[i : i + 1].to(device) for column in columns))
+                for i in range(len(requests))
             ]
         if on_step is not None:
             on_step(1, 1)
         return to_uint8(torch.cat(images)).cpu()
+
+    def _draw(
+        self, noise: Tensor, states: Tensor, mask: Tensor, style: Tensor, scale: Tensor
+    ) -> Tensor:
+        with_caption = self.model.caption(states, mask, style)
+        without = self.model.caption(states, torch.zeros_like(mask), style)
+        drawn: Tensor = self.model(noise, without + scale * (with_caption - without))
+        return drawn
 
 
 def build(config: GeneratorConfig, spec: ModelSpec) -> OnePassGenerator:

@@ -31,6 +31,7 @@ from pipeline.text import masked_mean, standardise
 READS = "image_tokens"
 CAPTIONS = "states"
 GUIDANCE_SCALE = 3.0
+UNREAD = frozenset({"causal", "gan"})  # of the section `generator`
 
 ROWS = 512  # logits are made for a multiple of so many tokens
 NO_TARGET = -100

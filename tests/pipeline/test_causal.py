@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM
 
-from pipeline.config import CausalConfig, GeneratorConfig
+from pipeline.config import CausalConfig, GeneratorConfig, TrainConfig
 from pipeline.contracts import GenerationRequest
 from pipeline.errors import RecipeError
+from pipeline.finetune import apply_policy, build_optimizers
 from pipeline.models import _sampling as sampling
 from pipeline.models import causal
 from pipeline.models._captions import CaptionTokenizer
@@ -218,3 +219,25 @@ def test_another_architecture_draws_through_its_own_cache() -> None:
     style = torch.full((2,), made.no_style)
     with torch.inference_mode():
         assert torch.equal(made(drawn, ids, mask, style).argmax(-1), drawn)
+
+
+def test_adapters_are_drawn_with() -> None:
+    made = model()
+    assert LlamaWeights.fit(made.lm)
+    apply_policy(made, TrainConfig(policy="lora", lora_rank=2))
+    assert not LlamaWeights.fit(made.lm), "its weights are read past the adapters"
+
+
+@pytest.mark.parametrize(("policy", "optimizer"), [("lora", "adamw"), ("full", "muon")])
+def test_a_gpt2_is_trained_by_every_policy(policy: str, optimizer: str) -> None:
+    language_model = GPT2Config(
+        vocab_size=384, n_embd=64, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1
+    ).to_dict()
+    made = model(replace(SPEC, language_model=language_model))
+    config = TrainConfig(policy=policy, optimizer=optimizer)
+    apply_policy(made, config)
+    if policy == "lora":
+        assert any("c_attn.lora_A" in name for name, _ in made.named_parameters())
+    else:
+        muon = build_optimizers(made, config)[0]
+        assert sum(len(group["params"]) for group in muon.param_groups) >= 4

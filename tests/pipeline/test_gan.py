@@ -105,6 +105,13 @@ def test_a_picture_is_looked_at_once_for_both_its_captions() -> None:
     )
 
 
+def test_a_batch_of_one_group_has_no_mismatched_pair() -> None:
+    made, batch = objective(), colour_batch()
+    assert made.losses(batch, "discriminator")["mismatched"] > 0
+    alike = batch | {"group": torch.zeros_like(batch["group"])}
+    assert made.losses(alike, "discriminator")["mismatched"] == 0
+
+
 def test_each_phase_moves_its_own_network() -> None:
     made, batch = objective(), colour_batch()
     assert made.moves("generator") is made.model

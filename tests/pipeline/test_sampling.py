@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from pipeline.contracts import MAX_SEED
 from pipeline.models import _sampling as sampling
 from pipeline.models._attention import attention
 
@@ -77,6 +78,21 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
         logits.expand(2, -1), torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.0])
     )
     assert mixed.tolist() == [3, 0], "without temperature the likeliest"
+
+
+@pytest.mark.parametrize("temperature", [1e-44, 1e-38, 1e-20, 1e-5])
+def test_hardly_any_temperature_is_none(temperature: float) -> None:
+    logits = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    drawn = sampling.categorical(logits, torch.full((64,), temperature), torch.rand(64))
+    assert torch.equal(drawn, logits.argmax(-1))
+
+
+def test_seeds_of_any_length_have_noise_of_their_own() -> None:
+    seeds = [1, 1 + 2**32, 1 + 2**33, 2**32, 0, MAX_SEED]
+    noise = {tuple(torch.rand(4, generator=sampling.noise_of(seed)).tolist()) for seed in seeds}
+    assert len(noise) == len(seeds)
+    same = torch.rand(4, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(torch.rand(4, generator=sampling.noise_of(7)), same)
 
 
 def test_the_most_confident_stay_and_the_known_are_never_lost() -> None:

@@ -190,6 +190,9 @@ def test_tasks_that_cannot_be_learnt_are_refused() -> None:
 def test_augmentation_is_refused_where_no_pixels_are_seen() -> None:
     train = TrainConfig(augment=AugmentConfig(flip=0.0, color=0.3))
     check_generator(GeneratorConfig(family="gan", train=train))
+    mixed = TrainConfig(augment=AugmentConfig(flip=0.0, mixup=0.5))
+    with pytest.raises(RecipeError, match="a mixture has no caption"):
+        check_generator(GeneratorConfig(family="gan", train=mixed))
     for family in ("masked", "causal"):
         check_generator(GeneratorConfig(family=family))
         with pytest.raises(RecipeError, match="in the section `encode`"):

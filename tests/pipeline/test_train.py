@@ -115,6 +115,19 @@ def test_a_loss_that_is_no_number_stops_and_names_the_step(
     assert list(tmp_path.glob("line/checkpoint_*/model.safetensors")), "the last good one is kept"
 
 
+def test_a_training_that_stops_early_draws_its_samples(ray_session: None, tmp_path: Path) -> None:
+    drawn = tmp_path / "drawn"
+
+    def stubborn() -> Training:  # a rate of nothing never gets better
+        return Training(Line(), Rows(), Rows(), sample=lambda _: drawn.touch())
+
+    config = CONFIG.model_copy(
+        update={"num_workers": 1, "patience": 1, "learning_rate": 1e-30, "ema_decay": 0.0}
+    )
+    result = fit(stubborn, config, storage=tmp_path, name="line")
+    assert result.metrics["step"] < config.max_steps and drawn.exists()
+
+
 def test_too_few_validation_rows_are_refused_at_once(ray_session: None, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"1 validation pictures .* each of 2 workers 1 a batch"):
         fit(partial(build, validation=1), CONFIG, storage=tmp_path, name="line")
