@@ -33,6 +33,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.command()(key)
 console = Console(stderr=True, emoji=False)
+INTERRUPTED = 130  # what Typer ends with after Ctrl-C
 
 
 @app.command()
@@ -56,9 +57,10 @@ def demo(
 
     if serve:
         check_port("127.0.0.1", port)
-    outcome = run(loaded, home, ConsoleReporter(console), debug=debug)
+    with ConsoleReporter(console) as reporter:
+        outcome = run(loaded, home, reporter, debug=debug)
     console.print(time_table(outcome.seconds))
-    _print_decision(outcome)
+    _print_decision(outcome, loaded.promote.model_name)
     typer.echo(first_grid(loaded, outcome, home))
     if serve:
         _serve(
@@ -84,7 +86,8 @@ def retrain(
     from jobs.retrain import retrain as run
     from jobs.retrain import summary
 
-    outcome = run(loaded, home, ConsoleReporter(console), debug=debug)
+    with ConsoleReporter(console) as reporter:
+        outcome = run(loaded, home, reporter, debug=debug)
     console.print(time_table(outcome.seconds))
     if as_json:
         typer.echo(json.dumps(summary(outcome)))
@@ -92,15 +95,16 @@ def retrain(
     from pipeline.reports import markdown_table
 
     typer.echo(markdown_table(list(outcome.reports.values())))
-    _print_decision(outcome)
+    _print_decision(outcome, loaded.promote.model_name)
     typer.echo(outcome.bundle)
 
 
-def _print_decision(outcome: Any) -> None:
+def _print_decision(outcome: Any, model_name: str) -> None:
     for sentence in outcome.choice:
         console.print(sentence, highlight=False, markup=False)
     verdict = "promoted to champion" if outcome.decision.promoted else "not promoted"
-    console.print(f"version {outcome.version}: [bold]{verdict}[/bold]")
+    version = escape(f"models:/{model_name}/{outcome.version}")
+    console.print(f"{version}: [bold]{verdict}[/bold]", highlight=False)
     for reason in outcome.decision.reasons:
         console.print(f"  {reason}", highlight=False, markup=False)
 
@@ -145,7 +149,8 @@ def _run_step(
     loaded = load_recipe(recipe, overrides)
     from jobs.steps import run_step
 
-    result = run_step(name, loaded, home, ConsoleReporter(console), debug=debug)
+    with ConsoleReporter(console) as reporter:
+        result = run_step(name, loaded, home, reporter, debug=debug)
     for sentence in result.get("choice", ()):
         console.print(sentence, highlight=False, markup=False)
     typer.echo(json.dumps(result) if as_json else result["path"])
@@ -180,7 +185,8 @@ def tune_command(
     loaded = load_recipe(recipe, overrides or ())
     from jobs.tune import run_search
 
-    result = run_search(loaded, home, ConsoleReporter(console), out=out, debug=debug)
+    with ConsoleReporter(console) as reporter:
+        result = run_search(loaded, home, reporter, out=out, debug=debug)
     if as_json:
         typer.echo(json.dumps(result))
         return
@@ -198,7 +204,10 @@ def serve(
         ),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="Take the serve section of this recipe.")
+        str | None,
+        typer.Option(
+            help="Take this recipe's serve section, and its champion if MODEL is left out."
+        ),
     ] = None,
     config: Annotated[
         Path | None,
@@ -212,15 +221,17 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """Serve a model behind the OpenAI images API until Ctrl-C."""
-    from pipeline.config import ServeConfig, load_recipe
+    from pipeline.config import PromoteConfig, ServeConfig, load_recipe
     from serve.settings import ServiceConfig, check_exposure, load_service
 
-    replicas = load_recipe(recipe).serve if recipe else ServeConfig()
+    loaded = load_recipe(recipe) if recipe else None
+    replicas = loaded.serve if loaded else ServeConfig()
     service = load_service(config) if config else ServiceConfig()
     check_exposure(host, service)  # a mistake is told before anything heavy is imported
     from jobs.generate import default_model
 
-    _serve(model or default_model(home), replicas, home, host, port, service)
+    name = loaded.promote.model_name if loaded else PromoteConfig().model_name
+    _serve(model or default_model(home, name), replicas, home, host, port, service)
 
 
 def _serve(model: str, config: Any, home: Path, host: str, port: int, service: Any = None) -> None:
@@ -267,9 +278,11 @@ def generate(
     """Draw pictures without a server."""
     from jobs.generate import default_model
     from jobs.generate import generate as run
+    from pipeline.config import PromoteConfig
 
+    model = model or default_model(home, PromoteConfig().model_name)
     paths = run(
-        prompt, out, home=home, model=model or default_model(home), num_pictures=n, seed=seed,
+        prompt, out, home=home, model=model, num_pictures=n, seed=seed,
         style=style, guidance_scale=guidance_scale, temperature=temperature, num_steps=num_steps,
     )  # fmt: skip
     names = [str(path) for path in paths]
@@ -294,7 +307,7 @@ def export(
 
 
 @app.command()
-def recipes(as_json: AsJson = False) -> None:
+def recipes(as_json: AsJson = False, debug: Debug = False) -> None:
     """The recipes that ship with Tessera."""
     from pipeline.config import load_recipe, recipe_names
 
@@ -307,7 +320,7 @@ def recipes(as_json: AsJson = False) -> None:
 
 
 @app.command()
-def doctor(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
+def doctor(home: Home = DEFAULT_HOME, as_json: AsJson = False, debug: Debug = False) -> None:
     """What this machine has and lacks. Exits with 1 if something is missing."""
     from jobs.doctor import as_json as to_json
     from jobs.doctor import examine
@@ -342,9 +355,10 @@ def main() -> None:
             f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True
         )
         sys.exit(1)
-    except KeyboardInterrupt:
-        console.print("interrupted; run the same command again to go on from here")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            console.print("interrupted; run the same command again to go on from here")
+        raise
     except Exception as error:
         if debug:
             raise

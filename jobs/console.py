@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -27,6 +27,12 @@ class ConsoleReporter:
         self._task: TaskID | None = None
         self._told = 0.0
         self._step = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def started(self, step: str) -> None:
         self._step, self._told = step, time.monotonic()

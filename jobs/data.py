@@ -55,7 +55,7 @@ def contact_sheet(uri: str, out: Path, *, count: int = 48) -> Manifest:
     cells = [_cell(sample, manifest) for sample in _spread(uri, manifest, count)]
     images, captions = zip(*cells, strict=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    grid(np.stack(images), min(COLUMNS, len(images)), captions=captions).save(out)
+    grid(np.stack(images), min(COLUMNS, len(images)), captions=captions).save(out, format="PNG")
     return manifest
 
 
@@ -101,7 +101,7 @@ def augmentation_grid(
     out.parent.mkdir(parents=True, exist_ok=True)
     scale = max(1, EFFECT_SIDE // recipe.preprocess.image_size)
     stacked = torch.cat(list(rows.values()))
-    grid(stacked, len(pictures), row_labels=tuple(rows), scale=scale).save(out)
+    grid(stacked, len(pictures), row_labels=tuple(rows), scale=scale).save(out, format="PNG")
 
 
 def _effects(sections: list[AugmentConfig]) -> dict[str, AugmentConfig]:

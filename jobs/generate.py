@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipeline.bundle import load_generator
 from pipeline.contracts import MAX_SEED, GenerationRequest
+from pipeline.errors import ResourceError
 from pipeline.images import encode_png, grid
 from pipeline.provenance import describe
 from pipeline.tracking import CHAMPION, has_champion, resolve_model
@@ -17,7 +18,7 @@ from pipeline.tracking import CHAMPION, has_champion, resolve_model
 FALLBACK = "asset:base"
 
 
-def default_model(home: Path, name: str = "tessera") -> str:
+def default_model(home: Path, name: str) -> str:
     """The champion under `home`, or the shipped base while there is none."""
     return f"models:/{name}@{CHAMPION}" if has_champion(home, name) else FALLBACK
 
@@ -46,7 +47,10 @@ def generate(
     Raises:
         RequestError: a setting is outside the model's limits.
         BundleError: there is no such model.
+        ResourceError: `out` is a directory.
     """
+    if out.is_dir():
+        raise ResourceError(f"--out={out} is a directory; name the PNG to write")
     resolved = resolve_model(model, home=home)
     generator = load_generator(resolved.path, pretrained_cache=home / "pretrained")
     requests = [

@@ -7,8 +7,11 @@ import json
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 
 from jobs.options import AsJson, Debug
+from pipeline.errors import RecipeError
+from pipeline.overrides import explain
 
 bench_app = typer.Typer(
     no_args_is_help=True, help="Measure speed: how a running service copes with load."
@@ -18,14 +21,20 @@ bench_app = typer.Typer(
 def key(
     name: Annotated[str, typer.Argument(help="Whose key it is: letters, digits, '.', '_', '-'.")],
     as_json: AsJson = False,
+    debug: Debug = False,
 ) -> None:
     """Make an API key for the service: shown once, only its digest is for the settings file.
 
     Give the key to the client, and the other line to `tessera serve --config FILE`.
     """
     from serve.access import new_key
+    from serve.settings import ApiKey
 
     secret, digest = new_key()
+    try:
+        ApiKey(name=name, sha256=digest)
+    except ValidationError as error:
+        raise RecipeError(explain(error, ApiKey)) from error
     if as_json:
         typer.echo(json.dumps({"name": name, "key": secret, "sha256": digest}))
         return

@@ -1,6 +1,6 @@
 """The machine or cluster underneath: starting Ray, choosing a device, its dtype and its threads.
 
-with ray_runtime(home):
+with ray_runtime():
     ...                # one local Ray, or the cluster that RAY_ADDRESS names
 """
 

@@ -125,10 +125,28 @@ def locate(uri: str, home: Path | None = None) -> str:
 
 
 def open_uri(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The file system and the path in it that a folder or URI means."""
+    """The file system and the path in it that a folder or URI means.
+
+    Raises:
+        DataError: a URI that pyarrow does not read.
+    """
     if "://" in uri:
-        return pyarrow.fs.FileSystem.from_uri(uri)  # type: ignore[no-any-return]
+        try:
+            return pyarrow.fs.FileSystem.from_uri(uri)  # type: ignore[no-any-return]
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise DataError(
+                f"cannot open {uri} ({error}); give a folder, or a URI as s3://BUCKET/FOLDER, "
+                "gs://BUCKET/FOLDER or file:///FOLDER"
+            ) from error
     return pyarrow.fs.LocalFileSystem(), str(Path(uri).resolve())
+
+
+def unreachable(uri: str, error: OSError) -> DataError:
+    """What to say of a file system that does not answer, or does not let us in."""
+    return DataError(
+        f"cannot read {uri}: {error}. Check the address, the network, and the credentials in this "
+        "environment (for s3:// AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile)"
+    )
 
 
 def open_shards(uri: str, manifest: Manifest) -> tuple[pyarrow.fs.FileSystem, str]:
@@ -151,6 +169,8 @@ def read_manifest(uri: str) -> Manifest:
         raise DataError(
             f"no {MANIFEST} in {uri}: not a shard set; write one with `tessera ingest`"
         ) from error
+    except OSError as error:
+        raise unreachable(uri, error) from error
     try:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:

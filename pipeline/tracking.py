@@ -251,9 +251,10 @@ def connect(home: Path) -> MlflowClient:
     """
     uri = tracking_uri(home)
     home.mkdir(parents=True, exist_ok=True)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    client: MlflowClient = _mlflow().MlflowClient(uri)
+    mlflow = _mlflow()
+    for library in ("alembic", "mlflow"):  # importing it sets levels of its own
+        logging.getLogger(library).setLevel(logging.WARNING)
+    client: MlflowClient = mlflow.MlflowClient(uri)
     try:
         client.search_experiments(max_results=1)
     except (_mlflow().MlflowException, OSError) as error:

@@ -17,6 +17,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import ray
@@ -101,13 +102,20 @@ def serve_forever(
         port=port,
         blocking=blocking,
         ready_timeout_s=ready_timeout_s,
+        config=config,
     )
 
 
 def launch(
-    app: Application, *, host: str, port: int, blocking: bool, ready_timeout_s: float
+    app: Application,
+    *,
+    host: str,
+    port: int,
+    blocking: bool,
+    ready_timeout_s: float,
+    config: ServeConfig | None = None,
 ) -> Server:
-    """`serve_forever` for an application that is already built."""
+    """`serve_forever` for an application that is already built, whose replicas `config` is of."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its progress lines only puzzle
     server = Server(url=f"http://{_ANY_ADDRESS.get(host, host)}:{port}", started_ray=start_ray())
     if serve.status().proxies:
@@ -116,6 +124,8 @@ def launch(
             "`serve deploy infra/serve.yaml`, or stop it first with `serve shutdown`"
         )
     try:
+        if config is not None:
+            check_room(config, ray.cluster_resources())  # type: ignore[no-untyped-call]
         _start(host, port)
         deploy(app)
         _wait_until_ready(server.url, ready_timeout_s)
@@ -128,6 +138,18 @@ def launch(
     if blocking:
         server.close()
     return server
+
+
+def check_room(config: ServeConfig, resources: Mapping[str, float]) -> None:
+    """Raise ResourceError if the replicas to begin with can never be placed: Serve would wait."""
+    replicas = max(1, config.min_replicas)
+    for name, each, kind in (("cpus", config.num_cpus, "CPU"), ("gpus", config.num_gpus, "GPU")):
+        have = resources.get(kind, 0)
+        if replicas * each > have:
+            raise ResourceError(
+                f"{replicas} replicas with serve.num_{name}={each:g} need {replicas * each:g} of "
+                f"Ray's {kind}s and the cluster has {have:g}: lower it, or add nodes"
+            )
 
 
 def check_port(host: str, port: int) -> None:

@@ -18,6 +18,7 @@ import pyarrow.fs
 from pipeline.contracts import Caption, Sample
 from pipeline.errors import DataError
 from pipeline.records import canonical, plain_key
+from pipeline.shards import unreachable
 
 LOG = logging.getLogger(__name__)
 EXTENSIONS = {".png": "png", ".webp": "webp", ".jpg": "jpg", ".jpeg": "jpg"}
@@ -49,12 +50,14 @@ def list_files(fs: pyarrow.fs.FileSystem, root: str) -> list[str]:
     """Names below root of every file, folders within it included, sorted; hidden ones are not.
 
     Raises:
-        DataError: there is no such folder.
+        DataError: there is no such folder, or what it is on does not answer.
     """
     try:
         found = fs.get_file_info(pyarrow.fs.FileSelector(root, recursive=True))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(f"there is no folder {root}: check the path or URI") from error
+    except OSError as error:
+        raise unreachable(root, error) from error
     prefix = root.rstrip("/") + "/"
     names = (i.path.removeprefix(prefix) for i in found if i.type == pyarrow.fs.FileType.File)
     return sorted(n for n in names if not any(part.startswith(".") for part in n.split("/")))

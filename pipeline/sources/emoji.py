@@ -18,12 +18,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 from PIL import Image
 
 from pipeline.captions import with_tags
 from pipeline.contracts import Caption, Sample
-from pipeline.errors import DataError
+from pipeline.errors import DataError, MissingExtraError
 from pipeline.sources._npm import Package, fetch, read_member
 
 SVG_SIDE = 128  # pixels a side that SVG pictures are drawn at
@@ -184,6 +185,7 @@ class EmojiSource:
 
     Raises:
         DataError: an unknown vendor, or no language.
+        MissingExtraError: openmoji without the package that draws its pictures.
     """
 
     def __init__(
@@ -201,6 +203,8 @@ class EmojiSource:
             )
         if not languages:
             raise DataError("no caption language given; try en,zh")
+        if "openmoji" in vendors:
+            _load_resvg()
         self.cache, self.vendors, self.languages = cache, vendors, languages
         self.skin_tones = skin_tones
 
@@ -269,10 +273,14 @@ def to_webp(picture: bytes) -> bytes:
 
 def _draw_svg(svg: str) -> bytes:
     """SVG -> PNG of SVG_SIDE x SVG_SIDE."""
+    drawn = _load_resvg().svg_to_bytes(svg_string=svg, width=SVG_SIDE, height=SVG_SIDE)
+    return bytes(drawn)
+
+
+def _load_resvg() -> ModuleType:
+    """Raises MissingExtraError without the package that draws SVG."""
     try:
         import resvg_py
     except ImportError as error:
-        raise DataError(
-            "OpenMoji's pictures are SVG and need resvg-py: pip install 'tessera[ingest]'"
-        ) from error
-    return bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SVG_SIDE, height=SVG_SIDE))
+        raise MissingExtraError("drawing OpenMoji's pictures, which are SVG,", "ingest") from error
+    return resvg_py

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -12,12 +15,14 @@ from types import SimpleNamespace
 
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 from jobs import cli
 from jobs.cli import app
+from jobs.console import ConsoleReporter
 from pipeline.config import recipe_names
-from pipeline.errors import MissingExtraError
+from pipeline.errors import MissingExtraError, TesseraError
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -62,6 +67,11 @@ def test_ci_runs_exactly_the_readme_test_command() -> None:
         (["retrain", "smoke", "caption_encoder.model=nobody/nothing"], "caption encoder"),
         (["generate", " ", "--model", "asset:nothing"], "no bundle at asset:nothing"),
         (["serve", "models:/nobody@champion"], "not in the registry"),
+        (
+            ["serve", "asset:base", "--recipe", "smoke", "--port", "99999"],
+            "choose another with --port",
+        ),
+        (["data", "verify", "foo://somewhere"], "s3://BUCKET/FOLDER"),
     ],
 )
 def test_a_mistake_is_one_message(arguments: list[str], said: str, tmp_path: Path) -> None:
@@ -93,9 +103,9 @@ def test_a_message_is_shown_as_it_is(
 
 def test_reasons_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     decision = SimpleNamespace(promoted=True, reasons=["kid 0.1 [/0, 0.2]"])
-    cli._print_decision(SimpleNamespace(choice=["a [b]"], decision=decision, version="1"))
+    cli._print_decision(SimpleNamespace(choice=["a [b]"], decision=decision, version="1"), "m")
     said = capsys.readouterr().err
-    assert "a [b]" in said and "kid 0.1 [/0, 0.2]" in said
+    assert "a [b]" in said and "kid 0.1 [/0, 0.2]" in said and "models:/m/1: promoted" in said
 
 
 def test_an_occupied_port_is_named_before_anything_starts(tmp_path: Path) -> None:
@@ -113,3 +123,51 @@ def test_an_occupied_port_is_named_before_anything_starts(tmp_path: Path) -> Non
 def test_doctor_names_what_is_there(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["doctor", "--json", "--home", str(tmp_path)])
     assert '"caption encoder"' in shown.output and "memory" in shown.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["generate", "apple", "--home", "s3://bucket/home"], "must lie on a file system"),
+        (["key", "a b: c"], "name='a b: c'"),
+        (["generate", "apple", "--out", "."], "is a directory"),
+    ],
+)
+def test_a_mistake_that_needs_no_home(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, TesseraError) and said in str(result.exception)
+
+
+def test_doctor_says_that_nobody_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "ray://127.0.0.1:1")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    shown = CliRunner().invoke(app, ["doctor", "--json", "--home", str(tmp_path)])
+    found = {item["what"]: item for item in json.loads(shown.output)}
+    assert shown.exit_code == 1
+    assert not found["Ray"]["fine"] and "unset RAY_ADDRESS" in found["Ray"]["remedy"]
+    assert not found["MLflow"]["fine"] and "Start the server" in found["MLflow"]["remedy"]
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "jobs.cli", "preprocess", "smoke", "--home", str(tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        said = running.stderr.readline()
+        while "started" not in said:
+            said = running.stderr.readline()
+        running.send_signal(signal.SIGINT)
+        rest = running.stderr.read()
+    assert running.returncode == 130
+    assert "interrupted; run the same command again" in rest and "Traceback" not in rest
+
+
+def test_the_bar_goes_however_a_step_ends() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True)
+    with pytest.raises(KeyboardInterrupt), ConsoleReporter(console) as reporter:
+        reporter.started("train")
+        raise KeyboardInterrupt
+    drawn = console.file.getvalue()  # type: ignore[attr-defined]
+    assert drawn.rfind("\x1b[?25h") > drawn.rfind("\x1b[?25l") >= 0, "the cursor is shown again"

@@ -17,7 +17,7 @@ from ray.serve.schema import ServeDeploySchema
 from pipeline.config import ServeConfig
 from pipeline.errors import BundleError, RecipeError, ResourceError
 from serve.app import assemble
-from serve.launch import deploy, launch, serve_forever
+from serve.launch import check_room, deploy, launch, serve_forever
 from serve.replica import Found
 from serve.settings import ApiKey, ServiceConfig, check_exposure
 
@@ -36,6 +36,16 @@ def test_an_occupied_port_is_named(tmp_path: Path) -> None:
 def test_an_impossible_port_is_named(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="port 70000"):
         serve_forever("asset:base", ServeConfig(), home=str(tmp_path), port=70_000)
+
+
+def test_replicas_that_fit_nowhere_are_refused() -> None:
+    check_room(ServeConfig(min_replicas=2, max_replicas=2, num_cpus=4), {"CPU": 8.0})
+    with pytest.raises(ResourceError, match=r"1 replicas with serve.num_gpus=1 need 1 .* has 0"):
+        check_room(ServeConfig(num_gpus=1), {"CPU": 8.0})
+    with pytest.raises(ResourceError, match=r"3 replicas with serve.num_cpus=4 need 12 .* has 8"):
+        check_room(ServeConfig(min_replicas=3, max_replicas=3, num_cpus=4), {"CPU": 8.0})
+    with pytest.raises(ValidationError, match=r"max_replicas=2 is less than serve.min_replicas=5"):
+        ServeConfig(min_replicas=5)
 
 
 def test_a_missing_model_is_named_before_ray_starts(tmp_path: Path) -> None:
