@@ -84,6 +84,10 @@ def _check_effects(recipe: Recipe) -> None:
         inside = key.removeprefix("generator.")
         if inside.partition(".")[0] in unread:
             raise RecipeError(f"tune.space: {key!r} is not read by the family {config.family}")
+        if config.causal.language_model and inside in ("width", "depth", "heads"):
+            raise RecipeError(
+                f"tune.space: {key!r} is that of {config.causal.language_model}, whatever it says"
+            )
         setting, value = _ONLY_WITH.get(inside, ("", ""))
         if setting and f"generator.train.{setting}" not in space:
             chosen = getattr(config.train, setting)

