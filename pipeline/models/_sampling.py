@@ -119,6 +119,8 @@ def categorical(logits: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
         uniform: (B,) in [0, 1).
     """
     sure = temperature < GREEDY
+    if sure.all():
+        return logits.argmax(-1)
     shares = (logits / temperature.masked_fill(sure, 1)[:, None]).softmax(-1).cumsum_(-1)
     total = shares[:, -1]
     below = total.nextafter(torch.zeros_like(total))  # what is impossible is never reached
