@@ -10,13 +10,15 @@ from pipeline.contracts import GenerationRequest
 
 def describe(request: GenerationRequest, *, model: str, version: str) -> dict[str, str]:
     """A PNG's text chunks by keyword."""
+    canvas = request.canvas
     chosen = {
         "style": request.style,
         "guidance_scale": request.guidance_scale,
         "temperature": request.temperature,
         "num_steps": request.num_steps,
         "negative_prompt": request.negative_prompt,
-        "task": None if request.canvas is None else "completion",
+        "task": None if canvas is None else "completion",
+        "variation": None if canvas is None or canvas.mask is not None else canvas.share,
     }
     return {
         "prompt": request.prompt,

@@ -95,11 +95,11 @@ class Access:
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise _unauthorized("no API key; send the header 'Authorization: Bearer KEY'")
-        sent, found = digest(key.strip()), ANONYMOUS
+        sent, found = digest(key.strip()), None
         for name, account in self._accounts.items():  # all of them, however early one matches
             if hmac.compare_digest(sent, account.key.sha256):
                 found = name
-        if found == ANONYMOUS:
+        if found is None:
             raise _unauthorized("this API key is not known; ask whoever runs this server")
         return found
 
@@ -117,10 +117,14 @@ class Access:
         costs = self._costs(name, pictures, pixels)
         for bucket, cost, unit in costs:
             if cost > bucket.size:
+                remedy = (
+                    "ask for fewer pictures"
+                    if pictures > 1
+                    else "not even one fits, ask whoever runs this server for more"
+                )
                 raise ApiError(
                     400,
-                    f"n={pictures} costs {cost:g} of this key's {bucket.size:g} {unit}; ask for "
-                    "fewer pictures",
+                    f"n={pictures} costs {cost:g} of this key's {bucket.size:g} {unit}; {remedy}",
                     code="invalid_value",
                     param="n",
                 )

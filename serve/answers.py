@@ -81,11 +81,12 @@ async def events(
         yield _event(kind, body, first, card)
         async for answer in rest:
             yield _event(kind, body, answer, card)
-    except ApiError as error:
-        yield _sse("error", json.dumps(error.envelope))
-    except Exception:
-        logger.exception("a stream failed")
-        yield _sse("error", json.dumps(internal_error(request).envelope))
+    except Exception as error:
+        if not isinstance(error, ApiError):
+            logger.exception("a stream failed")
+        told = error if isinstance(error, ApiError) else internal_error(request)
+        request.state.said["code"] = told.code  # the status was sent long ago
+        yield _sse("error", json.dumps(told.envelope))
 
 
 def _event(kind: str, body: Drawable, answer: Preview | Picture, card: Card) -> str:
@@ -114,5 +115,5 @@ def _image_data(body: Drawable, picture: Picture) -> ImageData:
     encoded = base64.b64encode(picture.image).decode()
     if body.response_format == "url":
         url = f"data:image/{body.output_format};base64,{encoded}"
-        return ImageData(url=url, seed=picture.seed)
-    return ImageData(b64_json=encoded, seed=picture.seed)
+        return ImageData(url=url, seed=picture.seed, model_version=picture.card.version)
+    return ImageData(b64_json=encoded, seed=picture.seed, model_version=picture.card.version)

@@ -24,7 +24,7 @@ from pipeline import __version__
 from serve.access import Access
 from serve.answers import events, images_response, model_entry
 from serve.edge import Edge
-from serve.errors import ApiError, install, json_body, json_schema, shown
+from serve.errors import CODE_HEADER, ApiError, install, json_body, json_schema, shown
 from serve.forms import Filled, form_body, form_schema
 from serve.metrics import Metrics
 from serve.pictures import Upload
@@ -238,15 +238,15 @@ def create_api(pool: Pool | None = None, service: ServiceConfig | None = None) -
     state = api.state
     state.pool, state.access, state.service, state.metrics = pool, access, service, counted
     state.studio = Studio(pool, access, load_safety(service), counted, service)
-    if service.cors_origins:
+    api.add_middleware(Edge, metrics=counted, service=service)
+    if service.cors_origins:  # outside, so that a page can read every answer
         api.add_middleware(
             CORSMiddleware,
             allow_origins=list(service.cors_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "idempotency-key", DEADLINE_HEADER],
-            expose_headers=["x-request-id", "retry-after"],
+            allow_headers=["*"],  # clients of other makers send headers of their own
+            expose_headers=["x-request-id", "retry-after", CODE_HEADER],
         )
-    api.add_middleware(Edge, metrics=counted, origins=service.cors_origins)
     return api
 
 

@@ -1,8 +1,9 @@
 """C2PA: a signed manifest in every picture that says a machine made it (extra `c2pa`).
 
 Content Credentials, C2PA specification 2.1, 18.15: one action `c2pa.created` whose
-digitalSourceType is trainedAlgorithmicMedia. The plain marker of encode.py stays beside it. Whom a
-viewer trusts is its own business: a certificate that you made yourself signs, and shows as unknown.
+digitalSourceType is that of encode.source_type. The plain marker of encode.py stays beside it. Whom
+a viewer trusts is its own business: a certificate that you made yourself signs, and shows as
+unknown.
 
     service.yaml:  c2pa: {certificates: chain.pem, private_key: key.pem, algorithm: es256}
 """
@@ -16,12 +17,12 @@ from typing import Any
 
 from pipeline import __version__
 from pipeline.errors import ResourceError
-from serve.encode import MACHINE_MADE
+from serve.encode import source_type
 from serve.pictures import Format
 from serve.settings import C2paConfig
 
-Sign = Callable[[bytes, Format], bytes]
-"""An encoded picture -> the same with a manifest."""
+Sign = Callable[[bytes, Format, bool], bytes]
+"""An encoded picture, and whether parts of it were given -> the same with a manifest."""
 
 
 def load_signer(config: C2paConfig | None) -> Sign:
@@ -31,7 +32,7 @@ def load_signer(config: C2paConfig | None) -> Sign:
         ResourceError: the extra is not installed, or certificate and key cannot sign.
     """
     if config is None:
-        return lambda image, _: image
+        return lambda image, _kind, _composite: image
     try:
         import c2pa
     except ImportError as error:
@@ -47,17 +48,17 @@ def load_signer(config: C2paConfig | None) -> Sign:
             f"a PEM chain, leaf first, and its {config.algorithm} key"
         ) from error
 
-    def sign(image: bytes, kind: Format) -> bytes:
+    def sign(image: bytes, kind: Format, composite: bool) -> bytes:
         source, signed = io.BytesIO(image), io.BytesIO()
-        with c2pa.Builder(json.dumps(_manifest(kind))) as builder:
+        with c2pa.Builder(json.dumps(_manifest(kind, composite))) as builder:
             builder.sign(signer, f"image/{kind}", source, signed)
         return signed.getvalue()
 
     return sign
 
 
-def _manifest(kind: Format) -> dict[str, Any]:
-    created = {"action": "c2pa.created", "digitalSourceType": MACHINE_MADE}
+def _manifest(kind: Format, composite: bool) -> dict[str, Any]:
+    created = {"action": "c2pa.created", "digitalSourceType": source_type(composite)}
     return {
         "claim_generator_info": [{"name": "Tessera", "version": __version__}],
         "format": f"image/{kind}",

@@ -7,9 +7,9 @@ A plain ASGI middleware: it neither buffers a stream nor hides that a client has
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import time
-from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.errors import CODE_HEADER, ApiError, internal_error, shown
 from serve.metrics import Metrics
+from serve.settings import ServiceConfig, is_loopback
 
 logger = logging.getLogger("ray.serve")
 
@@ -39,11 +40,15 @@ class Edge:
     Args:
         app: the application.
         metrics: where requests are counted.
-        origins: web pages that may call; pages of this very host always may.
+        service: of it the web pages that may call (pages of this very host always may), whether
+            other machines may, and how the log is written.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, origins: Sequence[str]) -> None:
-        self._app, self._metrics, self._origins = app, metrics, frozenset(origins)
+    def __init__(self, app: ASGIApp, metrics: Metrics, service: ServiceConfig) -> None:
+        self._app, self._metrics = app, metrics
+        self._origins = frozenset(service.cors_origins)
+        self._only_here = not (service.keys or service.allow_anonymous)
+        self._log_text = service.log_format == "text"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -79,7 +84,10 @@ class Edge:
         if origin is None or origin in self._origins:
             return None
         with contextlib.suppress(ValueError):  # what cannot be parsed is no page of this host
-            if urlsplit(origin).netloc == headers.get("host"):
+            page = urlsplit(origin)
+            # without keys this machine alone is served: another name is one that was bent to it
+            known = not self._only_here or is_loopback(page.hostname or "")
+            if page.netloc == headers.get("host") and known:
                 return None
         return ApiError(
             403,
@@ -89,8 +97,10 @@ class Edge:
 
     def _note(self, scope: Scope, status: int, code: str, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unknown")
+        more = dict(scope.get("state", {}).get("said", {}))
+        code = more.pop("code", None) or code
         self._metrics.requests.labels(route, status, code).inc()
-        if status == 200 and route.startswith("/v1/images/"):
+        if status == 200 and not code and route.startswith("/v1/images/"):
             self._metrics.stages.labels("request").observe(seconds)
         said = {
             "method": scope["method"],
@@ -99,6 +109,9 @@ class Edge:
             "code": code,
             "seconds": round(seconds, 4),
             "request_id": Headers(scope=scope).get("x-request-id", ""),
-            **scope.get("state", {}).get("said", {}),
+            **more,
         }
-        logger.info("answered", extra={"http": said})
+        if self._log_text:
+            logger.info("answered %s", json.dumps(said))  # which escapes control characters
+        else:
+            logger.info("answered", extra={"http": said})

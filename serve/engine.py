@@ -154,14 +154,16 @@ class Engine:
 
     async def _work(self) -> None:
         while True:
-            batch = await self._next_batch()
-            if not batch:
-                continue
-            loop = asyncio.get_running_loop()
-            drawing = _Batch(self.model, loop, self._next_in_line, self._took)
-            await loop.run_in_executor(self._thread, drawing.draw, batch)
-            if len(batch) > 1 or self._line:  # who was just answered may ask again
-                self._shared_until = time.monotonic() + self._batch_wait_s
+            if batch := await self._next_batch():
+                await self._draw(batch)
+                if len(batch) > 1 or self._line:  # who was just answered may ask again
+                    self._shared_until = time.monotonic() + self._batch_wait_s
+            del batch  # and with it the model that drew it, which may have been exchanged
+
+    async def _draw(self, batch: list[Place]) -> None:
+        loop = asyncio.get_running_loop()
+        drawing = _Batch(self.model, loop, self._next_in_line, self._took)
+        await loop.run_in_executor(self._thread, drawing.draw, batch)
 
     def _took(self, picture_s: float) -> None:
         self._picture_s = 0.5 * (self._picture_s or picture_s) + 0.5 * picture_s

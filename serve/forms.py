@@ -80,13 +80,16 @@ async def _parse(request: Request, body: bytes) -> tuple[dict[str, str], dict[st
         yield body
         yield b""
 
+    _, options = parse_options_header(request.headers["content-type"])
+    if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8", b"us-ascii"):
+        raise _damaged("its charset is not utf-8")
     parser = MultiPartParser(
         request.headers, stream(), max_files=8, max_fields=_MAX_FIELDS,
         max_part_size=_MAX_FIELD_BYTES,
     )  # fmt: skip
     try:
         form = await parser.parse()
-    except (MultiPartException, UnicodeDecodeError, LookupError) as error:
+    except (MultiPartException, UnicodeError, LookupError) as error:
         raise _damaged(str(error)) from error
     fields: dict[str, str] = {}
     files: dict[str, bytes] = {}

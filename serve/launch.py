@@ -38,6 +38,8 @@ APP_NAME = "tessera"
 _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
 _PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
 """Serve kills a proxy that takes 3 x 5 s to start, as it may on two cores that also train."""
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""This machine is asked itself, whatever proxy the environment names."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,7 @@ def _wait_until_ready(url: str, timeout_s: float) -> None:
 def _not_ready(url: str) -> str | None:
     """None if /readyz says 200, else why not."""
     try:
-        with urllib.request.urlopen(f"{url}/readyz", timeout=30):
+        with _DIRECT.open(f"{url}/readyz", timeout=30):
             return None
     except urllib.error.HTTPError as error:
         body = error.read()

@@ -138,3 +138,10 @@ class Refusal:
     code: Literal["invalid_value", "content_policy_violation", "deadline_exceeded"] = (
         "invalid_value"
     )
+
+
+LATE = Refusal(
+    "the picture cannot be drawn in time; try again later, or allow more time",
+    param=None,
+    code="deadline_exceeded",
+)

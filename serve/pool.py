@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import dataclasses
 import logging
 import time
@@ -58,7 +59,7 @@ class Pool:
         self.on_picture: Callable[[Picture], None] = lambda picture: None
         self._card_at = self._drawn_at = float("-inf")
         self._asking: asyncio.Future[None] | None = None
-        self._probing = asyncio.Lock()
+        self._probe: asyncio.Task[str] | None = None
         self.waiting = 0
 
     async def card(self) -> Card:
@@ -91,7 +92,6 @@ class Pool:
             pictures: list[Picture] = await _explain(
                 _all([self._one(job) for job in _announced(jobs)]), _left_s(jobs[0])
             )
-        self._drawn(*pictures)
         return pictures
 
     async def stream(self, job: Job) -> AsyncIterator[Preview | Picture]:
@@ -104,7 +104,7 @@ class Pool:
         with self._counted(1):
             try:
                 while True:
-                    answer = _accepted(await _explain(anext(answers), _left_s(job)))
+                    answer = accepted(await _explain(anext(answers), _left_s(job)))
                     if isinstance(answer, Picture):
                         self._drawn(answer)
                     yield answer
@@ -120,17 +120,20 @@ class Pool:
         Raises:
             ApiError: none did; the message says why.
         """
-        async with self._probing:
-            if time.monotonic() - self._drawn_at < READY_FOR_S:
-                return
-            try:
-                await self.draw([Job(PROBE, deadline=time.time() + PROBE_TIMEOUT_S)])
-                return
-            except ApiError as error:
-                reason = error.message
-            except Exception:
-                logger.exception("a replica failed to draw the readiness picture")
-                reason = "a replica fails to draw; its log says why"
+        if self._drew_lately():
+            return
+        if self._probe is None or self._probe.done():
+            # of nobody's request: Serve cancels what belongs to one whose client has gone
+            self._probe = asyncio.get_running_loop().create_task(
+                self._draw_probe(), context=contextvars.Context()
+            )
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                reason = await asyncio.shield(self._probe)
+        except TimeoutError:
+            reason = f"the readiness picture is not there after {PROBE_TIMEOUT_S:g} s"
+        if self._drew_lately():  # that picture, or anybody's
+            return
         status = await asyncio.to_thread(self._deployment_status)
         raise ApiError(
             503,
@@ -140,15 +143,30 @@ class Pool:
             retry_after_s=1,
         )
 
+    def _drew_lately(self) -> bool:
+        return time.monotonic() - self._drawn_at < READY_FOR_S
+
+    async def _draw_probe(self) -> str:
+        """Why the readiness picture was not drawn; a model may take longer over it than one call of
+        /readyz waits."""
+        try:
+            await self.draw([Job(PROBE, deadline=time.time() + DEADLINE_S)])
+        except ApiError as error:
+            return error.message
+        except Exception:
+            logger.exception("a replica failed to draw the readiness picture")
+            return "a replica fails to draw; its log says why"
+        return ""
+
     async def _one(self, job: Job) -> Picture:
-        picture: Picture = _accepted(await _retried(lambda: self._handle.draw.remote(job)))
+        picture: Picture = accepted(await _retried(lambda: self._handle.draw.remote(job)))
+        self._drawn(picture)
         return picture
 
-    def _drawn(self, *pictures: Picture) -> None:
+    def _drawn(self, picture: Picture) -> None:
         self._drawn_at = time.monotonic()
-        self._remember(pictures[-1].card)
-        for picture in pictures:
-            self.on_picture(picture)
+        self._remember(picture.card)
+        self.on_picture(picture)
 
     def _remember(self, card: Card) -> None:
         self.known, self._card_at = card, time.monotonic()
@@ -184,7 +202,7 @@ def _left_s(job: Job) -> float:
     return max(0.0, job.deadline - time.time()) + GRACE_S
 
 
-def _accepted(answer: Any) -> Any:
+def accepted(answer: Any) -> Any:
     """Raises ApiError if the answer is a Refusal."""
     if not isinstance(answer, Refusal):
         return answer

@@ -35,7 +35,7 @@ from pipeline.provenance import describe
 from serve.credentials import load_signer
 from serve.encode import encode
 from serve.engine import Drawn, Engine, Late, Place, drawing_thread
-from serve.pictures import PROBE, Card, Job, Output, Picture, Preview, Refusal, Timing
+from serve.pictures import LATE, PROBE, Card, Job, Output, Picture, Preview, Refusal, Timing
 from serve.safety import load_safety
 from serve.settings import ServiceConfig
 from serve.uploads import canvas
@@ -45,14 +45,9 @@ logger = logging.getLogger("ray.serve")
 Load = Callable[[], ImageGenerator]
 """Loads the model; called once in every replica."""
 
+RETRY_S = 300.0  # until a refused version is tried again: what failed may have been the machine
 LOADING_NICENESS = 10
 """More than other threads'; a version that loads beside one that draws gets a tenth of a CPU."""
-
-LATE = Refusal(
-    "the picture cannot be drawn in time; try again later, or allow more time",
-    param=None,
-    code="deadline_exceeded",
-)
 
 
 @dataclass(frozen=True)
@@ -94,7 +89,7 @@ class Generator:
             thread=thread,
         )
         self._uploads = ThreadPoolExecutor(1, thread_name_prefix="upload")
-        self._refused = ""
+        self._refused, self._again_at = "", 0.0
         self._watch = asyncio.get_running_loop().create_task(self._keep_watch()) if find else None
 
     async def card(self) -> Card:
@@ -116,6 +111,9 @@ class Generator:
         place = self._enter(job, prepared)
         try:
             async for number, image in _previews(place):
+                if (withheld := await self._withheld(image)) is not None:
+                    yield withheld
+                    return
                 shown = await asyncio.to_thread(encode, image, job.output, _UNFINISHED)
                 yield Preview(number, shown, prepared.seed)
             yield await self._finish(job, prepared, place)
@@ -149,24 +147,32 @@ class Generator:
             return Refusal(str(error), error.param)
         except Late:
             return LATE
-        pixels = drawn.image.permute(1, 2, 0).contiguous().numpy()
-        reason = await asyncio.to_thread(self._safety.picture, pixels)
-        if reason is not None:
-            return Refusal(reason, None, "content_policy_violation")
+        if (withheld := await self._withheld(drawn.image)) is not None:
+            return withheld
         return await self._encode(job.output, request, drawn)
+
+    async def _withheld(self, image: Tensor) -> Refusal | None:
+        """What the safety hook has against a picture, finished or in the making."""
+        pixels = image.permute(1, 2, 0).contiguous().numpy()
+        reason = await asyncio.to_thread(self._safety.picture, pixels)
+        return None if reason is None else Refusal(reason, None, "content_policy_violation")
 
     async def _encode(self, output: Output, request: GenerationRequest, drawn: Drawn) -> Picture:
         card, began = self._cards[drawn.model], time.monotonic()
         said = describe(request, model=card.name, version=card.version)
-        image = await asyncio.to_thread(self._file, drawn.image, output, said)
+        composite = request.canvas is not None
+        image = await asyncio.to_thread(self._file, drawn.image, output, said, composite)
         timing = Timing(
             drawn.queue_s, drawn.model_s, time.monotonic() - began, batch_size=drawn.batch_size
         )
         card = dataclasses.replace(card, notice=self._card.notice)
         return Picture(image, request.seed, card, timing, drawn.tokens)
 
-    def _file(self, image: Tensor, output: Output, said: Mapping[str, str]) -> bytes:
-        return self._sign(encode(image, output, said), output.format)
+    def _file(
+        self, image: Tensor, output: Output, said: Mapping[str, str], composite: bool
+    ) -> bytes:
+        made = encode(image, output, said, composite=composite)
+        return self._sign(made, output.format, composite)
 
     async def _keep_watch(self) -> None:
         while True:
@@ -187,7 +193,7 @@ class Generator:
             self._refused = ""
             self._note("")
             return
-        if found.version != self._refused:
+        if found.version != self._refused or time.monotonic() > self._again_at:
             await self._change_over(found)
         if found.version == self._refused:
             self._note(f"version {found.version} is refused; {_LOG}; make it anew, or move back")
@@ -197,7 +203,7 @@ class Generator:
             model, card = await _load_aside(found)
         except Exception:
             logger.exception("version %s is refused", found.version)
-            self._refused = found.version
+            self._refused, self._again_at = found.version, time.monotonic() + RETRY_S
             return
         self._cards[model] = card
         self._engine.model, self._card, self._refused = model, card, ""

@@ -198,6 +198,7 @@ class ImageData(BaseModel):
     b64_json: str | None = Field(None, description="base64; its metadata says how it was made")
     url: str | None = Field(None, description="a data: URL")
     seed: int = Field(description="draws this picture again")
+    model_version: str = Field(description="that drew it; another one's may be among the others")
 
 
 class InputDetails(BaseModel):

@@ -10,11 +10,12 @@ A YAML file for `tessera serve --config FILE`, or `args.service` of a Serve conf
 from __future__ import annotations
 
 import ipaddress
+import re
 from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline.config import Config
 from pipeline.errors import RecipeError
@@ -25,7 +26,7 @@ class ApiKey(Config):
 
     name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of the key, in hexadecimal")
-    pictures_per_minute: float = Field(60, gt=0, description="pictures; as many at once")
+    pictures_per_minute: float = Field(60, ge=1, description="pictures; as many at once")
     megapixels_per_day: float = Field(1_000, gt=0, description="width * height * n / 1e6")
 
 
@@ -56,6 +57,17 @@ class ServiceConfig(Config):
     idempotency_ttl_s: float = Field(600, gt=0, description="an Idempotency-Key is known so long")
     watch_every_s: float = Field(5, gt=0, description="how often a moved alias is looked for")
     log_format: Literal["json", "text"] = Field("json", description="of the replicas' logs")
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if not re.fullmatch(r"https?://[^/?#@*\s]+", origin):
+                raise ValueError(
+                    f"{origin!r} is no origin: write the scheme and host of a page, and its port "
+                    "if it has one, as https://example.org"
+                )
+        return tuple(origin.lower() for origin in origins)
 
     @model_validator(mode="after")
     def _distinct(self) -> ServiceConfig:
@@ -90,7 +102,7 @@ def check_exposure(host: str, config: ServiceConfig) -> None:
     Raises:
         RecipeError: `host` is not this machine's alone and there is no key.
     """
-    if config.keys or config.allow_anonymous or _is_loopback(host):
+    if config.keys or config.allow_anonymous or is_loopback(host):
         return
     raise RecipeError(
         f"host {host} lets other machines draw without an API key. Make one with `tessera key "
@@ -99,7 +111,8 @@ def check_exposure(host: str, config: ServiceConfig) -> None:
     )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a name or address is this machine's alone."""
     if host == "localhost":
         return True
     try:

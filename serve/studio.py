@@ -19,8 +19,8 @@ from serve.access import Access
 from serve.cache import Repeats, ResultCache
 from serve.errors import ApiError, shown
 from serve.metrics import Metrics
-from serve.pictures import Card, Job, Picture, Preview, Upload
-from serve.pool import Pool
+from serve.pictures import LATE, Card, Job, Picture, Preview, Upload
+from serve.pool import GRACE_S, Pool, accepted
 from serve.safety import Safety
 from serve.schemas import CHAMPION, Drawable
 from serve.settings import ServiceConfig
@@ -77,7 +77,13 @@ class Studio:
         if caller.repeat_key is None:
             return await work()
         content = body.model_dump_json(), upload and upload.digest
-        return await self._repeats.once(caller.name, caller.repeat_key, content, work)
+        repeated = self._repeats.once(caller.name, caller.repeat_key, content, work)
+        try:
+            async with asyncio.timeout(self._patience(caller) + GRACE_S):
+                return await repeated
+        except TimeoutError:  # it came later than the first and has less time
+            accepted(LATE)
+            raise
 
     async def stream(
         self, body: Drawable, caller: Caller, upload: Upload | None = None
@@ -129,8 +135,11 @@ class Studio:
                 self._access.refund(caller.name, pictures=pictures, pixels=pixels)
             raise
 
+    def _patience(self, caller: Caller) -> float:
+        return min(self._deadline_s, caller.deadline_s or math.inf)
+
     def _jobs(self, body: Drawable, caller: Caller, upload: Upload | None) -> list[Job]:
-        patience = min(self._deadline_s, caller.deadline_s or math.inf)
+        patience = self._patience(caller)
         first_seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed
         return [
             Job(

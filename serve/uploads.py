@@ -5,6 +5,8 @@ Runs in the replica: the ingress holds other users' requests and decodes nothing
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -14,7 +16,7 @@ from PIL import Image
 from pipeline.config import PreprocessConfig
 from pipeline.contracts import Canvas
 from pipeline.errors import RequestError
-from pipeline.images import BAND_PIXELS, BadPicture, make_square, open_checked
+from pipeline.images import BAND_PIXELS, BadPicture, make_square, open_checked, reading
 from pipeline.runtime import return_memory
 from serve.pictures import Upload
 
@@ -43,39 +45,44 @@ def canvas(upload: Upload, image_size: int) -> Canvas:
 
 def _lay_out(upload: Upload, image_size: int) -> tuple[Canvas, int]:
     """The canvas, and how many pixels were decoded for it."""
-    image = _open(upload.image, "image")
-    count = image.width * image.height
-    pixels = np.asarray(make_square(image, "pad", image_size)).tobytes()
+    with _readable(upload.image, "image"):
+        image = open_checked(upload.image, LIMITS)
+        count = image.width * image.height
+        pixels = np.asarray(make_square(image, "pad", image_size)).tobytes()
     if upload.share is not None:
         return Canvas(pixels, share=upload.share), count
     return Canvas(pixels, _editable(upload, image, image_size).tobytes()), count
 
 
-def _open(encoded: bytes, param: str) -> Image.Image:
+@contextlib.contextmanager
+def _readable(encoded: bytes, param: str) -> Iterator[None]:
     try:
-        return open_checked(encoded, LIMITS)
+        with reading(encoded):
+            yield
     except BadPicture as error:
         raise RequestError(f"the {param} {_REASONS[error.reason]}", param=param) from error
 
 
 def _editable(upload: Upload, image: Image.Image, image_size: int) -> NDArray[np.uint8]:
     """uint8 (S, S), 255 where a pixel of the mask is fully transparent."""
-    mask = image
-    if upload.mask is not None:
-        mask = _open(upload.mask, "mask")
+    given = upload.mask is not None
+    encoded = upload.image if upload.mask is None else upload.mask
+    with _readable(encoded, "mask" if given else "image"):
+        mask = open_checked(encoded, LIMITS) if given else image
         if mask.size != image.size:
             raise RequestError(
                 f"the mask is {mask.width}x{mask.height}, the image {image.width}x{image.height}; "
                 "send a mask of the image's size",
                 param="mask",
             )
-    if not mask.has_transparency_data:
-        missing = "has no transparency" if upload.mask is not None else "is missing"
-        raise RequestError(
-            f"the mask {missing}; send a PNG that is transparent where the picture is to change",
-            param="mask",
-        )
-    editable = _shrink(mask, image_size)
+        if not mask.has_transparency_data:
+            missing = "has no transparency" if given else "is missing"
+            raise RequestError(
+                f"the mask {missing}; send a PNG that is transparent where the picture is to "
+                "change",
+                param="mask",
+            )
+        editable = _shrink(mask, image_size)
     if not editable.any():
         raise RequestError("the mask is transparent nowhere; nothing would change", param="mask")
     return editable

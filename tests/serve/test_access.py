@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,20 +16,24 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from ray.serve.exceptions import BackPressureError
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import StreamingResponse
 from test_pool import CARD, Call, Handle
 
 from pipeline.contracts import TokenCount
 from pipeline.errors import RecipeError
 from serve.access import Bucket, new_key
+from serve.answers import events
 from serve.api import create_api
 from serve.edge import Edge
+from serve.errors import ApiError
 from serve.metrics import Metrics
-from serve.pictures import Job, Picture, Refusal, Timing
+from serve.pictures import LATE, Job, Picture, Refusal, Timing
 from serve.pool import Pool
-from serve.replica import LATE
 from serve.safety import Words, load_safety
+from serve.schemas import ImageRequest
 from serve.settings import ApiKey, ServiceConfig, load_service
 
 KEY, DIGEST = new_key()
@@ -210,13 +214,48 @@ def test_pages_of_other_sites_are_kept_out() -> None:
         return ("POST", "/v1/images/generations", {**DRAW[2], "headers": {"origin": value}})
 
     foreign = [origin(said) for said in ("http://evil.example", "null", "http://[")]
-    answers = ask(*foreign, origin("http://test"))
-    assert codes(answers) == [(403, "origin_not_allowed")] * 3 + [(200, None)]
+    bent = origin("http://test")  # a name of another site that leads to this machine
+    answers = ask(*foreign, bent)
+    assert codes(answers) == [(403, "origin_not_allowed")] * 4
+    (own,) = ask(bent, service=ServiceConfig(allow_anonymous=True))
+    assert own.status_code == 200, "where others are served, the host's own pages may call"
     friendly = ServiceConfig(cors_origins=("https://a.example",))
     (allowed,) = ask(origin("https://a.example"), service=friendly)
     assert allowed.headers["access-control-allow-origin"] == "https://a.example"
     (refused,) = ask(origin("https://b.example"), service=friendly)
     assert refused.status_code == 403 and "access-control-allow-origin" not in refused.headers
+
+
+def test_a_page_may_send_any_header_and_read_any_answer() -> None:
+    page = {"origin": "https://a.example"}
+    wanted = {
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization,x-stainless-lang,x-request-id",
+    }
+    asked: list[Ask] = [
+        ("OPTIONS", DRAW[1], {"headers": page | wanted}),
+        ("POST", DRAW[1], {"json": {"prompt": "a cat", "n": 0}, "headers": page}),
+    ]
+    friendly = ServiceConfig(cors_origins=("https://A.example",))
+    allowed, failed = ask(*asked, service=friendly)
+    assert allowed.status_code == 200
+    assert "x-stainless-lang" in allowed.headers["access-control-allow-headers"]
+    assert failed.status_code == 400 and "access-control-allow-origin" in failed.headers
+    assert "x-error-code" in failed.headers["access-control-expose-headers"]
+
+
+@pytest.mark.parametrize("origin", ["*", "https://a.example/", "a.example", "https://a.example/x"])
+def test_what_is_no_origin_is_refused(origin: str) -> None:
+    with pytest.raises(ValidationError, match="is no origin"):
+        ServiceConfig(cors_origins=(origin,))
+
+
+def test_a_key_may_have_any_name() -> None:
+    key = KEYED.keys[0].model_copy(update={"name": "anonymous"})
+    assert ask(keyed(DRAW), service=ServiceConfig(keys=(key,)))[0].status_code == 200
+    small = KEYED.keys[0].model_copy(update={"megapixels_per_day": 0.001})
+    (answer,) = ask(draw(1), service=ServiceConfig(keys=(small,)))
+    assert "not even one fits" in answer.json()["error"]["message"]
 
 
 def test_security_headers_are_on_everything() -> None:
@@ -349,7 +388,7 @@ def test_what_cannot_be_answered_any_more(
         sent.append(message)
 
     metrics = Metrics()
-    edge = Edge(app, metrics, ())
+    edge = Edge(app, metrics, ServiceConfig())
     scope = {"type": "http", "method": "GET", "headers": []}
     with pytest.raises(failure) if failure else contextlib.nullcontext():
         asyncio.run(edge(scope, keep, keep))  # type: ignore[arg-type]
@@ -372,6 +411,47 @@ def test_a_line_in_the_log_holds_no_raw_control_character(
     assert (said["status"], said["caller"], said["pictures"]) == (200, "anonymous", 1)
     assert said["user"] == "mallory\n\x1b[2Jroot" and "a cat" not in line
     assert line.isprintable()
+
+
+def test_the_text_log_says_as_much(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="ray.serve"):
+        ask(
+            ("POST", DRAW[1], {"json": {"prompt": "a cat", "user": "me\n"}}),
+            service=ServiceConfig(log_format="text"),
+        )
+    (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("answered")]
+    assert json.loads(line.removeprefix("answered "))["status"] == 200 and line.isprintable()
+
+
+def test_a_stream_that_fails_is_no_success() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        request = Request(scope)
+        request.state.said = {}
+
+        async def late() -> AsyncIterator[Any]:
+            raise ApiError(503, "too late", code="deadline_exceeded")
+            yield
+
+        request.scope["app"] = SimpleNamespace(
+            state=SimpleNamespace(pool=SimpleNamespace(card=lambda: asyncio.sleep(0, CARD)))
+        )
+        told = events("image_generation", ImageRequest(prompt="a"), PICTURE, late(), request)
+        await StreamingResponse(told)(scope, receive, send)
+
+    sent: list[Any] = []
+
+    async def keep(message: Any) -> None:
+        sent.append(message)
+
+    async def silent() -> Any:
+        await asyncio.sleep(60)
+
+    metrics = Metrics()
+    scope = {"type": "http", "method": "POST", "headers": [], "state": {}}
+    asyncio.run(Edge(app, metrics, ServiceConfig())(scope, silent, keep))  # type: ignore[arg-type]
+    assert b"event: error" in b"".join(m.get("body", b"") for m in sent)
+    text = metrics.render(None, lambda: 0).decode()
+    assert 'code="deadline_exceeded",route="unknown",status="200"} 1.0' in text
 
 
 @pytest.mark.parametrize(

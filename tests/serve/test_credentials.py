@@ -18,7 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from pipeline.errors import ResourceError
 from serve.credentials import load_signer
-from serve.encode import MACHINE_MADE, encode
+from serve.encode import encode, source_type
 from serve.pictures import Format, Output
 from serve.settings import C2paConfig
 
@@ -72,19 +72,22 @@ def signing(tmp_path: Path) -> C2paConfig:
     return C2paConfig(certificates=chain, private_key=private)
 
 
+@pytest.mark.parametrize("composite", [False, True])
 @pytest.mark.parametrize("kind", get_args(Format))
 def test_a_signed_picture_says_a_machine_made_it_and_shows_changes(
-    kind: Format, signing: C2paConfig
+    kind: Format, composite: bool, signing: C2paConfig
 ) -> None:
     image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
-    plain = encode(image, Output(kind), {"Software": "Tessera"})
-    signed = load_signer(signing)(plain, kind)
+    plain = encode(image, Output(kind), {"Software": "Tessera"}, composite=composite)
+    signed = load_signer(signing)(plain, kind, composite)
     with c2pa.Reader(f"image/{kind}", io.BytesIO(signed)) as reader:
         assert reader.get_validation_state() == "Valid"
         said = json.loads(reader.json())
     (actions,) = said["manifests"][said["active_manifest"]]["assertions"]
     (action,) = actions["data"]["actions"]
-    assert (action["action"], action["digitalSourceType"]) == ("c2pa.created", MACHINE_MADE)
+    made = source_type(composite)
+    assert (action["action"], action["digitalSourceType"]) == ("c2pa.created", made)
+    assert ("composite" in made) == composite and made.encode() in plain
     changed = bytearray(signed)
     changed[-20] ^= 1
     with c2pa.Reader(f"image/{kind}", io.BytesIO(bytes(changed))) as reader:
@@ -95,4 +98,4 @@ def test_what_cannot_sign_is_said_at_the_start(signing: C2paConfig) -> None:
     signing.private_key.write_text("no key")
     with pytest.raises(ResourceError, match="c2pa cannot sign"):
         load_signer(signing)
-    assert load_signer(None)(b"picture", "png") == b"picture"
+    assert load_signer(None)(b"picture", "png", False) == b"picture"

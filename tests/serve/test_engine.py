@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
@@ -299,3 +301,25 @@ def test_a_picture_may_be_refused(tmp_path: Path) -> None:
         return await replica.draw(Job(GenerationRequest("cat"), deadline=time.time() + LONG))
 
     assert asyncio.run(main()) == Refusal("not this one", None, "content_policy_violation")
+
+
+def test_previews_of_a_refused_picture_are_not_shown(tmp_path: Path) -> None:
+    async def main() -> list[Any]:
+        found = Found("tiny", "1", lambda: HashGenerator(tmp_path / "log"))
+        replica = Generator(found, None, CONFIG, ServiceConfig(safety=f"{__name__}:Censor"))
+        job = Job(GenerationRequest("slow cat"), deadline=time.time() + LONG, previews=3)
+        return [answer async for answer in replica.stream(job)]
+
+    assert asyncio.run(main()) == [Refusal("not this one", None, "content_policy_violation")]
+
+
+def test_an_exchanged_model_is_let_go(tmp_path: Path) -> None:
+    async def work(engine: Engine) -> None:
+        old = weakref.ref(engine.model)
+        await enter(engine, GenerationRequest("cat")).done
+        engine.model = HashGenerator(tmp_path / "log")
+        await asyncio.sleep(0.05)
+        gc.collect()
+        assert old() is None
+
+    run(tmp_path, work)

@@ -22,7 +22,7 @@ from harness import SLOW_S, STEPS, Running
 from PIL import Image
 from test_mistakes import check_envelope
 
-from serve.encode import MACHINE_MADE
+from serve.encode import source_type
 
 PROMPT = "a red apple"
 
@@ -88,7 +88,7 @@ def test_formats_say_that_a_machine_drew(server: Running, kind: str) -> None:
         content = opened.read()
     picture = Image.open(io.BytesIO(content), formats=[kind])
     assert picture.size == (64, 64) and answer.output_format == kind
-    assert MACHINE_MADE.encode() in content
+    assert source_type(composite=False).encode() in content
     if kind == "png":
         said = dict(picture.text)
     else:

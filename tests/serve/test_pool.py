@@ -16,11 +16,11 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 
 from pipeline.contracts import GenerationRequest
+from serve import pool as pool_module
 from serve.api import create_api
 from serve.errors import ApiError, last_error
-from serve.pictures import Card, Job, Picture, Refusal
+from serve.pictures import LATE, Card, Job, Picture, Refusal
 from serve.pool import ATTEMPTS, GRACE_S, Pool
-from serve.replica import LATE
 from serve.schemas import ImageRequest
 
 CARD = Card(name="tiny", version="3", image_size=64, styles=("noto",), loaded=0)
@@ -129,6 +129,24 @@ def test_ready_asks_for_a_picture_only_when_none_was_drawn_lately() -> None:
         await pool.check_ready()
 
     asyncio.run(twice())
+    assert len(handle.asked) == 1
+
+
+def test_a_slow_readiness_picture_makes_ready_when_it_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Pool, "_deployment_status", lambda self: "one replica")
+    monkeypatch.setattr(pool_module, "PROBE_TIMEOUT_S", 0.05)
+    handle = Handle(Call(Picture(b"png", 0, CARD), delay_s=0.2))
+    pool = Pool(handle)  # type: ignore[arg-type]
+
+    async def slow() -> None:
+        with pytest.raises(ApiError, match=r"not there after 0\.05 s"):
+            await pool.check_ready()
+        await asyncio.sleep(0.3)
+        await pool.check_ready()
+
+    asyncio.run(slow())
     assert len(handle.asked) == 1
 
 

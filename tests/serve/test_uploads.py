@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import struct
 import threading
 import time
 from pathlib import Path
@@ -15,6 +17,7 @@ from PIL import Image
 from test_features import mask, png, source
 
 from pipeline.contracts import GenerationRequest
+from pipeline.errors import RequestError
 from serve import uploads
 from serve.pictures import Job, Picture, Upload
 from serve.replica import Found, Generator
@@ -89,3 +92,35 @@ def test_memory_is_given_back_after_a_large_picture(monkeypatch: pytest.MonkeyPa
     assert not given
     uploads.canvas(Upload(png(source(1500)), share=0.5), 64)
     assert given == [1]
+
+
+def odd_exif(orientation: int) -> bytes:
+    """A JPEG whose EXIF says a number as text, which cannot be written anew."""
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0)
+    entries += struct.pack("<HHI4s", 0x0128, 2, 2, b"2\0\0\0")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0)
+    stream = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(stream, "JPEG")
+    jpeg = stream.getvalue()
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
+
+
+def damaged_palette() -> bytes:
+    """A PNG that is transparent at a place beyond its palette."""
+    stream = io.BytesIO()
+    Image.new("P", (64, 64)).save(stream, "PNG", transparency=bytes(200))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("param", ["image", "mask"])
+@pytest.mark.parametrize("encoded", [odd_exif(6), damaged_palette(), b"\x89PNG\r\n\x1a\n"])
+def test_a_damaged_upload_is_drawn_or_refused(param: str, encoded: bytes) -> None:
+    upload = (
+        Upload(encoded, share=0.5) if param == "image" else Upload(png(source(64)), mask=encoded)
+    )
+    try:
+        made, _ = uploads._lay_out(upload, 64)
+    except RequestError as error:
+        assert error.param == param and error.args[0].startswith("the ")
+    else:
+        assert len(made.pixels) == 3 * 64 * 64
