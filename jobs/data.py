@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.augment import Augment
-from pipeline.captions import BadCaption
+from pipeline.captions import BadCaption, clean
 from pipeline.config import AugmentConfig, PreprocessConfig, Recipe
 from pipeline.decoding import parse_record
 from pipeline.errors import DataError
@@ -148,6 +148,6 @@ def _cell(sample: TarSample, manifest: Manifest) -> tuple[NDArray[np.uint8], str
             raise BadPicture(sample.problem or "no_picture")
         first = {c["language"]: c["text"] for c in reversed(record["captions"])}
         captions = list(reversed(first.values()))  # a language's first is the shortest
-        return decode(sample.picture, config), " | ".join(captions) or sample.key
+        return decode(sample.picture, config), clean(" | ".join(captions)) or sample.key
     except (BadPicture, BadCaption) as error:
         return np.full((3, SIDE, SIDE), WHITE[0] // 2, np.uint8), f"({error.reason})"

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
 
 import typer
 
@@ -96,10 +97,17 @@ def _credits(
     return Credits(
         license=license,
         style=style,
-        source=source or path.rstrip("/").rpartition("/")[2] or path,
+        source=source or _name_of(path),
         attribution=attribution,
         language=language,
     )
+
+
+def _name_of(path: str) -> str:
+    """The last part of a path or URI, whose endpoint and credentials are nobody's to know."""
+    parts = urlsplit(path) if "://" in path else None
+    place = path if parts is None else f"{parts.hostname or ''}{parts.path}"
+    return place.rstrip("/").rpartition("/")[2] or place
 
 
 @ingest_app.command("folder")

@@ -84,7 +84,11 @@ class PreprocessConfig(Config):
     max_pixels: int = Field(64_000_000, ge=1, description="width * height; more is a bomb")
     max_caption_chars: int = Field(1_000, ge=1, description="longer captions are quarantined")
     max_bad_fraction: float = Field(
-        0.05, ge=0, le=1, description="quarantined / promised; above it the job fails"
+        0.05,
+        ge=0,
+        le=1,
+        description="bad / promised; above it the job fails. What `languages` and "
+        "`deduplicate` leave out is not bad",
     )
     require_captions: bool = later(
         True, description="false keeps pictures without captions, to train a tokenizer on"

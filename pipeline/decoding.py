@@ -112,14 +112,18 @@ class Decoder:
             BadCaption: as `captions_of`; other_language if none is left.
         """
         config = self.config
+        if config.languages and isinstance(raw, list) and raw:
+            raw = [caption for caption in raw if self._is_wanted(caption)]
+            if not raw and config.require_captions:
+                raise BadCaption("other_language")
         if raw == [] and not config.require_captions:
             return ()
-        captions = captions_of(raw, config.max_caption_chars)
-        if config.languages:
-            captions = tuple(c for c in captions if speaks(c.language, config.languages))
-        if not captions and config.require_captions:
-            raise BadCaption("other_language")
-        return captions
+        return captions_of(raw, config.max_caption_chars)
+
+    def _is_wanted(self, caption: Any) -> bool:
+        """Of a wanted language, or so malformed that it names none."""
+        language = caption.get("language") if isinstance(caption, dict) else None
+        return not isinstance(language, str) or speaks(language, self.config.languages)
 
 
 def perceptual_hash(pixels: NDArray[np.uint8]) -> int:
@@ -160,7 +164,7 @@ def parse_record(encoded: Any) -> dict[str, Any]:
         )
     except UnicodeError as error:
         raise BadCaption("bad_utf8") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
         raise BadCaption("bad_json") from error
     if not valid:
         raise BadCaption("bad_json")

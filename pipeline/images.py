@@ -11,17 +11,19 @@ Shapes: B pictures, S = image_size pixels a side.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from pipeline.config import PreprocessConfig
+from pipeline.errors import TesseraError
 from pipeline.labels import draw_label, load_font
 from pipeline.splits import hash_fraction
 
@@ -60,7 +62,8 @@ def decode(encoded: bytes, config: PreprocessConfig, *, key: str = "") -> NDArra
     where = 0.5
     if config.square == "random_crop":
         where = hash_fraction("crop", key, config.crop_seed)
-    square = make_square(image, config.square, config.image_size, where=where)
+    with reading(encoded):
+        square = make_square(image, config.square, config.image_size, where=where)
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
 
@@ -70,23 +73,54 @@ def open_checked(encoded: bytes, config: PreprocessConfig) -> Image.Image:
     Raises:
         BadPicture: as for `decode`.
     """
-    try:
+    with reading(encoded):
         with warnings.catch_warnings():
             # config.max_pixels is the limit; Pillow's warning below its own would only repeat it
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(encoded), formats=FORMATS)
         _check_size(*image.size, config)
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return image
+        return _upright(image)
+
+
+@contextlib.contextmanager
+def reading(encoded: bytes) -> Iterator[None]:
+    """Whatever a damaged file makes Pillow raise in here is a BadPicture: beside OSError and
+    ValueError there are struct.error, AssertionError, KeyError and more, and palettes and
+    transparency are only looked at when a picture is converted."""
+    try:
+        yield
+    except (BadPicture, TesseraError, MemoryError):
+        raise
     except Image.DecompressionBombError as error:
         raise BadPicture("bomb") from error
-    except (OSError, SyntaxError, ValueError, EOFError, OverflowError) as error:
-        # Pillow's decoders raise all of these for damaged files; ours passes through
-        if isinstance(error, BadPicture):
-            raise
+    except Exception as error:
         cut = "truncated" in str(error).lower() or _is_cut_webp(encoded)
         raise BadPicture("truncated" if cut else "undecodable") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF tag says; a tag that cannot be read says nothing.
+
+    ImageOps.exif_transpose would write the whole EXIF anew, which odd tags in it prevent.
+    """
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # noqa: BLE001 - see `reading`
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By EXIF orientation."""
 
 
 def _is_cut_webp(encoded: bytes) -> bool:

@@ -2,7 +2,8 @@
 
     may_mirror(["flag: France"]), may_mirror(["red apple", "红苹果"])        # (False, True)
 
-Captions alone are read, so a picture that bears text without its captions saying so is mirrored.
+Captions alone are read, in English and Chinese: a picture that bears text without its captions
+saying so is mirrored.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ _ENGLISH = re.compile(
 )
 _CHINESE = re.compile(
     r"[左右旗]|顺时针|逆时针|朝[东西]|文字|汉字|漢字|字母|字样|数字|數字|拉丁|"
-    r"标志|標誌|标牌|招牌|海报|商标|按钮|按鈕|键帽|時鐘|时钟|钟表|点钟|地图|地圖|日历|报纸|书法|車牌|车牌|乐谱"
+    r"标志|標誌|标牌|標牌|招牌|海报|海報|商标|商標|按钮|按鈕|键帽|鍵帽|時鐘|时钟|钟表|鐘錶|点钟|點鐘|"
+    r"順時針|逆時針|地图|地圖|日历|日曆|报纸|報紙|书法|書法|車牌|车牌|乐谱|樂譜|字樣|標籤|标签"
 )
 _QUOTED = re.compile(r"[\"“”„«»「」『』][^\"“”„«»「」『』]+[\"“”„«»「」『』]")
 _CAPITALS = re.compile(r"\b[A-Z]{2,}\b|\b[B-HJ-Z]\b(?!['’.])")  # OK, SOS, A button; not "I", "A"

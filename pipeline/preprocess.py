@@ -201,8 +201,8 @@ def _plan(shard_sets: Sequence[str], data: DataConfig) -> _Plan:
                 lost += shard.samples
             else:
                 label = f"{name}/{shard.file}"
-                if label in shards:  # two sets of one name
-                    label = f"{name}-{number}/{shard.file}"
+                while label in shards:  # two sets of one name
+                    label = f"{number}-{label}"
                 path = f"{root}/{shard.file}"
                 shards[label] = ShardFile(label, path, shard.samples, manifest.in_place)
     if any(fs != systems[0] for fs in systems):
@@ -391,11 +391,16 @@ def _write_pixels(folder: Path, numbers: pa.Array, target: Path, group_rows: int
     wanted = pc.field("number").isin(numbers)
     table = pads.dataset(folder, schema=STAGED).to_table(PIXELS.names, filter=wanted)
     order = pc.sort_indices(table["key"])
+    # rows are taken from one piece, whose offsets may need more than 32 bits
+    images = table["image"].cast(pa.large_binary()).combine_chunks()
+    table = table.drop_columns("image").combine_chunks()
     repeated = [name for name in PIXELS.names if name not in ("key", "image")]
     with pq.ParquetWriter(target, PIXELS, compression="zstd", use_dictionary=repeated) as writer:
         for start in range(0, len(order), group_rows):
-            writer.write_table(table.take(order.slice(start, group_rows)))
-    del table
+            rows = order.slice(start, group_rows)
+            taken = table.take(rows).append_column("image", images.take(rows).cast(pa.binary()))
+            writer.write_table(taken.select(PIXELS.names))
+    del table, images
     pa.default_memory_pool().release_unused()  # the process goes on with other work
     return_memory()
 

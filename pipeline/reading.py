@@ -77,7 +77,7 @@ def _batches(samples: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]
     size = 0
     for sample in samples:
         batch.append(sample)
-        size += len(sample["picture"] or b"")
+        size += len(sample["picture"] or b"") + len(sample["record"] or b"")
         if len(batch) == WORK_SAMPLES or size > WORK_BYTES:
             yield batch
             batch, size = [], 0
@@ -87,6 +87,9 @@ def _batches(samples: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]
 
 def _row(sample: TarSample, shard: ShardFile, number: int) -> dict[str, Any]:
     problem, record = sample.problem, sample.files.get("json")
+    key = sample.key.encode("utf-8", "backslashreplace").decode()
+    if key != sample.key:  # a name that is not UTF-8
+        problem = problem or "bad_utf8"
     if shard.credits is not None and problem is None:
         try:
             record = json.dumps(record_of(sample.key, sample.files, shard.credits)).encode()
@@ -95,7 +98,7 @@ def _row(sample: TarSample, shard: ShardFile, number: int) -> dict[str, Any]:
     return {
         "shard": shard.label,
         "number": number,
-        "key": sample.key,
+        "key": key,
         "picture": sample.picture,
         "record": record,
         "problem": problem,

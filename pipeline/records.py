@@ -21,8 +21,10 @@ from pipeline.captions import BadCaption
 from pipeline.contracts import Caption
 
 TEXTS = ("group", "style", "source", "license", "attribution")
-_CAPTION_FIELD = re.compile(r"^(?:captions?|text)(?:_(?P<language>[A-Za-z]{2,3}(?:[-_]\w+)*))?$")
-_CAPTION_FILE = re.compile(r"^(?:(?P<language>[a-z]{2,3}(?:-\w+)*)\.)?txt$")
+LANGUAGE = r"(?P<language>(?!(?:id|ids|url|raw|old|len)$)[A-Za-z]{2,3}(?:[-_]\w+)*)"
+"""A BCP 47 tag, also with underscores; caption_id, caption_url and the like name no language."""
+_CAPTION_FIELD = re.compile(rf"^(?:captions?|text)(?:_{LANGUAGE})?$")
+_CAPTION_FILE = re.compile(rf"^(?:{LANGUAGE.replace('$', '[.]')}\.)?txt$")
 
 
 class Credits(BaseModel):
@@ -38,14 +40,19 @@ class Credits(BaseModel):
 
     def fill(self, said: Mapping[str, Any], *, group: str) -> dict[str, str]:
         """TEXTS as `said` has them, else these; `group` if it names none."""
-        author = {"attribution": said.get("author")}
-        found = {name: said.get(name) or author.get(name) for name in TEXTS}
         known = {"group": group, **self.model_dump(include=set(TEXTS))}
-        return {name: _text(value) or known[name] for name, value in found.items()}
+        found = {name: _text(said.get(name)) for name in TEXTS}
+        found["attribution"] = found["attribution"] or _text(said.get("author"))
+        return {name: found[name] or known[name] for name in TEXTS}
 
 
 def _text(value: Any) -> str:
-    """Text and whole numbers (a group's id) are said; anything else is not."""
+    """Text and whole numbers (a group's id) are said; anything else is not.
+
+    A column of whole numbers with a gap comes as floats from pandas.
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     is_said = isinstance(value, str | int) and not isinstance(value, bool)
     return str(value).strip() if is_said else ""
 
@@ -53,12 +60,17 @@ def _text(value: Any) -> str:
 def captions_in(said: Mapping[str, Any], language: str) -> list[Caption]:
     """The captions of a row or JSON object; blank ones are none, and cleaning comes later."""
     captions: list[Caption] = []
+    own = _text(said.get("language")) or language
     for name, value in said.items():
         match = _CAPTION_FIELD.match(str(name))
         if match is not None:
-            tongue = (match["language"] or language).replace("_", "-")
-            captions += _captions(value, tongue)
+            captions += _captions(value, tag(match["language"] or own))
     return captions
+
+
+def tag(language: str) -> str:
+    """zh_CN -> zh-CN."""
+    return language.replace("_", "-")
 
 
 def _captions(value: Any, language: str) -> Iterator[Caption]:
@@ -97,7 +109,7 @@ def record_of(key: str, files: Mapping[str, bytes], credits: Credits) -> dict[st
     for name, content in files.items():
         match = _CAPTION_FILE.match(name)
         if match is not None:
-            captions += _captions(_decoded(content), match["language"] or credits.language)
+            captions += _captions(_decoded(content), tag(match["language"] or credits.language))
     captions += captions_in(said, credits.language)
     return {
         "captions": [{"text": c.text, "language": c.language} for c in canonical(captions)],
@@ -106,9 +118,10 @@ def record_of(key: str, files: Mapping[str, bytes], credits: Credits) -> dict[st
 
 
 def _parsed(encoded: bytes) -> dict[str, Any]:
+    text = _decoded(encoded)
     try:
-        said = json.loads(_decoded(encoded))
-    except (json.JSONDecodeError, RecursionError) as error:
+        said = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
         raise BadCaption("bad_json") from error
     if not isinstance(said, dict):
         raise BadCaption("bad_json")
@@ -127,9 +140,12 @@ def plain_key(text: str) -> str:
 
     >>> plain_key("img_0001"), plain_key("cats/tom 1")
     ('img_0001', 'cats-tom-1-d4b76fe1')
+    >>> plain_key("红苹果")  # of which the hash alone is left
+    '57e697cba4ba94a6'
     """
     plain = re.sub(r"[^A-Za-z0-9_-]+", "-", text)
     if plain == text:
         return text
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    return f"{plain.strip('-')[:80]}-{digest[:8]}".lstrip("-")
+    kept = plain.strip("-")[:80]
+    return f"{kept}-{digest[:8]}" if kept else digest[:16]

@@ -22,7 +22,10 @@ from pipeline.errors import DataError
 
 PICTURES = ("webp", "png", "jpg", "jpeg")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-MAX_MEMBER_BYTES = 256_000_000
+TEXTS = ("json", "txt")
+MAX_MEMBER_BYTES = 256_000_000  # of a picture, and of all members of a sample together
+MAX_TEXT_BYTES = 4_000_000
+MAX_HEADER_BYTES = 1_000_000  # of a long name or of extended attributes
 _MEMBER = re.compile(r"^(?P<key>(?:.*/)?[^./][^./]*)\.(?P<extension>[^/]+)$", re.DOTALL)
 _CHUNK = 1 << 20  # bytes
 
@@ -68,6 +71,8 @@ def read_samples(stream: IO[bytes], *, name: str = "the tar") -> Iterator[TarSam
             sample = TarSample(key)
         sample.files[extension] = content
         sample.problem = sample.problem or _problem(member)
+        if sum(map(len, sample.files.values())) > MAX_MEMBER_BYTES:
+            sample.files, sample.problem = {extension: b""}, sample.problem or "too_large"
     if sample is not None:
         yield _finished(sample, seen)
 
@@ -87,19 +92,37 @@ def _problem(member: tarfile.TarInfo) -> str | None:
         return "unsafe_name"
     if not member.isreg():
         return "link"
-    return "too_large" if member.size > MAX_MEMBER_BYTES else None
+    return "too_large" if member.size > (_limit(member) or member.size) else None
+
+
+def _limit(member: tarfile.TarInfo) -> int:
+    """Bytes that a member may have; 0 for those that are no part of a sample."""
+    extension = member.name.lower().rpartition(".")[2]
+    if extension in PICTURES:
+        return MAX_MEMBER_BYTES
+    return MAX_TEXT_BYTES if extension in TEXTS else 0
+
+
+class _Header(tarfile.TarInfo):
+    """Of a member; one that would fill the memory before anything could look at it is refused."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type not in tarfile.REGULAR_TYPES and self.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        read: tarfile.TarInfo = super()._proc_member(tar)  # type: ignore[misc]
+        return read
 
 
 def _members(stream: IO[bytes], name: str) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
     """Every member but folders, with its content; nothing for links and what is too large."""
     try:
-        with tarfile.open(fileobj=stream, mode="r|*") as tar:
+        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # or it keeps every header
                 if member.isdir():
                     continue
                 content = b""
-                if member.isreg() and member.size <= MAX_MEMBER_BYTES:
+                if member.isreg() and member.size <= _limit(member):
                     file = tar.extractfile(member)
                     assert file is not None, "a regular member has a stream"
                     content = file.read()

@@ -56,6 +56,8 @@ def list_files(fs: pyarrow.fs.FileSystem, root: str) -> list[str]:
         found = fs.get_file_info(pyarrow.fs.FileSelector(root, recursive=True))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(f"there is no folder {root}: check the path or URI") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"a file in {root} has a name that is not UTF-8: rename it") from error
     except OSError as error:
         raise unreachable(root, error) from error
     prefix = root.rstrip("/") + "/"

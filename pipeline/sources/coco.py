@@ -21,7 +21,10 @@ from pipeline.records import Credits
 from pipeline.shards import open_uri
 from pipeline.sources._files import EXTENSIONS, list_files, make_sample, read_all
 
-_CREATIVE_COMMONS = re.compile(r"creativecommons\.org/(?:licenses|publicdomain)/([a-z-]+)/([\d.]+)")
+_CREATIVE_COMMONS = re.compile(
+    r"creativecommons\.org/(?:licenses|publicdomain)/([a-z-]+)/([\d.]+)(?:/([a-z]{2})\b)?"
+)
+_PUBLIC_DOMAIN = {"zero": "CC0", "mark": "CC-PDM"}
 
 
 class CocoSource:
@@ -99,4 +102,9 @@ def spdx(license: dict[str, Any]) -> str:
     'CC-BY-NC-SA-2.0'
     """
     found = _CREATIVE_COMMONS.search(license.get("url", ""))
-    return f"CC-{found[1].upper()}-{found[2]}" if found else license.get("name", "NOASSERTION")
+    if found is None:
+        return str(license.get("name", "NOASSERTION"))
+    kind, version, place = found.groups()
+    if kind in _PUBLIC_DOMAIN:
+        return f"{_PUBLIC_DOMAIN[kind]}-{version}"
+    return "-".join(filter(None, ["CC", kind.upper(), version, (place or "").upper()]))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 
 from pipeline.contracts import Caption, Sample
 from pipeline.errors import DataError
-from pipeline.records import Credits, captions_in
+from pipeline.records import LANGUAGE, Credits, captions_in, tag
 from pipeline.shards import open_uri
 from pipeline.sources._files import list_files, make_sample, pictures_of, read_all, unique_names
 
@@ -108,13 +109,15 @@ def _language(row: Mapping[str, Any], credits: Credits) -> str:
 def _caption_files(names: list[str]) -> dict[str, list[tuple[str, str]]]:
     """(language or "", file) by the stem of the picture they caption."""
     found: dict[str, list[tuple[str, str]]] = {}
+    pictured = {n.rpartition(".")[0] for n in names if not n.lower().endswith(".txt")}
     for name in names:
-        if name.endswith(".txt"):
-            stem = name.removesuffix(".txt")
-            found.setdefault(stem, []).append(("", name))
-            head, dot, language = stem.rpartition(".")
-            if dot and "/" not in language:
-                found.setdefault(head, []).append((language, name))
+        if not name.lower().endswith(".txt"):
+            continue
+        stem = name[: -len(".txt")]
+        found.setdefault(stem, []).append(("", name))
+        head, _, last = stem.rpartition(".")
+        if head and stem not in pictured and (language := re.fullmatch(LANGUAGE, last)):
+            found.setdefault(head, []).append((tag(language[0]), name))
     return found
 
 
@@ -141,8 +144,8 @@ def _json_lines(lines: io.TextIOWrapper, path: str) -> Iterator[Mapping[str, Any
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number} is not JSON: {error.msg}") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}, line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number} is not a JSON object")
         yield row

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from pipeline.captions import BadCaption
 from pipeline.contracts import Caption, Sample
@@ -107,7 +108,16 @@ class WebDatasetSource:
         )
 
     def _address(self) -> str:
-        """The folder as a manifest elsewhere can name it."""
+        """The folder as a manifest elsewhere can name it.
+
+        Raises:
+            DataError: there are credentials in it.
+        """
+        if "://" in self.folder and "@" in urlsplit(self.folder).netloc:
+            raise DataError(
+                "the manifest names this URI, and there are credentials in it: leave them out, and "
+                "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or what the store reads, or --copy"
+            )
         return self.folder if "://" in self.folder else self.root
 
     def _tars(self) -> list[str]:

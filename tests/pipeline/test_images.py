@@ -251,3 +251,30 @@ def test_grid_draws_labels_and_refuses_wrong_numbers_of_them() -> None:
 def test_to_pil_takes_arrays_and_tensors() -> None:
     image = np.asarray(noise(8, 4)).transpose(2, 0, 1)
     assert to_pil(image).tobytes() == to_pil(torch.from_numpy(image.copy())).tobytes()
+
+
+@pytest.mark.parametrize(("orientation", "corner"), [(1, (0, 0)), (3, (31, 31)), (6, (31, 0))])
+def test_odd_tags_do_not_keep_a_picture_from_being_turned(
+    orientation: int, corner: tuple[int, int]
+) -> None:
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0)
+    entries += struct.pack("<HHI4s", 0x0128, 2, 2, b"2\0\0\0")  # a number as text
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0)
+    image = Image.new("RGB", (32, 32), "white")
+    image.paste("black", (0, 0, 8, 8))
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=95)
+    jpeg = stream.getvalue()
+    odd = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
+    pixels = decode(odd, PreprocessConfig(image_size=32))
+    x, y = corner
+    assert pixels[:, y, x].max() < 60
+
+
+def test_a_palette_that_is_cut_short_is_undecodable() -> None:
+    stream = io.BytesIO()
+    Image.new("P", (64, 64)).save(stream, "PNG", transparency=bytes(200))
+    try:
+        assert decode(stream.getvalue(), PreprocessConfig()).shape == (3, 64, 64)
+    except BadPicture as error:
+        assert error.reason == "undecodable"

@@ -246,6 +246,7 @@ def test_what_lies_strangely_in_a_tar_keeps_its_place_with_a_reason(tmp_path: Pa
     [
         ({"json": b"{"}, "bad_json"),
         ({"json": b"[]"}, "bad_json"),
+        ({"json": b'{"group": ' + b"9" * 5_000 + b"}"}, "bad_json"),
         ({"json": b"\xff"}, "bad_utf8"),
         ({"txt": b"\xff"}, "bad_utf8"),
         ({"json": b'{"status": "failed_to_resize"}'}, "failed_download"),
@@ -280,3 +281,70 @@ def test_a_sample_without_its_picture_is_written_and_counted(tmp_path: Path) -> 
     assert manifest.samples == 3 and manifest.languages == {"en": 7}
     with tarfile.open(tmp_path / "set" / manifest.shards[0].file) as shard:
         assert len(shard.getnames()) == 5, "three records, two pictures"
+
+
+@pytest.mark.parametrize(
+    ("said", "group"), [(0, "0"), (7, "7"), (7.0, "7"), (None, "k"), ("", "k")]
+)
+def test_a_group_may_be_any_whole_number(said: object, group: str) -> None:
+    assert CREDITS.fill({"group": said}, group="k")["group"] == group
+
+
+def test_what_names_no_language_is_no_caption() -> None:
+    row = {"caption": "cat", "caption_id": "77", "text_url": "x", "caption_zh_TW": "貓"}
+    found = captions_in(row, "en")
+    assert [(c.text, c.language) for c in found] == [("cat", "en"), ("貓", "zh-TW")]
+    assert captions_in({"caption": "chat", "language": "fr"}, "en")[0].language == "fr"
+    record = record_of("k", {"zh_cn.txt": "猫".encode(), "txt": b"cat"}, CREDITS)
+    assert {c["language"] for c in record["captions"]} == {"zh-cn", CREDITS.language}
+
+
+def test_a_numbered_picture_keeps_its_caption(tmp_path: Path) -> None:
+    files = {
+        "cat.png": picture(1), "cat.2.png": picture(2), "dog.png": picture(3),
+        "cat.TXT": b"a cat", "cat.2.TXT": b"another cat", "dog.txt": b"a dog",
+        "dog.zh_CN.txt": "狗".encode(),
+    }  # fmt: skip
+    found = by_key(FolderSource(put(tmp_path, files), CREDITS))
+    said = sorted(texts(sample) for sample in found.values())
+    assert said == [
+        [("a cat", "en")], [("a dog", "en"), ("狗", "zh-CN")], [("another cat", "en")],
+    ]  # fmt: skip
+
+
+def packed(members: dict[str, bytes], **pax: str) -> io.BytesIO:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz", format=tarfile.PAX_FORMAT) as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.pax_headers = len(content), pax
+            tar.addfile(info, io.BytesIO(content))
+    stream.seek(0)
+    return stream
+
+
+def test_a_small_tar_cannot_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match="a header of"):
+        list(read_samples(packed({"a.png": b"x"}, comment="x" * 2_000_000)))
+    (long,) = read_samples(packed({"a.png": b"x", "a.txt": b"x" * 5_000_000}))
+    assert long.problem == "too_large" and long.files["txt"] == b""
+    monkeypatch.setattr("pipeline.tars.MAX_MEMBER_BYTES", 1_000)
+    (many,) = read_samples(packed({f"a.{i}.txt": b"x" * 300 for i in range(9)}))
+    assert many.problem == "too_large" and sum(map(len, many.files.values())) < 1_000
+    (other,) = read_samples(packed({"a.png": b"x", "a.mp4": b"x" * 5_000}))
+    assert other.problem is None and other.files["mp4"] == b"", "no part of a sample"
+
+
+def test_names_without_a_latin_letter_stay_apart() -> None:
+    names = (f"苹果{chr(0x4E00 + i)}{chr(0x4E00 + j)}" for i in range(300) for j in range(300))
+    keys = {plain_key(name) for name in names}
+    assert len(keys) == 90_000 and all(len(key) == 16 for key in keys)
+
+
+def test_licences_of_the_public_domain() -> None:
+    def named(path: str) -> str:
+        return spdx({"url": f"https://creativecommons.org/{path}"})
+
+    assert named("publicdomain/zero/1.0/") == "CC0-1.0"
+    assert named("publicdomain/mark/1.0/") == "CC-PDM-1.0"
+    assert named("licenses/by/2.0/jp/") == "CC-BY-2.0-JP"
