@@ -10,6 +10,7 @@ A YAML file for `tessera serve --config FILE`, or `args.service` of a Serve conf
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 from pathlib import Path
 from typing import Literal
@@ -102,7 +103,11 @@ def check_exposure(host: str, config: ServiceConfig) -> None:
     Raises:
         RecipeError: `host` is not this machine's alone and there is no key.
     """
-    if config.keys or config.allow_anonymous or is_loopback(host):
+    if config.keys or config.allow_anonymous:
+        return
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+        host = "0.0.0.0"  # behind HAProxy Ray's replicas listen everywhere, whatever is asked for
+    if is_loopback(host):
         return
     raise RecipeError(
         f"host {host} lets other machines draw without an API key. Make one with `tessera key "

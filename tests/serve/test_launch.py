@@ -63,6 +63,13 @@ def test_other_machines_need_keys(host: str, tmp_path: Path) -> None:
     check_exposure(host, ServiceConfig(allow_anonymous=True))
 
 
+def test_behind_haproxy_there_is_no_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_exposure("127.0.0.1", ServiceConfig())
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    with pytest.raises(RecipeError, match="host 0.0.0.0 lets other machines draw"):
+        check_exposure("127.0.0.1", ServiceConfig())
+
+
 def test_a_second_server_on_one_cluster_is_refused(server: Running, tmp_path: Path) -> None:
     app = assemble(Found("tiny", "4", partial(HashGenerator, tmp_path / "log")), CONFIG)
     with pytest.raises(ResourceError, match="already runs"):
