@@ -66,7 +66,7 @@ def test_other_machines_need_keys(host: str, tmp_path: Path) -> None:
 def test_behind_haproxy_there_is_no_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     check_exposure("127.0.0.1", ServiceConfig())
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
-    with pytest.raises(RecipeError, match="host 0.0.0.0 lets other machines draw"):
+    with pytest.raises(RecipeError, match=r"host 0\.0\.0\.0 lets other machines draw"):
         check_exposure("127.0.0.1", ServiceConfig())
 
 
