@@ -14,14 +14,15 @@ import io
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline.captions import BadCaption
 from pipeline.contracts import Caption, Sample
 from pipeline.errors import DataError
-from pipeline.records import Credits, record_of
+from pipeline.records import Credits, plain_key, record_of
 from pipeline.shards import (
     CHUNK,
     SCHEMA_VERSION,
@@ -80,11 +81,18 @@ class WebDatasetSource:
         self.fs, self.root = open_uri(folder)
 
     def samples(self) -> Iterator[Sample]:
-        """Tar by tar; what cannot be used comes without its picture."""
+        """Tar by tar; what cannot be used comes without its picture, a key that came before too."""
+        seen: set[str] = set()
         for name in self._tars():
             with open_patiently(self.fs, f"{self.root}/{name}") as stream:
                 for found in read_samples(stream, name=name):
-                    yield _sample(found, self.credits)
+                    sample = _sample(found, self.credits)
+                    for number in count(2):
+                        if sample.key not in seen:
+                            break
+                        sample = replace(sample, key=f"{plain_key(found.key)}-{number}", image=b"")
+                    seen.add(sample.key)
+                    yield sample
 
     def index(self, *, here: bool = False) -> Manifest:
         """Count and check every tar.

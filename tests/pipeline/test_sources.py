@@ -348,3 +348,12 @@ def test_licences_of_the_public_domain() -> None:
     assert named("publicdomain/zero/1.0/") == "CC0-1.0"
     assert named("publicdomain/mark/1.0/") == "CC-PDM-1.0"
     assert named("licenses/by/2.0/jp/") == "CC-BY-2.0-JP"
+
+
+def test_a_key_that_came_before_is_copied_without_its_picture(tmp_path: Path) -> None:
+    for number in (1, 2):
+        tar(tmp_path / f"{number}.tar", [("cat.png", picture(number)), ("cat.txt", "a cat")])
+    source = WebDatasetSource(str(tmp_path), CREDITS)
+    found = {key: bool(sample.image) for key, sample in by_key(source).items()}
+    assert found == {"cat": True, "cat-2": False}
+    assert write_shards(source.samples(), str(tmp_path / "copy")).samples == 2
