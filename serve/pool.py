@@ -12,7 +12,7 @@ import contextvars
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 from ray import serve
@@ -100,19 +100,34 @@ class Pool:
         Raises:
             ApiError: as for `draw`.
         """
-        answers: Any = self._streaming.stream.remote(job)
         with self._counted(1):
-            try:
-                while True:
-                    answer = accepted(await _explain(anext(answers), _left_s(job)))
-                    if isinstance(answer, Picture):
-                        self._drawn(answer)
-                    yield answer
-                    if isinstance(answer, Picture):
-                        return
-            finally:
-                with contextlib.suppress(Exception):  # cancel() raises what the call has raised
-                    answers.cancel()
+            for attempt in range(1, ATTEMPTS + 1):
+                shown = False
+                try:
+                    async with contextlib.aclosing(self._streamed(job)) as answers:
+                        async for answer in answers:
+                            shown = True
+                            yield answer
+                    return
+                except ApiError as error:
+                    died = isinstance(error.__cause__, RayActorError)
+                    if shown or not died or attempt == ATTEMPTS:
+                        raise
+                    logger.warning("a replica died before it showed anything; trying another")
+
+    async def _streamed(self, job: Job) -> AsyncGenerator[Preview | Picture, None]:
+        answers: Any = self._streaming.stream.remote(job)
+        try:
+            while True:
+                answer = accepted(await _explain(anext(answers), _left_s(job)))
+                if isinstance(answer, Picture):
+                    self._drawn(answer)
+                yield answer
+                if isinstance(answer, Picture):
+                    return
+        finally:
+            with contextlib.suppress(Exception):  # cancel() raises what the call has raised
+                answers.cancel()
 
     async def check_ready(self) -> None:
         """Return if a replica has drawn a picture lately, or draws one now.

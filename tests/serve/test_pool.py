@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Generator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -107,6 +108,33 @@ def test_a_picture_whose_replica_died_is_drawn_again() -> None:
     handle = Handle(Call(ActorDiedError()), Call(ActorDiedError()))
     assert draw(handle, job())[0].image == b"png"
     assert len(handle.asked) == 3
+
+
+def test_a_stream_whose_replica_died_at_once_begins_again() -> None:
+    calls = [Call(ActorDiedError()), Call(Picture(b"png", 0, CARD))]
+
+    class Streams(Handle):
+        def options(self, *, stream: bool) -> Any:
+            return SimpleNamespace(stream=SimpleNamespace(remote=self.begin))
+
+        def begin(self, job: Job) -> Any:
+            self.asked.append(job)
+            answer = calls.pop(0)
+
+            class Stream:
+                cancel = staticmethod(answer.cancel)
+
+                async def __anext__(self) -> Any:
+                    return await answer
+
+            return Stream()
+
+    async def all_of(pool: Pool) -> list[Any]:
+        return [answer async for answer in pool.stream(job())]
+
+    handle = Streams()
+    pool = Pool(handle)  # type: ignore[arg-type]
+    assert [type(a) for a in asyncio.run(all_of(pool))] == [Picture] and len(handle.asked) == 2
 
 
 def test_what_comes_too_late_is_503() -> None:
