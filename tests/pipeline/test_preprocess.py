@@ -28,7 +28,7 @@ from pipeline.contracts import Caption, Sample
 from pipeline.decoding import PIXELS, Decoder, perceptual_hash
 from pipeline.errors import DataError, ResourceError
 from pipeline.images import decode
-from pipeline.preprocess import preprocess
+from pipeline.preprocess import _plan, preprocess
 from pipeline.records import Credits
 from pipeline.shard_writer import write_index, write_shards
 from pipeline.shards import MANIFEST, dataset_digest, read_manifest
@@ -107,7 +107,8 @@ def test_captions_by_language_and_pictures_without_any() -> None:
     free = {"languages": ("fr",), "require_captions": False}
     assert row(captions=both, **free)["captions"] == []
     assert row(captions=[], require_captions=False)["outcome"] == "accepted"
-    assert row(captions=[{"text": "", "language": "en"}], **free)["outcome"] == "empty_caption"
+    assert row(captions=[{"text": "", "language": "fr"}], **free)["outcome"] == "empty_caption"
+    assert row(captions=[{"text": "", "language": "en"}], **free)["outcome"] == "accepted"
 
 
 def table(*rows: tuple[str, str, str, bytes]) -> pa.Table:
@@ -213,6 +214,26 @@ def test_counts_and_fractions_are_enforced() -> None:
     check_fraction({"bomb": 2, "bad_json": 1}, 10, 0.3)
     with pytest.raises(DataError, match=r"3 of 10 .*bomb 2, bad_json 1.*max_bad_fraction=0\.2"):
         check_fraction({"bomb": 2, "bad_json": 1}, 10, 0.2)
+    check_fraction({"other_language": 7, "near_duplicate": 2, "bomb": 1}, 10, 0.1)
+    with pytest.raises(DataError, match="keys must be unique over all sets"):
+        check_fraction({"duplicate_key": 3}, 10, 0.1)
+
+
+def test_captions_in_other_languages_are_not_judged() -> None:
+    config = CONFIG.model_copy(update={"languages": ("en",), "max_caption_chars": 20})
+    captions = [{"text": "a cat", "language": "en"}, {"text": "x" * 99, "language": "fr"}]
+    row = Decoder(None, DATA, config).row(encoded(said={"captions": captions}))
+    assert row["outcome"] == "accepted" and [c["text"] for c in row["captions"]] == ["a cat"]
+    row = Decoder(None, DATA, config).row(encoded(said={"captions": captions[1:]}))
+    assert row["outcome"] == "other_language"
+
+
+def test_sets_of_one_name_keep_all_their_shards(tmp_path: Path) -> None:
+    sets = [tmp_path / "laion-2", tmp_path / "a" / "laion", tmp_path / "b" / "laion"]
+    for number, folder in enumerate(sets):
+        write_shards([sample(number)], str(folder))
+    plan = _plan([str(folder) for folder in sets], DATA)
+    assert plan.total == len(plan.order) == 3
 
 
 def mixed() -> Iterator[Sample]:
