@@ -141,4 +141,4 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ValueError, match="exclude each other"):
         AugmentConfig(random_crop=0.5, ten_crop=0.8)
     with pytest.raises(ValueError, match="a mixture has no caption"):
-        Recipe(name="x", encode=EncodeConfig(augment=AugmentConfig(mixup=0.5)))
+        Recipe(name="x", encode=EncodeConfig(num_views=2, augment=AugmentConfig(mixup=0.5)))
