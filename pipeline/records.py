@@ -21,10 +21,11 @@ from pipeline.captions import BadCaption
 from pipeline.contracts import Caption
 
 TEXTS = ("group", "style", "source", "license", "attribution")
-LANGUAGE = r"(?P<language>(?!(?:id|ids|url|raw|old|len)$)[A-Za-z]{2,3}(?:[-_]\w+)*)"
-"""A BCP 47 tag, also with underscores; caption_id, caption_url and the like name no language."""
-_CAPTION_FIELD = re.compile(rf"^(?:captions?|text)(?:_{LANGUAGE})?$")
-_CAPTION_FILE = re.compile(rf"^(?:{LANGUAGE.replace('$', '[.]')}\.)?txt$")
+LANGUAGE = r"(?P<language>[A-Za-z]{2,3}(?:[-_]\w+)*)"
+"""A BCP 47 tag, also with underscores."""
+_NO_CAPTION = r"(?!(?:id|ids|url|raw|old|len)$)"  # caption_id is a number, not Indonesian
+_CAPTION_FIELD = re.compile(rf"^(?:captions?|text)(?:_{_NO_CAPTION}{LANGUAGE})?$")
+_CAPTION_FILE = re.compile(rf"^(?:{LANGUAGE}\.)?txt$")
 
 
 class Credits(BaseModel):
