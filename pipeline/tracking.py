@@ -36,6 +36,7 @@ PARENT = "mlflow.parentRunId"
 
 def _mlflow() -> ModuleType:
     """Takes seconds to import: of many workers, only the one that writes does so."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # for seven small files
     import mlflow.data.http_dataset_source
     import mlflow.data.meta_dataset
 

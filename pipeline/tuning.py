@@ -204,6 +204,9 @@ def _search(chain: Chain, trials: Sequence[Trial], context: StepContext) -> dict
         for result in results
         if result.error is not None
     }
+    for trial, job in zip(trials, jobs, strict=True):
+        if trial.number not in failures:  # one that was interrupted before may say otherwise
+            _close_run(job, chain.tracker)
     return _conclude(trials, folders, failures, recipe, context)
 
 
@@ -301,6 +304,17 @@ class _Recorder(TuneReportCallback):
         super().after_report(run_context, [report], None)
 
 
+def _close_run(job: _Job, tracker: Tracker) -> None:
+    """End the MLflow run of a trial that did not fail; a killed process could not."""
+    record = job.folder / RUN
+    if not record.is_file():
+        return
+    run_id = json.loads(record.read_text())["run_id"]
+    if tracker.client.get_run(run_id).info.status != "FINISHED":
+        tracker.client.set_tag(run_id, "stopped_by", "ASHA")
+        tracker.client.set_terminated(run_id, "FINISHED")
+
+
 class _Follower(tune.Callback):
     """On the driver: tells how far the search is, closes the runs of trials that were stopped."""
 
@@ -323,13 +337,7 @@ class _Follower(tune.Callback):
         self._tell(trial.config["number"], result["step"])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        job = self.jobs[trial.config["number"]]
-        record = job.folder / RUN
-        if record.is_file():
-            run_id = json.loads(record.read_text())["run_id"]
-            if self.tracker.client.get_run(run_id).info.status == "RUNNING":
-                self.tracker.client.set_tag(run_id, "stopped_by", "ASHA")
-                self.tracker.client.set_terminated(run_id, "FINISHED")
+        _close_run(self.jobs[trial.config["number"]], self.tracker)
         self._tell(trial.config["number"], self.budget)
 
     def _tell(self, number: int, step: float) -> None:
