@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from pipeline.config import AugmentConfig, TrainConfig
 from pipeline.errors import DataError, RecipeError, ResourceError, TrainingError
 from pipeline.finetune import EMA, KernelMuon, build_optimizers, learning_rate_factor
 from pipeline.progress import Progress
-from pipeline.train import Training, fit, scaling_for
+from pipeline.train import Training, _Worker, fit, scaling_for
 
 CONFIG = TrainConfig(
     batch_size=8, max_steps=12, warmup_steps=2, validate_every=4, validation_batches=2,
@@ -128,9 +129,16 @@ def test_a_training_that_stops_early_draws_its_samples(ray_session: None, tmp_pa
     assert result.metrics["step"] < config.max_steps and drawn.exists()
 
 
-def test_too_few_validation_rows_are_refused_at_once(ray_session: None, tmp_path: Path) -> None:
+def test_too_few_validation_rows_are_refused() -> None:
+    def rows(length: int) -> list[np.ndarray]:
+        worker = SimpleNamespace(
+            config=CONFIG, training=build(validation=length), objective=Line(), world_size=2, rank=1
+        )
+        return _Worker._validation_rows(worker)  # type: ignore[arg-type]
+
+    assert [len(share) for share in rows(2)] == [1]
     with pytest.raises(DataError, match=r"1 validation pictures .* each of 2 workers 1 a batch"):
-        fit(partial(build, validation=1), CONFIG, storage=tmp_path, name="line")
+        rows(1)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "rmsprop", "muon"])
