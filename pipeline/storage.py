@@ -33,7 +33,7 @@ class _Patient(io.RawIOBase):
 
     def __init__(self, fs: pyarrow.fs.FileSystem, path: str) -> None:
         self._fs, self._path, self._place = fs, path, 0
-        self._file: NativeFile | None = None
+        self._file: NativeFile = fs.open_input_file(path)
 
     def readable(self) -> bool:
         return True
@@ -56,21 +56,19 @@ class _Patient(io.RawIOBase):
         raise AssertionError("the last attempt returns or raises")
 
     def _read(self, size: int) -> bytes:
-        if self._file is None or self._file.closed:
+        if self._file.closed:
             self._file = self._fs.open_input_file(self._path)
-        file = self._file
         try:
-            file.seek(self._place)
-            chunk: bytes = file.read(size)
-            if not chunk and self._place < file.size():
-                raise OSError(f"nothing came although the file has {file.size()} bytes")
+            self._file.seek(self._place)
+            chunk: bytes = self._file.read(size)
+            if not chunk and self._place < self._file.size():
+                raise OSError(f"nothing came although the file has {self._file.size()} bytes")
         except OSError:
             with contextlib.suppress(OSError):
-                file.close()
+                self._file.close()
             raise
         return chunk
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
         super().close()
