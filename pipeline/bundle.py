@@ -35,6 +35,7 @@ from pipeline.contracts import ImageGenerator
 from pipeline.errors import BundleError, RecipeError
 from pipeline.models._captions import CaptionTokenizer
 from pipeline.models._spec import ModelParts, ModelSpec
+from pipeline.pretrained import file_digest
 from pipeline.runtime import cast_linear_weights, choose_device
 from pipeline.text import EncoderIdentity, check_encoder, load_caption_encoder
 
@@ -182,7 +183,7 @@ def save_bundle(
         reader = transformers.AutoTokenizer.from_pretrained(text_tokenizer)
         reader.save_pretrained(directory / TEXT_TOKENIZER)
         copied = sorted(p for p in (directory / TEXT_TOKENIZER).rglob("*") if p.is_file())
-        files |= {p.relative_to(directory).as_posix(): _sha256(p) for p in copied}
+        files |= {p.relative_to(directory).as_posix(): file_digest(p) for p in copied}
     manifest = BundleManifest(
         image_size=image_size,
         generator=config,
@@ -266,7 +267,7 @@ def bundle_digest(bundle: str | Path) -> str:
     digest = hashlib.sha256()
     for name in ("config.json", WEIGHTS, "tokenizer/config.json", f"tokenizer/{WEIGHTS}"):
         if (path / name).is_file():
-            digest.update(_sha256(path / name).encode())
+            digest.update(file_digest(path / name).encode())
     return digest.hexdigest()
 
 
@@ -295,7 +296,7 @@ def _save_weights(path: Path, weights: Mapping[str, Tensor]) -> str:
         for name, t in weights.items()
     }
     path.write_bytes(save(halved))  # save_file's are for nobody but their owner to read
-    return _sha256(path)
+    return file_digest(path)
 
 
 def _load_weights(model: nn.Module, directory: Path, files: Mapping[str, str]) -> None:
@@ -303,7 +304,7 @@ def _load_weights(model: nn.Module, directory: Path, files: Mapping[str, str]) -
         path = directory / name
         if not path.is_file():
             raise BundleError(f"{path} is missing: copy the bundle again")
-        if _sha256(path) != files.get(name):
+        if file_digest(path) != files.get(name):
             raise BundleError(
                 f"{path} is not the file its config.json names: copy the bundle again"
             )
@@ -315,8 +316,3 @@ def _load_weights(model: nn.Module, directory: Path, files: Mapping[str, str]) -
         )
     except (SafetensorError, RuntimeError) as error:
         raise BundleError(f"{path} does not fit its config.json: {error}") from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

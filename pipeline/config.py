@@ -27,7 +27,7 @@ from pipeline.data_config import Config as Config
 from pipeline.data_config import DataConfig as DataConfig
 from pipeline.data_config import PictureFilter as PictureFilter
 from pipeline.data_config import PreprocessConfig as PreprocessConfig
-from pipeline.data_config import later
+from pipeline.data_config import check_unmixed, later
 from pipeline.errors import RecipeError
 from pipeline.overrides import explain, merged, override, set_key
 from pipeline.serve_config import ServeConfig as ServeConfig
@@ -384,11 +384,7 @@ class Recipe(Config):
             ("aligner.train", self.aligner.train.augment),
             ("encode", self.encode.augment),
         ):
-            if augment.mixup or augment.cutmix:
-                raise ValueError(
-                    f"{name}.augment mixes pictures (mixup={augment.mixup}, cutmix="
-                    f"{augment.cutmix}), and a mixture has no caption: set both to 0"
-                )
+            check_unmixed(augment, name)
         _check_train(self.tokenizer.train, "tokenizer.train")
         _check_train(self.aligner.train, "aligner.train")
         shares = [g.base_share for g in self.generators.values() if g.base_share]

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
+from pipeline.errors import RecipeError
+
 
 class Config(BaseModel):
     """Base of every section: unknown keys are errors, values are frozen."""
@@ -145,3 +147,12 @@ class AugmentConfig(Config):
                 "exclude each other: set one to 0"
             )
         return self
+
+
+def check_unmixed(augment: AugmentConfig, section: str) -> None:
+    """Raises RecipeError if pictures that a caption belongs to would be mixed with others."""
+    if augment.mixup or augment.cutmix:
+        raise RecipeError(
+            f"{section}.augment mixes pictures (mixup={augment.mixup}, cutmix={augment.cutmix}), "
+            "and a mixture has no caption: set both to 0"
+        )

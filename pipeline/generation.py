@@ -23,6 +23,7 @@ from pipeline.bundle import load_bundle, load_tokenizer, read_bundle, save_bundl
 from pipeline.checkpoint import best_weights
 from pipeline.config import CaptionEncoderConfig, GeneratorConfig
 from pipeline.contracts import GenerationRequest, ImageTokenizer
+from pipeline.data_config import check_unmixed
 from pipeline.encode import captioned_dataset, sample_captions
 from pipeline.errors import RecipeError
 from pipeline.finetune import adapter_weights, merged_weights
@@ -182,11 +183,8 @@ def check_generator(config: GeneratorConfig) -> None:
             f"generator.train.augment: the family {config.family} trains on image tokens, encoded "
             "once; augment the views they are made of in the section `encode`"
         )
-    if not on_tokens and (augment.mixup or augment.cutmix):
-        raise RecipeError(
-            f"generator.train.augment mixes pictures (mixup={augment.mixup}, cutmix="
-            f"{augment.cutmix}), and a mixture has no caption: set both to 0"
-        )
+    if not on_tokens:
+        check_unmixed(augment, "generator.train")
     if gives_source(config.tasks) and not on_tokens:
         raise RecipeError(
             f"generator.tasks={list(config.tasks)}: {config.family} draws pixels in one pass and "

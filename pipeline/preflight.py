@@ -16,10 +16,10 @@ from pipeline.aligner import Aligner
 from pipeline.bundle import load_tokenizer, read_bundle, resolve_path
 from pipeline.config import GeneratorConfig, PictureFilter, Recipe
 from pipeline.contracts import ImageTokenizer
-from pipeline.errors import DataError, RecipeError
+from pipeline.errors import RecipeError
 from pipeline.finetune import apply_policy
 from pipeline.pretrained import find_vgg
-from pipeline.shards import Manifest, open_shards
+from pipeline.shards import Manifest, check_one_file_system, open_shards
 from pipeline.text import HFCaptionEncoder, check_encoder
 
 logger = logging.getLogger(__name__)
@@ -82,10 +82,7 @@ def check_data(recipe: Recipe, manifests: Mapping[str, Manifest]) -> None:
                 f"{', '.join(known)}"
             )
     systems = [open_shards(uri, manifest)[0] for uri, manifest in manifests.items()]
-    if any(system != systems[0] for system in systems):
-        raise DataError(
-            f"data.shards lie on several file systems ({', '.join(manifests)}): copy them to one"
-        )
+    check_one_file_system(systems, manifests)
 
 
 def _named_styles(recipe: Recipe) -> Iterator[tuple[str, Sequence[str]]]:

@@ -65,7 +65,14 @@ from pipeline.errors import DataError, ResourceError, TesseraError
 from pipeline.progress import OnProgress, Progress
 from pipeline.reading import Samples, ShardFile, map_samples
 from pipeline.runtime import return_memory, task_slots
-from pipeline.shards import Problem, locate, open_shards, read_manifest, verify
+from pipeline.shards import (
+    Problem,
+    check_one_file_system,
+    locate,
+    open_shards,
+    read_manifest,
+    verify,
+)
 from pipeline.splits import hash_fraction
 
 LOG = logging.getLogger(__name__)
@@ -205,8 +212,7 @@ def _plan(shard_sets: Sequence[str], data: DataConfig) -> _Plan:
                     label = f"{number}-{label}"
                 path = f"{root}/{shard.file}"
                 shards[label] = ShardFile(label, path, shard.samples, manifest.in_place)
-    if any(fs != systems[0] for fs in systems):
-        raise DataError(f"shard sets on several file systems at once: {', '.join(shard_sets)}")
+    check_one_file_system(systems, shard_sets)
     plan = _Plan(systems[0], tuple(shards.values()), lost, tuple(problems), tuple(digests))
     _check_problems(plan, data)
     return plan

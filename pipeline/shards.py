@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,6 +153,14 @@ def open_shards(uri: str, manifest: Manifest) -> tuple[pyarrow.fs.FileSystem, st
     """The file system and the folder in it that the shards of the set at `uri` lie in."""
     there = manifest.in_place
     return open_uri(uri if there is None or there.root == "." else there.root)
+
+
+def check_one_file_system(systems: Sequence[pyarrow.fs.FileSystem], sets: Iterable[str]) -> None:
+    """Raises DataError unless all shard sets lie on the same one."""
+    if any(system != systems[0] for system in systems):
+        raise DataError(
+            f"data.shards lie on several file systems ({', '.join(sets)}): copy them to one"
+        )
 
 
 def read_manifest(uri: str) -> Manifest:

@@ -119,7 +119,7 @@ class Pool:
         answers: Any = self._streaming.stream.remote(job)
         try:
             while True:
-                answer = accepted(await _explain(anext(answers), _left_s(job)))
+                answer = _accepted(await _explain(anext(answers), _left_s(job)))
                 if isinstance(answer, Picture):
                     self._drawn(answer)
                 yield answer
@@ -174,7 +174,7 @@ class Pool:
         return ""
 
     async def _one(self, job: Job) -> Picture:
-        picture: Picture = accepted(await _retried(lambda: self._handle.draw.remote(job)))
+        picture: Picture = _accepted(await _retried(lambda: self._handle.draw.remote(job)))
         self._drawn(picture)
         return picture
 
@@ -217,16 +217,21 @@ def _left_s(job: Job) -> float:
     return max(0.0, job.deadline - time.time()) + GRACE_S
 
 
-def accepted(answer: Any) -> Any:
+def _accepted(answer: Any) -> Any:
     """Raises ApiError if the answer is a Refusal."""
-    if not isinstance(answer, Refusal):
-        return answer
-    status = _STATUS.get(answer.code, 400)
-    raise ApiError(
+    if isinstance(answer, Refusal):
+        raise error_of(answer)
+    return answer
+
+
+def error_of(refusal: Refusal) -> ApiError:
+    """What a client is told of it."""
+    status = _STATUS.get(refusal.code, 400)
+    return ApiError(
         status,
-        answer.message,
-        code=answer.code,
-        param=answer.param,
+        refusal.message,
+        code=refusal.code,
+        param=refusal.param,
         type="server_error" if status == 503 else "invalid_request_error",
         retry_after_s=1 if status == 503 else None,
     )

@@ -20,7 +20,7 @@ from serve.cache import Repeats, ResultCache
 from serve.errors import ApiError, shown
 from serve.metrics import Metrics
 from serve.pictures import LATE, Card, Job, Picture, Preview, Upload
-from serve.pool import GRACE_S, Pool, accepted
+from serve.pool import GRACE_S, Pool, error_of
 from serve.safety import Safety
 from serve.schemas import CHAMPION, Drawable
 from serve.settings import ServiceConfig
@@ -82,8 +82,7 @@ class Studio:
             async with asyncio.timeout(self._patience(caller) + GRACE_S):
                 return await repeated
         except TimeoutError:  # it came later than the first and has less time
-            accepted(LATE)
-            raise
+            raise error_of(LATE) from None
 
     async def stream(
         self, body: Drawable, caller: Caller, upload: Upload | None = None
