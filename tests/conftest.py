@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,10 @@ from pipeline.tokenizers import fsq
 
 settings.register_profile("shared-machine", deadline=None, max_examples=50)
 settings.load_profile("shared-machine")
+
+# A runner in the background of a shell ignores Ctrl-C, and its children inherit that: some tests
+# press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY_TOKENIZER = TokenizerConfig(
     levels=(5, 5, 5), widths=(16, 32), encoder_depths=(1, 1), decoder_depths=(1, 1)
