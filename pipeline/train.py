@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -94,6 +96,7 @@ def fit(
     Raises:
         TrainingError: a loss is not finite, or workers died more often than config.max_failures.
         ResourceError: the cluster is too small.
+        KeyboardInterrupt: Ctrl-C; the workers are stopped.
     """
     scaling = scaling_for(config.num_workers, ray.cluster_resources())
     with watch(on_progress) as board:
@@ -114,7 +117,8 @@ def fit(
             ),
         )
         try:
-            result = trainer.fit()
+            with _ctrl_c_interrupts():
+                result = trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise _first_cause(error) from error
     chosen, metrics = result.checkpoint, result.metrics
@@ -122,6 +126,20 @@ def fit(
         chosen = result.get_best_checkpoint("validation_loss", "min")
         metrics = next(m for c, m in result.best_checkpoints if c.path == chosen.path)
     return TrainResult(Path(chosen.path), {k: v for k, v in metrics.items() if _is_number(v)})
+
+
+@contextmanager
+def _ctrl_c_interrupts() -> Iterator[None]:
+    """Ray Train answers Ctrl-C by ending the process as if all were well (status 0), and goes on
+    answering it so after the training."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as end:
+        raise KeyboardInterrupt from end
+    finally:
+        if threading.current_thread() is threading.main_thread():  # there alone it is taken over
+            signal.signal(signal.SIGINT, handler)
 
 
 def scaling_for(num_workers: int, resources: Mapping[str, float]) -> ScalingConfig:

@@ -99,6 +99,24 @@ def test_a_killed_worker_changes_nothing(undisturbed: dict[str, Tensor], tmp_pat
         torch.testing.assert_close(weight, undisturbed[name])
 
 
+def test_ctrl_c_interrupts_a_training_and_whatever_follows_it(
+    undisturbed: dict[str, Tensor], tmp_path: Path
+) -> None:
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "as before it"
+    pressed: list[int] = []
+
+    def press(progress: Progress) -> None:
+        if progress.step >= 4 and not pressed:
+            pressed.append(progress.step)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    config = CONFIG.model_copy(update={"max_steps": 100_000, "num_workers": 1})
+    with pytest.raises(KeyboardInterrupt):
+        fit(build, config, storage=tmp_path, name="line", on_progress=press)
+    assert pressed
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_one_worker_learns_what_two_do(undisturbed: dict[str, Tensor], tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"num_workers": 1, "restore": "last"})
     result = fit(build, config, storage=tmp_path, name="line")
