@@ -106,7 +106,8 @@ class Engine:
     Args:
         model: any ImageGenerator.
         max_batch_size: pictures drawn together.
-        batch_wait_s: how long the first of a batch waits for others, at most.
+        batch_wait_s: how long the first of a batch waits for others, at most; nobody waits for who
+            was just answered where others may join a batch that is under way.
         thread: the one that draws, from `drawing_thread`; None makes it.
     """
 
@@ -155,15 +156,17 @@ class Engine:
     async def _work(self) -> None:
         while True:
             if batch := await self._next_batch():
-                await self._draw(batch)
-                if len(batch) > 1 or self._line:  # who was just answered may ask again
+                closed = await self._draw(batch)
+                if closed and (len(batch) > 1 or self._line):  # who was just answered may ask again
                     self._shared_until = time.monotonic() + self._batch_wait_s
             del batch  # and with it the model that drew it, which may have been exchanged
 
-    async def _draw(self, batch: list[Place]) -> None:
+    async def _draw(self, batch: list[Place]) -> bool:
+        """Whether nobody could join."""
         loop = asyncio.get_running_loop()
         drawing = _Batch(self.model, loop, self._next_in_line, self._took)
         await loop.run_in_executor(self._thread, drawing.draw, batch)
+        return drawing.closed
 
     def _took(self, picture_s: float) -> None:
         self._picture_s = 0.5 * (self._picture_s or picture_s) + 0.5 * picture_s
@@ -244,6 +247,7 @@ class _Batch:
         self._model, self._loop = model, loop
         self._next_in_line, self._took = next_in_line, took
         self._seats: dict[int, tuple[Place, float]] = {}  # by row: who, and since when
+        self.closed = True  # nobody may join
 
     def draw(self, places: Sequence[Place]) -> None:
         """Tell every place its outcome. A batch that fails is drawn again one by one: a request's
@@ -269,13 +273,15 @@ class _Batch:
             self._finish(images, list(self._seats))
             return
         drawing = self._model.start(requests)
+        self.closed = not (isinstance(drawing, JoinableDrawing) and drawing.joinable)
         while self._seats:
             if not drawing.step():
                 raise RuntimeError("the drawing ended before its pictures did")
             gone = self._look_up(drawing)
             if done := [row for row in self._seats if _is_done(drawing, row)]:
                 self._finish(drawing.images(done), done)
-            if isinstance(drawing, JoinableDrawing) and drawing.joinable:
+            if not self.closed:
+                assert isinstance(drawing, JoinableDrawing)
                 drawing.forget([*gone, *done])
                 self._let_in(drawing, self._next_in_line(self._loop, self._model, len(self._seats)))
 

@@ -1,125 +1,128 @@
 """Parallel decoding, one step at a time: hidden image tokens are guessed, the surest guesses stay.
 
-MaskGIT (Chang et al. 2022, arXiv 2202.04200), sec. 3.2. Every row follows its own schedule and its
-own noise, so rows may end, or be dropped, while the others go on.
+MaskGIT (Chang et al. 2022, arXiv 2202.04200), sec. 3.2. Every picture follows its own schedule.
 
-Shapes: B pictures, N image tokens, R rows drawn in a step, K of their tokens hidden.
+Shapes: B pictures, N image tokens, R pictures drawn in a step, K of their tokens hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.contracts import ImageTokenizer
+from pipeline.contracts import GenerationRequest, ImageTokenizer
 from pipeline.models import _sampling as sampling
-from pipeline.models._canvas import decoded, lay_out
-from pipeline.models._requests import Settings
+from pipeline.models._drawing import Picture, Rows
 from pipeline.runtime import autocast
 
 CHOICE_TEMPERATURE = 4.5  # of what stays known, at first; falls to 0 (MaskGIT's code)
 
+Reading = tuple[Tensor, ...]
+"""What the network has read: every tensor (2, ...), with the caption and without."""
+
+Guess = Callable[[Reading, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(readings (2 R, ...), tokens (R, N), hidden bool (R, N)) -> features (R, N, D) with and without
+the caption."""
+
 Head = Callable[[Tensor], Tensor]
 """Features (..., D) -> logits float (..., V); linear, so guidance may come before it."""
 
-Guess = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Head]]
-"""(rows int64 (R,), tokens (R, N), hidden bool (R, N)) -> features (R, N, D) with and without the
-caption, and what makes logits of them."""
+
+@dataclass(eq=False, kw_only=True)
+class ReadPicture(Picture):
+    """A picture whose `known` tokens, bool (N,), grow."""
+
+    reading: Reading
+    known: Tensor
 
 
-class ParallelDrawing:
-    """contracts.Drawing.
+class ParallelDrawing(Rows[ReadPicture]):
+    """contracts.JoinableDrawing.
 
     Args:
-        guess: the network's opinion of some rows.
-        tokenizer: decodes the rows, and encodes their canvases.
-        settings: of the B rows.
-        num_tokens: N.
+        begin: requests as pictures; raises RequestError.
+        guess: the network's opinion.
+        head: makes logits of it.
+        tokenizer: decodes image tokens.
         device: where to compute.
         guidance_schedule: see sampling.guidance_at.
     """
 
-    @torch.inference_mode()
+    joinable = True
+
     def __init__(
         self,
+        begin: Callable[[Sequence[GenerationRequest]], list[ReadPicture]],
         guess: Guess,
+        head: Head,
         tokenizer: ImageTokenizer,
-        settings: Settings,
-        num_tokens: int,
         device: torch.device,
         guidance_schedule: str,
     ) -> None:
+        super().__init__(tokenizer, device)
+        self._begin, self._guess, self._head = begin, guess, head
         self._guidance_schedule = guidance_schedule
-        self._guess, self._tokenizer, self._device = guess, tokenizer, device
-        self._noise = [sampling.noise_of(seed) for seed in settings.seeds]
-        self._scale = torch.tensor(settings.guidance_scales, device=device)
-        self._temperature = torch.tensor(settings.temperatures, device=device)
-        self._steps = torch.tensor(settings.num_steps, device=device)
-        self._done = torch.zeros_like(self._steps)
-        self._dropped = torch.zeros_like(self._steps, dtype=torch.bool)
-        with autocast(device):
-            self._start = lay_out(settings.canvases, tokenizer, num_tokens, self._noise, device)
-        self._tokens, self._known = self._start.tokens, ~self._start.hidden
-
-    def progress(self, row: int) -> tuple[int, int]:
-        return int(self._done[row]), int(self._steps[row])
 
     @torch.inference_mode()
-    def drop(self, rows: Sequence[int]) -> None:
-        self._dropped[list(rows)] = True
+    def join(self, requests: Sequence[GenerationRequest]) -> range:
+        return self._enter(self._begin(requests))
 
     @torch.inference_mode()
     def step(self) -> bool:
-        rows = ((self._done < self._steps) & ~self._dropped).nonzero()[:, 0]
-        if not len(rows):
+        pictures = [picture for picture in self._pictures.values() if picture.under_way]
+        if not pictures:
             return False
         with autocast(self._device):
-            tokens, known = self._advance(rows)
-        self._tokens[rows], self._known[rows] = tokens, known
-        self._done[rows] += 1
+            tokens, known = self._advance(pictures)
+        for picture, its_tokens, its_known in zip(pictures, tokens, known, strict=True):
+            picture.tokens, picture.known = its_tokens, its_known
+            picture.done += 1
         return True
 
-    def _advance(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens int64 (R, N) and which of them are known after one more step of these rows."""
-        tokens, known = self._tokens[rows], self._known[rows]
-        progress = (self._done[rows] + 1) / self._steps[rows]
-        conditional, unconditional, head = self._guess(rows, tokens, ~known)
-        scale = sampling.guidance_at(self._scale[rows], progress, self._guidance_schedule)
+    def _advance(self, pictures: Sequence[ReadPicture]) -> tuple[Tensor, Tensor]:
+        """Tokens int64 (R, N) and which of them are known after one more step."""
+        tokens = torch.stack([picture.tokens for picture in pictures])
+        known = torch.stack([picture.known for picture in pictures])
+        progress = self._column([(p.done + 1) / p.steps for p in pictures])
+        readings = zip(*(picture.reading for picture in pictures), strict=True)
+        conditional, unconditional = self._guess(
+            tuple(torch.stack(parts, 1).flatten(0, 1) for parts in readings), tokens, ~known
+        )
+        scale = sampling.guidance_at(
+            self._column([p.scale for p in pictures]), progress, self._guidance_schedule
+        )
         features = sampling.classifier_free_guidance(
             conditional.float(), unconditional.float(), scale
         )
-        logits = self._logits(head, features[~known])
+        logits = self._logits(features[~known])
         counts = (~known).sum(1)
-        temperature = self._temperature[rows].repeat_interleave(counts)
-        pick, doubt = self._random(rows, counts)
+        temperature = self._column([p.temperature for p in pictures]).repeat_interleave(counts)
+        pick, doubt = self._random(pictures, counts)
         drawn = sampling.categorical(logits, temperature, pick)
         log_p = logits.gather(1, drawn[:, None])[:, 0] - logits.logsumexp(1)
         doubt = sampling.gumbel(doubt) * CHOICE_TEMPERATURE * temperature
         doubt = doubt * (1 - progress).repeat_interleave(counts)
         confidence = torch.zeros(known.shape, device=self._device)
         tokens[~known], confidence[~known] = drawn, log_p + doubt
-        at_first = self._start.hidden[rows].sum(1)
+        at_first = torch.stack([picture.hidden for picture in pictures]).sum(1)
         num_hidden = (sampling.cosine_mask_ratio(progress) * at_first).floor().long()
         return tokens, sampling.keep_most_confident(confidence, known, num_hidden)
 
-    def _random(self, rows: Tensor, counts: Tensor) -> Tensor:
+    def _column(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, device=self._device)
+
+    def _random(self, pictures: Sequence[ReadPicture], counts: Tensor) -> Tensor:
         """Two numbers for every hidden token, from its picture's generator: (2, K)."""
-        noise = [self._noise[row] for row in rows]
+        noise = [picture.noise for picture in pictures]
         parts = [sampling.uniform_noise(counts.tolist(), noise).to(self._device) for _ in range(2)]
         return torch.stack(parts)
 
-    def _logits(self, head: Head, features: Tensor) -> Tensor:
+    def _logits(self, features: Tensor) -> Tensor:
         """Of K hidden tokens, as a multiple of N: kernels that are made and kept for every shape
         they meet (oneDNN's are) then meet few."""
-        missing = -len(features) % self._tokens.shape[1]
-        return head(F.pad(features, (0, 0, 0, missing)))[: len(features)]
-
-    @torch.inference_mode()
-    def images(self, rows: Sequence[int]) -> Tensor:
-        index = torch.tensor(list(rows), device=self._device)
-        drawn = decoded(self._tokenizer, self._tokens[index], self._device)
-        kept = self._start.pixels[index]
-        return torch.where(self._start.redrawn[index], drawn, kept).cpu()
+        missing = -len(features) % self._tokenizer.grid_size**2
+        return self._head(F.pad(features, (0, 0, 0, missing)))[: len(features)]

@@ -39,6 +39,7 @@ from pipeline.errors import RecipeError
 from pipeline.models import _sampling as sampling
 from pipeline.models._canvas import lay_out
 from pipeline.models._decoding import DecoderMaker, positions_of
+from pipeline.models._drawing import pictures_of
 from pipeline.models._requests import check_requests
 from pipeline.models._sequential import Prompts, SequentialDrawing
 from pipeline.models._spec import ModelParts, ModelSpec
@@ -259,7 +260,7 @@ class Generator:
             self.model.image_table,
             self.parts.tokenizer,
             partial(sampling.truncated, top_k=causal.top_k, top_p=causal.top_p),
-            N,
+            self.parts.device,
             self.config.guidance_schedule,
         )
         drawing.join(requests)
@@ -297,14 +298,7 @@ class Generator:
             )
             source = (start.tokens.repeat(2, 1), ~start.hidden.repeat(2, 1)) if sources else None
             inputs, keys = self.model.prompt(ids, mask, style, source)
-        return Prompts(
-            inputs=inputs,
-            keys=keys,
-            start=start,
-            noise=noise,
-            scale=torch.tensor(settings.guidance_scales),
-            temperature=torch.tensor(settings.temperatures),
-        )
+        return Prompts(pictures_of(start, settings, noise), inputs, keys)
 
 
 @torch.no_grad()

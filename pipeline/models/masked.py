@@ -21,8 +21,10 @@ from pipeline.config import GeneratorConfig
 from pipeline.contracts import GenerationRequest, OnStep, TokenCount
 from pipeline.models import _sampling as sampling
 from pipeline.models._attention import attention
+from pipeline.models._canvas import lay_out
 from pipeline.models._captions import CaptionReader
-from pipeline.models._parallel import Head, ParallelDrawing
+from pipeline.models._drawing import pictures_of
+from pipeline.models._parallel import ParallelDrawing, Reading, ReadPicture
 from pipeline.models._requests import Settings, check_requests
 from pipeline.models._spec import ModelParts, ModelSpec, level_digits
 from pipeline.runtime import autocast
@@ -171,7 +173,7 @@ class MaskedTransformer(nn.Module):
         standardise(self.token_norm, states.float()[mask])
         standardise(self.pooled_norm, masked_mean(states.float(), mask))
 
-    def read(self, states: Tensor, mask: Tensor, style: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self, states: Tensor, mask: Tensor, style: Tensor) -> Reading:
         """Caption and style once a picture, whatever the number of decoding steps.
 
         Args:
@@ -199,7 +201,7 @@ class MaskedTransformer(nn.Module):
         self,
         image_tokens: Tensor,
         hidden: Tensor,
-        reading: tuple[Tensor, Tensor, Tensor],
+        reading: Reading,
         table: Tensor,
     ) -> Tensor:
         """Tokens int64 (B, N), hidden bool (B, N), `read`'s result, `table()` -> (B, N, D)."""
@@ -298,34 +300,25 @@ class Generator:
 
     @torch.inference_mode()
     def start(self, requests: Sequence[GenerationRequest]) -> ParallelDrawing:
-        """See contracts.SteppedGenerator.start."""
-        settings = check_requests(
-            requests,
-            self.config,
-            self.styles,
-            guidance_scale=GUIDANCE_SCALE,
-            negative_prompts=True,
-            canvas_size=self.image_size,
-        )
-        device = self.parts.device
-        with autocast(device):
-            reading, table = self._read(settings), self.model.table()
+        """See contracts.SteppedGenerator.start; more requests may join."""
+        with autocast(self.parts.device):
+            table = self.model.table()
 
-        def guess(rows: Tensor, tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Head]:
-            both = torch.cat([rows, rows + len(requests)])
-            read = tuple(part[both] for part in reading)
-            features = self.model(tokens.repeat(2, 1), hidden.repeat(2, 1), read, table)
+        def guess(readings: Reading, tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            features = self.model(tokens.repeat(2, 1), hidden.repeat(2, 1), readings, table)
             conditional, unconditional = features.chunk(2)
-            return conditional, unconditional, partial(self.model.logits, table=table)
+            return conditional, unconditional
 
-        return ParallelDrawing(
+        drawing = ParallelDrawing(
+            self._begin,
             guess,
+            partial(self.model.logits, table=table),
             self.parts.tokenizer,
-            settings,
-            self.spec.num_tokens,
-            device,
+            self.parts.device,
             self.config.guidance_schedule,
         )
+        drawing.join(requests)
+        return drawing
 
     def count_tokens(self, request: GenerationRequest) -> TokenCount:
         """See contracts.SteppedGenerator.count_tokens."""
@@ -334,17 +327,38 @@ class Generator:
         canvas = self.spec.num_tokens if request.canvas else 0
         return TokenCount(text=text, canvas=canvas, drawn=self.spec.num_tokens)
 
-    def _read(self, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
-        """Conditional rows first, then the same rows with what guidance leads away from."""
+    def _begin(self, requests: Sequence[GenerationRequest]) -> list[ReadPicture]:
+        settings = check_requests(
+            requests,
+            self.config,
+            self.styles,
+            guidance_scale=GUIDANCE_SCALE,
+            negative_prompts=True,
+            canvas_size=self.image_size,
+        )
+        noise, device = [sampling.noise_of(seed) for seed in settings.seeds], self.parts.device
+        with autocast(device):
+            start = lay_out(
+                settings.canvases, self.parts.tokenizer, self.spec.num_tokens, noise, device
+            )
+            readings = zip(*self._read(settings), strict=True)
+        return [
+            ReadPicture(**vars(picture), known=~picture.hidden, reading=reading)
+            for picture, reading in zip(pictures_of(start, settings, noise), readings, strict=True)
+        ]
+
+    def _read(self, settings: Settings) -> Reading:
+        """(B, 2, ...): with a picture's caption, and with what guidance leads away from."""
         states, mask = self._captions(settings.prompts)
         away_states, away_mask = self._captions([text or "" for text in settings.negative_prompts])
         style = torch.tensor(
             [self.model.no_style if s is None else s for s in settings.styles],
             device=self.parts.device,
         )
-        return self.model.read(
+        read = self.model.read(
             torch.cat([states, away_states]), torch.cat([mask, away_mask]), style.repeat(2)
         )
+        return tuple(part.unflatten(0, (2, -1)).transpose(0, 1) for part in read)
 
     def _captions(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """States (B, L, C) and mask bool (B, L); an empty caption stands for none."""

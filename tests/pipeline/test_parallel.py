@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.bundle import load_generator
-from pipeline.contracts import Canvas, GenerationRequest, SteppedGenerator
+from pipeline.contracts import Canvas, GenerationRequest, JoinableDrawing, SteppedGenerator
 from pipeline.errors import RequestError
 from pipeline.models._sampling import touched_cells
 
@@ -66,8 +66,8 @@ def test_kept_tokens_are_seen(generator: Any) -> None:
 def test_a_variation_keeps_a_share_of_the_tokens_and_needs_no_prompt(generator: Any) -> None:
     asked = [GenerationRequest("", seed, canvas=canvas(None, share=0.25)) for seed in (1, 2)]
     drawing = generator.start(asked)
-    assert (~drawing._known).sum(1).tolist() == [16, 16]
-    assert not torch.equal(drawing._known[0], drawing._known[1])
+    first, second = (drawing._pictures[row].hidden for row in (0, 1))
+    assert first.sum() == second.sum() == 16 and not torch.equal(first, second)
     pictures = generator.generate(asked)
     assert not torch.equal(pictures[0], pictures[1])
 
@@ -103,6 +103,28 @@ def test_rows_that_leave_do_not_change_the_others(generator: Any) -> None:
     assert [drawing.progress(row) for row in range(3)] == [(2, 4), (4, 4), (2, 2)]
     assert torch.equal(drawing.images([1])[0], alone)
     assert not torch.equal(midway, alone)
+
+
+def test_a_picture_does_not_show_when_it_joined(generator: Any) -> None:
+    hurried, edit = replace(REQUEST, num_steps=2), replace(REQUEST, seed=8, canvas=canvas())
+    alone = [generator.generate([request])[0] for request in (REQUEST, edit, hurried)]
+    drawing = generator.start([REQUEST])
+    assert isinstance(drawing, JoinableDrawing) and drawing.joinable
+    drawing.step()
+    assert list(drawing.join([edit])) == [1]
+    drawing.step()
+    assert list(drawing.join([hurried])) == [2]
+    with pytest.raises(RequestError, match="num_steps"):
+        drawing.join([replace(REQUEST, num_steps=0)])
+    assert [drawing.progress(row) for row in range(3)] == [(2, 4), (1, 4), (0, 2)]
+    assert drawing.step() and drawing.step()
+    assert torch.equal(drawing.images([0, 2]), torch.stack([alone[0], alone[2]]))
+    drawing.forget([0, 2])
+    assert drawing.step() and not drawing.step()
+    assert torch.equal(drawing.images([1])[0], alone[1])
+    assert list(drawing.join([hurried])) == [3], "it may begin again"
+    assert drawing.step() and drawing.step()
+    assert torch.equal(drawing.images([3])[0], alone[2])
 
 
 def test_tokens_are_counted(generator: Any) -> None:

@@ -157,6 +157,18 @@ def test_the_engine_lets_pictures_in_between_steps(
     assert max(seated) == 3
 
 
+def test_nobody_waits_for_who_may_join_later(model: causal.Generator) -> None:
+    async def main() -> None:
+        engine = Engine(model, max_batch_size=3, batch_wait_s=10.0)
+        for _ in range(2):  # the second time just after a shared batch
+            places = [engine.enter(request, deadline=time.time() + 60) for request in REQUESTS[:2]]
+            assert all([(await place.done).queue_s < 1.0 for place in places])
+            await asyncio.sleep(0.2)  # that batch is over
+        engine.close()
+
+    asyncio.run(main())
+
+
 def test_under_a_load_that_never_ends_who_cannot_be_in_time_is_told_early(
     model: causal.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
