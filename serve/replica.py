@@ -22,6 +22,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -34,7 +35,7 @@ from pipeline.errors import RequestError
 from pipeline.provenance import describe
 from serve.credentials import load_signer
 from serve.encode import encode
-from serve.engine import Drawn, Engine, Late, Place, drawing_thread
+from serve.engine import Engine, Late, Place, drawing_thread
 from serve.pictures import LATE, PROBE, Card, Job, Output, Picture, Preview, Refusal, Timing
 from serve.safety import load_safety
 from serve.settings import ServiceConfig
@@ -111,10 +112,11 @@ class Generator:
         place = self._enter(job, prepared)
         try:
             async for number, image in _previews(place):
-                if (withheld := await self._withheld(image)) is not None:
-                    yield withheld
+                sketch = partial(encode, output=job.output, metadata=_UNFINISHED)
+                shown = await asyncio.to_thread(self._checked, image, sketch)
+                if isinstance(shown, Refusal):
+                    yield shown
                     return
-                shown = await asyncio.to_thread(encode, image, job.output, _UNFINISHED)
                 yield Preview(number, shown, prepared.seed)
             yield await self._finish(job, prepared, place)
         finally:
@@ -147,26 +149,26 @@ class Generator:
             return Refusal(str(error), error.param)
         except Late:
             return LATE
-        if (withheld := await self._withheld(drawn.image)) is not None:
-            return withheld
-        return await self._encode(job.output, request, drawn)
-
-    async def _withheld(self, image: Tensor) -> Refusal | None:
-        """What the safety hook has against a picture, finished or in the making."""
-        pixels = image.permute(1, 2, 0).contiguous().numpy()
-        reason = await asyncio.to_thread(self._safety.picture, pixels)
-        return None if reason is None else Refusal(reason, None, "content_policy_violation")
-
-    async def _encode(self, output: Output, request: GenerationRequest, drawn: Drawn) -> Picture:
         card, began = self._cards[drawn.model], time.monotonic()
         said = describe(request, model=card.name, version=card.version)
         composite = request.canvas is not None
-        image = await asyncio.to_thread(self._file, drawn.image, output, said, composite)
+        file = partial(self._file, output=job.output, said=said, composite=composite)
+        image = await asyncio.to_thread(self._checked, drawn.image, file)
+        if isinstance(image, Refusal):
+            return image
         timing = Timing(
             drawn.queue_s, drawn.model_s, time.monotonic() - began, batch_size=drawn.batch_size
         )
         card = dataclasses.replace(card, notice=self._card.notice)
         return Picture(image, request.seed, card, timing, drawn.tokens)
+
+    def _checked(self, image: Tensor, file: Callable[[Tensor], bytes]) -> bytes | Refusal:
+        """A picture, finished or in the making, as a file, or what the safety hook has against
+        it."""
+        reason = self._safety.picture(image.permute(1, 2, 0).contiguous().numpy())
+        if reason is not None:
+            return Refusal(reason, None, "content_policy_violation")
+        return file(image)
 
     def _file(
         self, image: Tensor, output: Output, said: Mapping[str, str], composite: bool

@@ -7,6 +7,7 @@ object with the two methods of `Safety`.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -57,6 +58,13 @@ class Words(Everything):
         if self._found is None or not self._found.search(plainly(text)):
             return None
         return "the prompt asks for something that this service does not draw"
+
+
+async def objection(safety: Safety, prompt: str) -> str | None:
+    """What a hook has against a prompt; one that is not ours may take its time, in a thread."""
+    if type(safety) in (Everything, Words):
+        return safety.prompt(prompt)
+    return await asyncio.to_thread(safety.prompt, prompt)
 
 
 def plainly(text: str) -> str:

@@ -21,7 +21,7 @@ from serve.errors import ApiError, shown
 from serve.metrics import Metrics
 from serve.pictures import LATE, Card, Job, Picture, Preview, Upload
 from serve.pool import GRACE_S, Pool, error_of
-from serve.safety import Safety
+from serve.safety import Safety, objection
 from serve.schemas import CHAMPION, Drawable
 from serve.settings import ServiceConfig
 
@@ -173,7 +173,7 @@ class Studio:
                 code="unsupported_task",
                 param="image",
             )
-        reason = await asyncio.to_thread(self._safety.prompt, body.said)
+        reason = await objection(self._safety, body.said)
         if reason is not None:
             raise ApiError(400, reason, code="content_policy_violation", param="prompt")
         return card
