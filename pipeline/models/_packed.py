@@ -1,12 +1,19 @@
-"""Linear layers whose weights stay as they are, laid out once as the CPU's kernels read them."""
+"""Linear layers whose weights stay as they are, laid out once as the CPU's kernels read them.
+
+Which kernel multiplies, and so a row's last bits, depends on how many rows there are, on the number
+of threads and on the CPU. A picture must not depend on those drawn beside it: `Picturewise` layers
+let no more pictures share a product than is without effect.
+"""
 
 from __future__ import annotations
 
+import copy
 import platform
 from functools import cache
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -14,15 +21,16 @@ class PackedLinear:
     """F.linear with fixed weights, for few rows at a time.
 
     oneDNN multiplies by weights in blocks of its own. Packed beforehand they need no rearranging in
-    every call, and a row's result is the same to the bit whatever rows are beside it, which
-    F.linear in float32 does not grant. Off x86 CPUs this is F.linear.
+    every call. Off x86 CPUs this is F.linear.
 
     Args:
         weight: (O, I), contiguous; kept packed alone where it can be.
         bias: (O,) of the same dtype.
+        gelu: its tanh approximation follows.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> None:
+        self.after = ("gelu", [], "tanh") if gelu else ("none", [], "")
         self.packed = weight.device.type == "cpu" and _can_pack()
         # the operators that torch.compile's freezing emits (torch/_inductor/mkldnn_ir.py)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self.packed else weight
@@ -31,9 +39,72 @@ class PackedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """(R, I), the weight's dtype -> (R, O)."""
         if not self.packed:
-            return F.linear(x, self.weight, self.bias)
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return y
+            y = F.linear(x, self.weight, self.bias)
+            return F.gelu(y, approximate="tanh") if self.after[0] == "gelu" else y
+        made: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.after)
+        return made
+
+
+class Picturewise(nn.Module):
+    """A linear layer whose results for a picture are the same to the bit whatever pictures are
+    beside it.
+
+    Args:
+        linear: the layer; later changes to it are not seen.
+        dtype: of the products.
+        rows: of one picture, side by side.
+        gelu: its tanh approximation follows.
+    """
+
+    def __init__(
+        self, linear: nn.Linear, dtype: torch.dtype, rows: int, *, gelu: bool = False
+    ) -> None:
+        super().__init__()
+        bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+        weight = linear.weight.detach().to(dtype).contiguous()
+        self.product = PackedLinear(weight, bias, gelu=gelu)
+        self.dtype, self.rows = dtype, rows
+        self.together = _together(
+            weight.shape, bias is not None, gelu, dtype, rows, torch.get_num_threads()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I), whose rows are whole pictures' -> (..., O)."""
+        parts = x.to(self.dtype).flatten(0, -2).split(self.rows * self.together)
+        return torch.cat([self.product(part) for part in parts]).view(*x.shape[:-1], -1)
+
+
+MOST_TOGETHER = 8
+
+
+@cache
+def _together(
+    shape: torch.Size, bias: bool, gelu: bool, dtype: torch.dtype, rows: int, threads: int
+) -> int:
+    """How many pictures can share a product of this shape here, found by trying: as many as give
+    what each gives alone."""
+    noise = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=noise).to(dtype)
+
+    product = PackedLinear(random(*shape), random(shape[0]) if bias else None, gelu=gelu)
+    x = random(MOST_TOGETHER * rows, shape[1])
+    alone = torch.cat([product(part) for part in x.split(rows)])
+    for count in range(2, MOST_TOGETHER + 1):
+        if not torch.equal(product(x[: count * rows]), alone[: count * rows]):
+            return count - 1
+    return MOST_TOGETHER
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def with_modules(module: M, **others: nn.Module) -> M:
+    """A copy of `module`, whose parameters it shares, with other modules of these names."""
+    made = copy.copy(module)
+    made._modules = module._modules | others
+    return made
 
 
 @cache

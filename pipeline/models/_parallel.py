@@ -24,12 +24,12 @@ CHOICE_TEMPERATURE = 4.5  # of what stays known, at first; falls to 0 (MaskGIT's
 Reading = tuple[Tensor, ...]
 """What the network has read: every tensor (2, ...), with the caption and without."""
 
-Guess = Callable[[Reading, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(readings (2 R, ...), tokens (R, N), hidden bool (R, N)) -> features (R, N, D) with and without
-the caption."""
+Guess = Callable[[Reading, Tensor, Tensor], Tensor]
+"""(readings (2 R, ...), tokens (2 R, N), hidden bool (2 R, N)) -> features (2 R, N, D), every
+picture's with its caption and without side by side."""
 
 Head = Callable[[Tensor], Tensor]
-"""Features (..., D) -> logits float (..., V); linear, so guidance may come before it."""
+"""Features (K, D) -> logits (K, V), K a multiple of N; linear, so guidance may come before it."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -89,27 +89,31 @@ class ParallelDrawing(Rows[ReadPicture]):
         known = torch.stack([picture.known for picture in pictures])
         progress = self._column([(p.done + 1) / p.steps for p in pictures])
         readings = zip(*(picture.reading for picture in pictures), strict=True)
-        conditional, unconditional = self._guess(
-            tuple(torch.stack(parts, 1).flatten(0, 1) for parts in readings), tokens, ~known
+        features = self._guess(
+            tuple(torch.cat(parts) for parts in readings),
+            tokens.repeat_interleave(2, 0),
+            ~known.repeat_interleave(2, 0),
         )
+        conditional, unconditional = features.float().unflatten(0, (-1, 2)).unbind(1)
         scale = sampling.guidance_at(
             self._column([p.scale for p in pictures]), progress, self._guidance_schedule
         )
-        features = sampling.classifier_free_guidance(
-            conditional.float(), unconditional.float(), scale
-        )
+        features = sampling.classifier_free_guidance(conditional, unconditional, scale)
         logits = self._logits(features[~known])
         counts = (~known).sum(1)
         temperature = self._column([p.temperature for p in pictures]).repeat_interleave(counts)
         pick, doubt = self._random(pictures, counts)
         drawn = sampling.categorical(logits, temperature, pick)
         log_p = logits.gather(1, drawn[:, None])[:, 0] - logits.logsumexp(1)
-        doubt = sampling.gumbel(doubt) * CHOICE_TEMPERATURE * temperature
+        # one picture at a time: where a logarithm or cosine stands in a row is part of its last bit
+        doubt = torch.cat([sampling.gumbel(part) for part in doubt.split(counts.tolist())])
+        doubt = doubt * CHOICE_TEMPERATURE * temperature
         doubt = doubt * (1 - progress).repeat_interleave(counts)
         confidence = torch.zeros(known.shape, device=self._device)
         tokens[~known], confidence[~known] = drawn, log_p + doubt
         at_first = torch.stack([picture.hidden for picture in pictures]).sum(1)
-        num_hidden = (sampling.cosine_mask_ratio(progress) * at_first).floor().long()
+        ratio = torch.stack([sampling.cosine_mask_ratio(part) for part in progress])
+        num_hidden = (ratio * at_first).floor().long()
         return tokens, sampling.keep_most_confident(confidence, known, num_hidden)
 
     def _column(self, values: Sequence[float]) -> Tensor:
@@ -125,4 +129,4 @@ class ParallelDrawing(Rows[ReadPicture]):
         """Of K hidden tokens, as a multiple of N: kernels that are made and kept for every shape
         they meet (oneDNN's are) then meet few."""
         missing = -len(features) % self._tokenizer.grid_size**2
-        return self._head(F.pad(features, (0, 0, 0, missing)))[: len(features)]
+        return self._head(F.pad(features, (0, 0, 0, missing))).float()[: len(features)]

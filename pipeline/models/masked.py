@@ -11,7 +11,7 @@ Shapes: B pictures, N image tokens, L caption tokens, C caption width, D model w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, lru_cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,11 @@ from pipeline.models._attention import attention
 from pipeline.models._canvas import lay_out
 from pipeline.models._captions import CaptionReader
 from pipeline.models._drawing import pictures_of
-from pipeline.models._parallel import ParallelDrawing, Reading, ReadPicture
+from pipeline.models._packed import Picturewise, with_modules
+from pipeline.models._parallel import Guess, Head, ParallelDrawing, Reading, ReadPicture
 from pipeline.models._requests import Settings, check_requests
 from pipeline.models._spec import ModelParts, ModelSpec, level_digits
-from pipeline.runtime import autocast
+from pipeline.runtime import autocast, autocast_dtype
 from pipeline.text import masked_mean, standardise
 
 READS = "image_tokens"
@@ -35,6 +36,7 @@ CAPTIONS = "states"
 GUIDANCE_SCALE = 3.0
 UNREAD = frozenset({"causal", "gan"})  # of the section `generator`
 
+READINGS = 256  # of captions are remembered
 ROWS = 512  # logits are made for a multiple of so many tokens
 NO_TARGET = -100
 
@@ -76,6 +78,7 @@ class Block(nn.Module):
         self.caption_kv = nn.Linear(width, 2 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         self.expand = nn.Linear(width, 4 * width, bias=False)
+        self.activation = nn.GELU(approximate="tanh")
         self.contract = nn.Linear(4 * width, width, bias=False)
         self.modulation = nn.Parameter(torch.zeros(6, width))
         nn.init.zeros_(self.out.weight)
@@ -89,7 +92,7 @@ class Block(nn.Module):
         x = x + (1 + gate1) * self._drop(
             self._attend(_norm(x) * (1 + scale1) + shift1, caption, mask)
         )
-        h = F.gelu(self.expand(_norm(x) * (1 + scale2) + shift2), approximate="tanh")
+        h = self.activation(self.expand(_norm(x) * (1 + scale2) + shift2))
         return x + (1 + gate2) * self._drop(self.contract(h))
 
     def _attend(self, x: Tensor, caption: Tensor, mask: Tensor) -> Tensor:
@@ -199,12 +202,12 @@ class MaskedTransformer(nn.Module):
 
     def forward(
         self,
+        reading: Reading,
         image_tokens: Tensor,
         hidden: Tensor,
-        reading: Reading,
         table: Tensor,
     ) -> Tensor:
-        """Tokens int64 (B, N), hidden bool (B, N), `read`'s result, `table()` -> (B, N, D)."""
+        """`read`'s result, tokens int64 (B, N), hidden bool (B, N), `table()` -> (B, N, D)."""
         x = F.embedding(image_tokens, table)
         x = torch.where(hidden[:, :, None], self.hidden.to(x.dtype), x) + self.position
         for block in self.blocks:
@@ -250,7 +253,7 @@ class Objective(nn.Module):
             tokens = torch.where(given, batch["source_tokens"], tokens)
         reading = model.read(batch["caption_states"], mask, style)
         table = model.table()
-        features = model(tokens, hidden, reading, table)
+        features = model(reading, tokens, hidden, table)
         rows, target = _rows_to_guess(tokens, hidden)
         logits = model.logits(features.flatten(0, 1)[rows], table)
         smoothing = config.label_smoothing if self.training else 0.0
@@ -283,6 +286,7 @@ class Generator:
         self.model = model.to(parts.device).eval()
         self.config, self.spec, self.parts = config, spec, parts
         self.read_captions = CaptionReader(parts.encoder)
+        self._read = lru_cache(READINGS)(self._read_alone)
         self.styles = spec.styles
         self.image_size = parts.tokenizer.image_size
 
@@ -298,21 +302,43 @@ class Generator:
                 on_step(*drawing.progress(slowest))
         return drawing.images(rows)
 
+    @cached_property
+    def _network(self) -> tuple[Guess, Head]:
+        """The model as it draws, with the weights that it has at the first picture; on a CPU every
+        picture's products are its own."""
+        model, device = self.model, self.parts.device
+        with autocast(device):
+            table = model.table()
+        if device.type != "cpu":
+            return partial(model, table=table), partial(model.logits, table=table)
+        dtype = autocast_dtype(device) or torch.float32
+
+        N, L = self.spec.num_tokens, self.parts.encoder.max_tokens
+
+        def own(layer: nn.Linear, rows: int = 2 * N, *, gelu: bool = False) -> Picturewise:
+            return Picturewise(layer, dtype, rows, gelu=gelu)  # with the caption and without
+
+        blocks = [
+            with_modules(
+                block, qkv=own(block.qkv), caption_kv=own(block.caption_kv, 2 * L),
+                out=own(block.out), expand=own(block.expand, gelu=True), activation=nn.Identity(),
+                contract=own(block.contract),
+            )
+            for block in model.blocks
+        ]  # fmt: skip
+        drawn = with_modules(model, blocks=nn.ModuleList(blocks), to_table=own(model.to_table))
+        head = nn.Linear(*table.shape[::-1], device="meta")
+        head.weight, head.bias = nn.Parameter(table), model.bias
+        return partial(drawn, table=table), own(head, N)
+
     @torch.inference_mode()
     def start(self, requests: Sequence[GenerationRequest]) -> ParallelDrawing:
         """See contracts.SteppedGenerator.start; more requests may join."""
-        with autocast(self.parts.device):
-            table = self.model.table()
-
-        def guess(readings: Reading, tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-            features = self.model(tokens.repeat(2, 1), hidden.repeat(2, 1), readings, table)
-            conditional, unconditional = features.chunk(2)
-            return conditional, unconditional
-
+        guess, head = self._network
         drawing = ParallelDrawing(
             self._begin,
             guess,
-            partial(self.model.logits, table=table),
+            head,
             self.parts.tokenizer,
             self.parts.device,
             self.config.guidance_schedule,
@@ -341,30 +367,30 @@ class Generator:
             start = lay_out(
                 settings.canvases, self.parts.tokenizer, self.spec.num_tokens, noise, device
             )
-            readings = zip(*self._read(settings), strict=True)
+            readings = self._readings(settings)
         return [
             ReadPicture(**vars(picture), known=~picture.hidden, reading=reading)
             for picture, reading in zip(pictures_of(start, settings, noise), readings, strict=True)
         ]
 
-    def _read(self, settings: Settings) -> Reading:
-        """(B, 2, ...): with a picture's caption, and with what guidance leads away from."""
-        states, mask = self._captions(settings.prompts)
-        away_states, away_mask = self._captions([text or "" for text in settings.negative_prompts])
-        style = torch.tensor(
-            [self.model.no_style if s is None else s for s in settings.styles],
-            device=self.parts.device,
-        )
-        read = self.model.read(
-            torch.cat([states, away_states]), torch.cat([mask, away_mask]), style.repeat(2)
-        )
-        return tuple(part.unflatten(0, (2, -1)).transpose(0, 1) for part in read)
+    def _readings(self, settings: Settings) -> list[Reading]:
+        """Of every picture its caption and what guidance leads away from, (2, ...)."""
+        style_ids = [self.model.no_style if style is None else style for style in settings.styles]
+        away = [caption or "" for caption in settings.negative_prompts]
+        both = zip(settings.prompts, away, style_ids, strict=True)
+        return [
+            tuple(
+                torch.cat(parts)
+                for parts in zip(self._read(caption, style), self._read(led, style), strict=True)
+            )
+            for caption, led, style in both
+        ]
 
-    def _captions(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """States (B, L, C) and mask bool (B, L); an empty caption stands for none."""
-        states, mask = self.read_captions(captions)
-        given = torch.tensor([caption != "" for caption in captions])
-        return states.to(self.parts.device), (mask & given[:, None]).to(self.parts.device)
+    def _read_alone(self, caption: str, style_id: int) -> Reading:
+        """(1, ...), beside no other's; an empty caption stands for none."""
+        states, mask = (part.to(self.parts.device) for part in self.read_captions([caption]))
+        style = torch.tensor([style_id], device=self.parts.device)
+        return self.model.read(states, mask if caption else torch.zeros_like(mask), style)
 
 
 def build(config: GeneratorConfig, spec: ModelSpec) -> MaskedTransformer:

@@ -38,8 +38,10 @@ import aiohttp
 import numpy as np
 import psutil
 import ray
+from fastapi import FastAPI
 from PIL import Image
 from ray import serve
+from ray.serve import Application
 
 from jobs.bench import Load, Result, bench
 from pipeline.bundle import load_generator, resolve_path
@@ -205,28 +207,59 @@ def throughput(args: argparse.Namespace) -> None:
         say(name=name, pictures_per_s=statistics.median(mine), against=against)
 
 
-def latency(args: argparse.Namespace) -> None:
-    """One user: a request, then the same picture by a bare model call, in turn.
+@serve.deployment(ray_actor_options={"num_cpus": 0})
+class NoModel:
+    """Answers at once with as many bytes as a picture has."""
 
-    With --replicas 2 both have half of the threads.
+    async def draw(self, body: dict[str, Any]) -> bytes:
+        return bytes(6_000)
+
+
+def empty_api() -> FastAPI:
+    """An ingress that does nothing but ask `NoModel`."""
+    api, model = FastAPI(), serve.get_deployment_handle(NoModel.name)
+
+    @api.post("/")
+    async def draw(body: dict[str, Any]) -> dict[str, str]:
+        return {"b64_json": base64.b64encode(await model.draw.remote(body)).decode()}
+
+    return api
+
+
+def empty_app() -> Application:
+    """Two deployments like the service's."""
+    front = serve.deployment(name="front", ray_actor_options={"num_cpus": 0})
+    return front(serve.ingress(empty_api)()).bind(NoModel.bind())
+
+
+def latency(args: argparse.Namespace) -> None:
+    """One user: a request, the same picture by a bare model call, an empty request, in turn, and a
+    model call before each of them.
+
+    What an empty request takes is Ray Serve's own share. With --replicas 2 service and bare model
+    have half of the threads.
     """
     body = {"prompt": "a red apple", "seed": 0}
+
+    def ask(url: str) -> float:
+        data, headers = json.dumps(body).encode(), {"content-type": "application/json"}
+        began = time.perf_counter()
+        urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=60).read()
+        return time.perf_counter() - began
+
     with (
         served(args.home, split(args.replicas), result_cache_bytes=0) as server,
         peer("offline", args.home, args.replicas) as (offline, _),
     ):
-        bare, whole = [], []
+        serve.run(empty_app(), name="empty", route_prefix="/empty")
+        bare, whole, empty = [], [], []
         for seed in range(args.requests + 3):
             body["seed"] = seed
-            asked = urllib.request.Request(
-                f"{server.url}/v1/images/generations", json.dumps(body).encode(),
-                {"content-type": "application/json"},
-            )  # fmt: skip
-            began = time.perf_counter()
-            urllib.request.urlopen(asked, timeout=60).read()
-            whole.append(time.perf_counter() - began)
+            whole.append(ask(f"{server.url}/v1/images/generations"))
             bare.append(ask_offline(offline, f"one {seed}")["seconds"])
-        bare, whole = bare[3:], whole[3:]
+            empty.append(ask(f"{server.url}/empty/"))
+            ask_offline(offline, f"one {seed}")  # both find the machine as it leaves it
+        bare, whole, empty = bare[3:], whole[3:], empty[3:]
         stages = urllib.request.urlopen(f"{server.url}/metrics").read().decode()
     added = [w - b for w, b in zip(whole, bare, strict=True)]
     low, mid, high = np.quantile(added, (0.25, 0.5, 0.75)).tolist()
@@ -235,6 +268,7 @@ def latency(args: argparse.Namespace) -> None:
         service_median_s=statistics.median(whole),
         difference_of_medians_s=statistics.median(whole) - statistics.median(bare),
         median_of_differences_s=mid, quartiles_s=[low, high],
+        empty_request_median_s=statistics.median(empty),
         stages=[line for line in stages.splitlines() if line.startswith("tessera_stage_seconds_s")],
     )  # fmt: skip
 
