@@ -14,7 +14,7 @@ Shapes: R rows, T slots a row, D model width, H heads, K key heads, E width of a
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -24,10 +24,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from pipeline.models._packed import PackedLinear
+from pipeline.models._packed import Picturewise, Rowwise, with_modules
 from pipeline.runtime import autocast, autocast_dtype
 
-Layer = dict[str, PackedLinear]
+Layer = dict[str, Rowwise]
 """What shares an input, joined."""
 
 
@@ -120,8 +120,28 @@ class LlamaWeights:
             }
             for layer in lm.layers
         ]  # fmt: skip
+        self.reader = lru_cache(1)(self._make_reader)
         self.head = self._joined(head)
         self.last = self._joined(head, scale=lm.norm.weight)
+
+    def _make_reader(self, length: int) -> nn.Module:
+        """What reads prompts of this length: the model, on a CPU with products of whole prompts."""
+        if self.device.type != "cpu":
+            return self.lm
+
+        def own(module: nn.Module) -> nn.Module:
+            layers = {
+                name: Picturewise(layer, self.dtype, length)
+                for name, layer in module.named_children()
+                if isinstance(layer, nn.Linear)
+            }
+            return with_modules(module, **layers)
+
+        layers = [
+            with_modules(layer, self_attn=own(layer.self_attn), mlp=own(layer.mlp))
+            for layer in self.lm.layers
+        ]
+        return with_modules(self.lm, layers=nn.ModuleList(layers))
 
     @staticmethod
     def fit(lm: PreTrainedModel) -> bool:
@@ -131,7 +151,7 @@ class LlamaWeights:
 
     def _joined(
         self, *layers: nn.Linear, scale: Tensor | None = None, order: Tensor | None = None
-    ) -> PackedLinear:
+    ) -> Rowwise:
         """Layers of one input below each other; `scale` is that of the norm before them.
 
         `order` names the rows that come first.
@@ -143,7 +163,7 @@ class LlamaWeights:
         if order is not None:
             rows = torch.cat([order, torch.arange(len(order), len(weight), device=order.device)])
             weight, bias = weight[rows], None if bias is None else bias[rows]
-        return PackedLinear(weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
+        return Rowwise(weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
 
 
 class SlotDecoder:
@@ -163,7 +183,6 @@ class SlotDecoder:
         self.v = torch.zeros(shape, dtype=w.dtype, device=device)
         self.seen = torch.zeros(0, length, dtype=torch.bool, device=device)
         self.end = torch.zeros(0, dtype=torch.long, device=device)  # slots used, by row
-        self.eps = torch.tensor(w.eps, device=device)
         everywhere = torch.arange(length, device=device)[None]
         one = torch.zeros(1, 1, w.lm.config.hidden_size, device=device)
         cos, sin = w.lm.rotary_emb(one, position_ids=everywhere)  # both halves of E are the same
@@ -174,7 +193,7 @@ class SlotDecoder:
         w, rows, length = self.weights, len(inputs), inputs.shape[1]
         cache = DynamicCache(config=w.lm.config)
         with autocast(inputs.device):
-            states = w.lm(
+            states = w.reader(length)(
                 inputs_embeds=inputs, attention_mask=keys.long(), position_ids=positions_of(keys),
                 past_key_values=cache, use_cache=True,
             ).last_hidden_state[:, -1]  # fmt: skip
@@ -227,8 +246,9 @@ class SlotDecoder:
     def _normed(self, x: Tensor) -> Tensor:
         """RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467) without its scale, which is in the
         weights that follow. F.rms_norm takes twice as many operations on CPUs."""
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        ratio = torch.addcmul(self.eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        # an operation each: joined ones round otherwise where a row stands at an array's end
+        ratio = square.mul_(1 / x.shape[-1]).add_(self.weights.eps).rsqrt_()
         return (x * ratio).to(self.weights.dtype)
 
 

@@ -1,8 +1,9 @@
 """Linear layers whose weights stay as they are, laid out once as the CPU's kernels read them.
 
 Which kernel multiplies, and so a row's last bits, depends on how many rows there are, on the number
-of threads and on the CPU. A picture must not depend on those drawn beside it: `Picturewise` layers
-let no more pictures share a product than is without effect.
+of threads and on the CPU. A picture must not depend on those drawn beside it. So it is tried, once
+for every shape, which numbers of rows give the same: `Picturewise` layers let no more pictures
+share a product than is without effect, `Rowwise` ones multiply further rows of zeros.
 """
 
 from __future__ import annotations
@@ -45,6 +46,34 @@ class PackedLinear:
         return made
 
 
+ROW_COUNTS = (1, 2, 4, 8, 16, 32, 48, 64)
+
+
+class Rowwise:
+    """A linear layer with fixed weights whose result for a row is the same to the bit whatever rows
+    are beside it, on a CPU; for few rows at a time, as `PackedLinear`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.product = PackedLinear(weight, bias)
+        self.counts: tuple[int, ...] = ()
+        if weight.device.type == "cpu":
+            self.counts = _alike(
+                weight.shape, bias is not None, weight.dtype, torch.get_num_threads()
+            )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(R, I), the weight's dtype -> (R, O)."""
+        if not self.counts:
+            return self.product(x)
+        parts = [self._padded(part) for part in x.split(ROW_COUNTS[-1])]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        rows = len(x)
+        count = next(count for count in self.counts if count >= rows)
+        return self.product(F.pad(x, (0, 0, 0, count - rows)) if count > rows else x)[:rows]
+
+
 class Picturewise(nn.Module):
     """A linear layer whose results for a picture are the same to the bit whatever pictures are
     beside it.
@@ -83,18 +112,37 @@ def _together(
 ) -> int:
     """How many pictures can share a product of this shape here, found by trying: as many as give
     what each gives alone."""
-    noise = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=noise).to(dtype)
-
-    product = PackedLinear(random(*shape), random(shape[0]) if bias else None, gelu=gelu)
-    x = random(MOST_TOGETHER * rows, shape[1])
+    product, x = _trial(shape, bias, dtype, MOST_TOGETHER * rows, gelu=gelu)
     alone = torch.cat([product(part) for part in x.split(rows)])
     for count in range(2, MOST_TOGETHER + 1):
         if not torch.equal(product(x[: count * rows]), alone[: count * rows]):
             return count - 1
     return MOST_TOGETHER
+
+
+@cache
+def _alike(shape: torch.Size, bias: bool, dtype: torch.dtype, threads: int) -> tuple[int, ...]:
+    """Those of ROW_COUNTS whose rows come out of a product of this shape as from the largest."""
+    product, x = _trial(shape, bias, dtype, ROW_COUNTS[-1])
+    expected = product(x)
+    return tuple(n for n in ROW_COUNTS if torch.equal(product(x[:n]), expected[:n]))
+
+
+def _trial(
+    shape: torch.Size, bias: bool, dtype: torch.dtype, rows: int, *, gelu: bool = False
+) -> tuple[PackedLinear, Tensor]:
+    """A product of this shape, and something to multiply whose sums cancel out but for rounding:
+    another order of summation shows in every bit."""
+    noise = torch.Generator().manual_seed(0)
+    columns = torch.randperm(shape[1], generator=noise)
+
+    def cancelling(rows: int, sign: int) -> Tensor:
+        half = torch.randn(rows, shape[1] // 2, generator=noise)
+        odd = torch.zeros(rows, shape[1] % 2)
+        return torch.cat([half, sign * half, odd], 1)[:, columns].to(dtype)
+
+    zeros = torch.zeros(shape[0], dtype=dtype) if bias else None
+    return PackedLinear(cancelling(shape[0], -1), zeros, gelu=gelu), cancelling(rows, 1)
 
 
 M = TypeVar("M", bound=nn.Module)
