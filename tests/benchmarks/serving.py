@@ -38,6 +38,7 @@ import aiohttp
 import numpy as np
 import psutil
 import ray
+import torch
 from fastapi import FastAPI
 from PIL import Image
 from ray import serve
@@ -370,6 +371,7 @@ def _title(process: psutil.Process) -> str:
 
 def kill(args: argparse.Namespace) -> None:
     """kill -9 of one of two replicas in mid-load; every picture is compared with its reference."""
+    torch.set_num_threads(CPUS // 2)  # as the replicas: with others, last bits are others
     model = load_generator(BUNDLE, pretrained_cache=args.home / "pretrained", device="cpu")
     with served(args.home, split(2), result_cache_bytes=0) as server:
         mine = {child.pid for child in psutil.Process().children(recursive=True)}
