@@ -39,7 +39,8 @@ import numpy as np
 import psutil
 import ray
 import torch
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
 from PIL import Image
 from ray import serve
 from ray.serve import Application
@@ -220,10 +221,11 @@ def empty_api() -> FastAPI:
     """An ingress that does nothing but ask `NoModel`."""
     api, model = FastAPI(), serve.get_deployment_handle(NoModel.name)
 
-    @api.post("/")
-    async def draw(body: dict[str, Any]) -> dict[str, str]:
-        return {"b64_json": base64.b64encode(await model.draw.remote(body)).decode()}
+    async def draw(request: Request) -> JSONResponse:
+        drawn = await model.draw.remote(await request.json())
+        return JSONResponse({"b64_json": base64.b64encode(drawn).decode()})
 
+    api.add_route("/", draw, methods=["POST"])
     return api
 
 
