@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import transformers
@@ -25,17 +25,18 @@ class CaptionReader:
 
     def __init__(self, encoder: CaptionEncoder) -> None:
         self.encoder = encoder
-        self._read = lru_cache(maxsize=REMEMBERED)(self._encode)
+        self._read = lru_cache(maxsize=REMEMBERED)(partial(_encode, encoder))
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """B captions -> states (B, max_tokens, width) and mask bool (B, max_tokens)."""
         states, masks = zip(*(self._read(caption) for caption in captions), strict=True)
         return torch.stack(states), torch.stack(masks)
 
-    def _encode(self, caption: str) -> tuple[Tensor, Tensor]:
-        states, mask = self.encoder.encode([caption])
-        missing = self.encoder.max_tokens - states.shape[1]
-        return F.pad(states[0], (0, 0, 0, missing)), F.pad(mask[0], (0, missing))
+
+def _encode(encoder: CaptionEncoder, caption: str) -> tuple[Tensor, Tensor]:
+    states, mask = encoder.encode([caption])
+    missing = encoder.max_tokens - states.shape[1]
+    return F.pad(states[0], (0, 0, 0, missing)), F.pad(mask[0], (0, missing))
 
 
 @dataclass(frozen=True)

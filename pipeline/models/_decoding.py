@@ -14,7 +14,7 @@ Shapes: R rows, T slots a row, D model width, H heads, K key heads, E width of a
 
 from __future__ import annotations
 
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -120,28 +120,9 @@ class LlamaWeights:
             }
             for layer in lm.layers
         ]  # fmt: skip
-        self.reader = lru_cache(1)(self._make_reader)
+        self.reader = lru_cache(1)(partial(_reader, lm, dtype, self.device))
         self.head = self._joined(head)
         self.last = self._joined(head, scale=lm.norm.weight)
-
-    def _make_reader(self, length: int) -> nn.Module:
-        """What reads prompts of this length: the model, on a CPU with products of whole prompts."""
-        if self.device.type != "cpu":
-            return self.lm
-
-        def own(module: nn.Module) -> nn.Module:
-            layers = {
-                name: Picturewise(layer, self.dtype, length)
-                for name, layer in module.named_children()
-                if isinstance(layer, nn.Linear)
-            }
-            return with_modules(module, **layers)
-
-        layers = [
-            with_modules(layer, self_attn=own(layer.self_attn), mlp=own(layer.mlp))
-            for layer in self.lm.layers
-        ]
-        return with_modules(self.lm, layers=nn.ModuleList(layers))
 
     @staticmethod
     def fit(lm: PreTrainedModel) -> bool:
@@ -164,6 +145,23 @@ class LlamaWeights:
             rows = torch.cat([order, torch.arange(len(order), len(weight), device=order.device)])
             weight, bias = weight[rows], None if bias is None else bias[rows]
         return Rowwise(weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
+
+
+def _reader(lm: LlamaModel, dtype: torch.dtype, device: torch.device, length: int) -> LlamaModel:
+    """What reads prompts of this length: the model, on a CPU with products of whole prompts."""
+    if device.type != "cpu":
+        return lm
+
+    def own(module: nn.Module) -> nn.Module:
+        linear = {n: layer for n, layer in module.named_children() if isinstance(layer, nn.Linear)}
+        products = {n: Picturewise(linear[n], dtype, length, pack=False) for n in linear}
+        return with_modules(module, **products)
+
+    layers = [
+        with_modules(layer, self_attn=own(layer.self_attn), mlp=own(layer.mlp))
+        for layer in lm.layers
+    ]
+    return with_modules(lm, layers=nn.ModuleList(layers))
 
 
 class SlotDecoder:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import platform
+from dataclasses import dataclass
 from functools import cache
 from typing import TypeVar
 
@@ -28,11 +29,17 @@ class PackedLinear:
         weight: (O, I), contiguous; kept packed alone where it can be.
         bias: (O,) of the same dtype.
         gelu: its tanh approximation follows.
+        pack: False multiplies by `weight` itself, for what is too rare to be worth a copy.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False, pack: bool = True
+    ) -> None:
         self.after = ("gelu", [], "tanh") if gelu else ("none", [], "")
-        self.packed = weight.device.type == "cpu" and _can_pack()
+        self.packed = pack and weight.device.type == "cpu" and _can_pack()
+        self.kind = _Kind(
+            tuple(weight.shape), bias is not None, weight.dtype, gelu, pack, torch.get_num_threads()
+        )
         # the operators that torch.compile's freezing emits (torch/_inductor/mkldnn_ir.py)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self.packed else weight
         self.bias = bias
@@ -57,9 +64,7 @@ class Rowwise:
         self.product = PackedLinear(weight, bias)
         self.counts: tuple[int, ...] = ()
         if weight.device.type == "cpu":
-            self.counts = _alike(
-                weight.shape, bias is not None, weight.dtype, torch.get_num_threads()
-            )
+            self.counts = _alike(self.product.kind)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(R, I), the weight's dtype -> (R, O)."""
@@ -82,20 +87,24 @@ class Picturewise(nn.Module):
         linear: the layer; later changes to it are not seen.
         dtype: of the products.
         rows: of one picture, side by side.
-        gelu: its tanh approximation follows.
+        gelu, pack: see `PackedLinear`.
     """
 
     def __init__(
-        self, linear: nn.Linear, dtype: torch.dtype, rows: int, *, gelu: bool = False
+        self,
+        linear: nn.Linear,
+        dtype: torch.dtype,
+        rows: int,
+        *,
+        gelu: bool = False,
+        pack: bool = True,
     ) -> None:
         super().__init__()
         bias = None if linear.bias is None else linear.bias.detach().to(dtype)
         weight = linear.weight.detach().to(dtype).contiguous()
-        self.product = PackedLinear(weight, bias, gelu=gelu)
+        self.product = PackedLinear(weight, bias, gelu=gelu, pack=pack)
         self.dtype, self.rows = dtype, rows
-        self.together = _together(
-            weight.shape, bias is not None, gelu, dtype, rows, torch.get_num_threads()
-        )
+        self.together = _together(self.product.kind, rows)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I), whose rows are whole pictures' -> (..., O)."""
@@ -107,12 +116,10 @@ MOST_TOGETHER = 8
 
 
 @cache
-def _together(
-    shape: torch.Size, bias: bool, gelu: bool, dtype: torch.dtype, rows: int, threads: int
-) -> int:
-    """How many pictures can share a product of this shape here, found by trying: as many as give
+def _together(kind: _Kind, rows: int) -> int:
+    """How many pictures of so many rows can share a product here, found by trying: as many as give
     what each gives alone."""
-    product, x = _trial(shape, bias, dtype, MOST_TOGETHER * rows, gelu=gelu)
+    product, x = kind.trial(MOST_TOGETHER * rows)
     alone = torch.cat([product(part) for part in x.split(rows)])
     for count in range(2, MOST_TOGETHER + 1):
         if not torch.equal(product(x[: count * rows]), alone[: count * rows]):
@@ -121,28 +128,38 @@ def _together(
 
 
 @cache
-def _alike(shape: torch.Size, bias: bool, dtype: torch.dtype, threads: int) -> tuple[int, ...]:
-    """Those of ROW_COUNTS whose rows come out of a product of this shape as from the largest."""
-    product, x = _trial(shape, bias, dtype, ROW_COUNTS[-1])
+def _alike(kind: _Kind) -> tuple[int, ...]:
+    """Those of ROW_COUNTS whose rows come out of a product as from the largest."""
+    product, x = kind.trial(ROW_COUNTS[-1])
     expected = product(x)
     return tuple(n for n in ROW_COUNTS if torch.equal(product(x[:n]), expected[:n]))
 
 
-def _trial(
-    shape: torch.Size, bias: bool, dtype: torch.dtype, rows: int, *, gelu: bool = False
-) -> tuple[PackedLinear, Tensor]:
-    """A product of this shape, and something to multiply whose sums cancel out but for rounding:
-    another order of summation shows in every bit."""
-    noise = torch.Generator().manual_seed(0)
-    columns = torch.randperm(shape[1], generator=noise)
+@dataclass(frozen=True)
+class _Kind:
+    """What decides, beside the number of rows, which kernel multiplies."""
 
-    def cancelling(rows: int, sign: int) -> Tensor:
-        half = torch.randn(rows, shape[1] // 2, generator=noise)
-        odd = torch.zeros(rows, shape[1] % 2)
-        return torch.cat([half, sign * half, odd], 1)[:, columns].to(dtype)
+    shape: tuple[int, ...]
+    bias: bool
+    dtype: torch.dtype
+    gelu: bool
+    pack: bool
+    threads: int
 
-    zeros = torch.zeros(shape[0], dtype=dtype) if bias else None
-    return PackedLinear(cancelling(shape[0], -1), zeros, gelu=gelu), cancelling(rows, 1)
+    def trial(self, rows: int) -> tuple[PackedLinear, Tensor]:
+        """Such a product, and something to multiply whose sums cancel out but for rounding: another
+        order of summation shows in every bit."""
+        (wide, narrow), noise = self.shape, torch.Generator().manual_seed(0)
+        columns = torch.randperm(narrow, generator=noise)
+
+        def cancelling(rows: int, sign: int) -> Tensor:
+            half = torch.randn(rows, narrow // 2, generator=noise)
+            odd = torch.zeros(rows, narrow % 2)
+            return torch.cat([half, sign * half, odd], 1)[:, columns].to(self.dtype)
+
+        zeros = torch.zeros(wide, dtype=self.dtype) if self.bias else None
+        product = PackedLinear(cancelling(wide, -1), zeros, gelu=self.gelu, pack=self.pack)
+        return product, cancelling(rows, 1)
 
 
 M = TypeVar("M", bound=nn.Module)

@@ -286,7 +286,8 @@ class Generator:
         self.model = model.to(parts.device).eval()
         self.config, self.spec, self.parts = config, spec, parts
         self.read_captions = CaptionReader(parts.encoder)
-        self._read = lru_cache(READINGS)(self._read_alone)
+        read = partial(_read_alone, self.model, self.read_captions, parts.device)
+        self._read = lru_cache(READINGS)(read)
         self.styles = spec.styles
         self.image_size = parts.tokenizer.image_size
 
@@ -386,11 +387,14 @@ class Generator:
             for caption, led, style in both
         ]
 
-    def _read_alone(self, caption: str, style_id: int) -> Reading:
-        """(1, ...), beside no other's; an empty caption stands for none."""
-        states, mask = (part.to(self.parts.device) for part in self.read_captions([caption]))
-        style = torch.tensor([style_id], device=self.parts.device)
-        return self.model.read(states, mask if caption else torch.zeros_like(mask), style)
+
+def _read_alone(
+    model: MaskedTransformer, read: CaptionReader, device: torch.device, caption: str, style_id: int
+) -> Reading:
+    """(1, ...), beside no other's; an empty caption stands for none."""
+    states, mask = (part.to(device) for part in read([caption]))
+    style = torch.tensor([style_id], device=device)
+    return model.read(states, mask if caption else torch.zeros_like(mask), style)
 
 
 def build(config: GeneratorConfig, spec: ModelSpec) -> MaskedTransformer:
