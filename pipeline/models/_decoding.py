@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from pipeline.models._packed import Picturewise, Rowwise, with_modules
+from pipeline.models._packed import Picturewise, Rowwise, has_adapters, with_modules
 from pipeline.runtime import autocast, autocast_dtype
 
 Layer = dict[str, Rowwise]
@@ -127,8 +127,8 @@ class LlamaWeights:
     @staticmethod
     def fit(lm: PreTrainedModel) -> bool:
         """Whether this is an architecture that is written out here, and without adapters."""
-        adapted = any(hasattr(module, "base_layer") for module in lm.modules())
-        return type(lm) is LlamaModel and lm.config.hidden_act == "silu" and not adapted
+        known = type(lm) is LlamaModel and lm.config.hidden_act == "silu"
+        return known and not has_adapters(lm)
 
     def _joined(
         self, *layers: nn.Linear, scale: Tensor | None = None, order: Tensor | None = None

@@ -172,6 +172,11 @@ def with_modules(module: M, **others: nn.Module) -> M:
     return made
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Whether layers carry LoRA's adapters (peft), which their weights alone do not know of."""
+    return any(hasattr(module, "base_layer") for module in model.modules())
+
+
 @cache
 def _can_pack() -> bool:
     return (

@@ -24,7 +24,7 @@ from pipeline.models._attention import attention
 from pipeline.models._canvas import lay_out
 from pipeline.models._captions import CaptionReader
 from pipeline.models._drawing import pictures_of
-from pipeline.models._packed import Picturewise, with_modules
+from pipeline.models._packed import Picturewise, has_adapters, with_modules
 from pipeline.models._parallel import Guess, Head, ParallelDrawing, Reading, ReadPicture
 from pipeline.models._requests import Settings, check_requests
 from pipeline.models._spec import ModelParts, ModelSpec, level_digits
@@ -310,7 +310,7 @@ class Generator:
         model, device = self.model, self.parts.device
         with autocast(device):
             table = model.table()
-        if device.type != "cpu":
+        if device.type != "cpu" or has_adapters(model):
             return partial(model, table=table), partial(model.logits, table=table)
         dtype = autocast_dtype(device) or torch.float32
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.bundle import load_generator
+from pipeline.config import TrainConfig
 from pipeline.contracts import Canvas, GenerationRequest, JoinableDrawing, SteppedGenerator
 from pipeline.errors import RequestError
+from pipeline.finetune import apply_policy
 from pipeline.models._sampling import touched_cells
 
 REQUEST = GenerationRequest("红苹果", seed=7, style="noto")
@@ -125,6 +127,18 @@ def test_a_picture_does_not_show_when_it_joined(generator: Any) -> None:
     assert list(drawing.join([hurried])) == [3], "it may begin again"
     assert drawing.step() and drawing.step()
     assert torch.equal(drawing.images([3])[0], alone[2])
+
+
+def test_adapters_are_drawn_with(tiny_bundle: Path, pretrained_cache: Path) -> None:
+    made: Any = load_generator(tiny_bundle, pretrained_cache=pretrained_cache, device="cpu")
+    apply_policy(made.model, TrainConfig(policy="lora", lora_rank=2))
+    before = made.generate([REQUEST])  # they begin without effect
+    torch.manual_seed(1)
+    for name, parameter in made.model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    made = type(made)(made.model, made.config, made.spec, made.parts)
+    assert not torch.equal(before, made.generate([REQUEST]))
 
 
 def test_tokens_are_counted(generator: Any) -> None:
