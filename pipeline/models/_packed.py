@@ -62,21 +62,22 @@ class Rowwise:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.product = PackedLinear(weight, bias)
-        self.counts: tuple[int, ...] = ()
+        self.missing: tuple[int, ...] = ()  # rows of zeros, by the number of rows
         if weight.device.type == "cpu":
-            self.counts = _alike(self.product.kind)
+            counts = _alike(self.product.kind)
+            most = range(ROW_COUNTS[-1] + 1)
+            self.missing = tuple(min(c for c in counts if c >= rows) - rows for rows in most)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(R, I), the weight's dtype -> (R, O)."""
-        if not self.counts:
-            return self.product(x)
-        parts = [self._padded(part) for part in x.split(ROW_COUNTS[-1])]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _padded(self, x: Tensor) -> Tensor:
         rows = len(x)
-        count = next(count for count in self.counts if count >= rows)
-        return self.product(F.pad(x, (0, 0, 0, count - rows)) if count > rows else x)[:rows]
+        if not self.missing:
+            return self.product(x)
+        if rows >= len(self.missing):
+            return torch.cat([self(part) for part in x.split(ROW_COUNTS[-1])])
+        if missing := self.missing[rows]:
+            return self.product(F.pad(x, (0, 0, 0, missing)))[:rows]
+        return self.product(x)
 
 
 class Picturewise(nn.Module):
