@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
@@ -19,13 +20,15 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from ray import serve
+from starlette.types import Lifespan
 
 from pipeline import __version__
 from serve.access import Access
 from serve.answers import events, images_response, model_entry
 from serve.edge import Edge
-from serve.errors import CODE_HEADER, ApiError, install, json_body, json_schema, shown
+from serve.errors import CODE_HEADER, REQUEST_ID, ApiError, install, json_body, json_schema, shown
 from serve.forms import Filled, form_body, form_schema
+from serve.front import Address, listening
 from serve.metrics import Metrics
 from serve.pictures import Upload
 from serve.pool import Pool
@@ -223,14 +226,23 @@ async def readyz(generators: Generators) -> Health:
     )
 
 
-def create_api(pool: Pool | None = None, service: ServiceConfig | None = None) -> FastAPI:
+def create_api(
+    pool: Pool | None = None,
+    service: ServiceConfig | None = None,
+    lifespan: Lifespan[FastAPI] | None = None,
+) -> FastAPI:
     """The FastAPI application over `pool`; in a Serve replica, over the generator deployment."""
     service, counted = service or ServiceConfig(), Metrics()
     pool = pool or Pool(serve.get_deployment_handle(GENERATOR))
     pool.on_picture = counted.drawn
     access = Access(service.keys)
     api = FastAPI(
-        title="Tessera", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
+        title="Tessera",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
     )
     install(api)
     api.include_router(router)
@@ -245,15 +257,24 @@ def create_api(pool: Pool | None = None, service: ServiceConfig | None = None) -
             allow_origins=list(service.cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],  # clients of other makers send headers of their own
-            expose_headers=["x-request-id", "retry-after", CODE_HEADER],
+            expose_headers=[REQUEST_ID, "retry-after", CODE_HEADER],
         )
     return api
 
 
-def api_with(service: ServiceConfig) -> Callable[[], FastAPI]:
-    """`create_api` as Serve calls it in the ingress replica: a function without arguments."""
+def api_with(
+    service: ServiceConfig, listen: Address | None, *, at_once: int
+) -> Callable[[], FastAPI]:
+    """`create_api` as Serve calls it in the ingress replica: a function without arguments.
+
+    Args:
+        service: as for `create_api`.
+        listen: where the replica listens itself; None: it is behind proxies only.
+        at_once: requests it then has at a time.
+    """
 
     def build() -> FastAPI:
-        return create_api(None, service)
+        door = None if listen is None else partial(listening, address=listen, at_once=at_once)
+        return create_api(None, service, door)
 
     return build

@@ -21,11 +21,14 @@ from pipeline.bundle import load_generator
 from pipeline.config import Config, ServeConfig
 from pipeline.tracking import resolve_model
 from serve.api import GENERATOR, api_with
+from serve.front import Address
 from serve.replica import Find, Found, Generator
 from serve.settings import ServiceConfig, check_exposure
 
 _IN_FLIGHT = 256
 """Requests one ingress holds: more than generators take, so that it says no in its own words."""
+_LOOK_EVERY_S = 2
+"""How often Serve looks whether the ingress is alive; nobody answers until it has."""
 
 
 def assemble(
@@ -34,6 +37,7 @@ def assemble(
     service: ServiceConfig | None = None,
     *,
     find: Find | None = None,
+    listen: Address | None = None,
 ) -> Application:
     """The Serve application around any ImageGenerator.
 
@@ -42,6 +46,7 @@ def assemble(
         config: replicas and batches.
         service: access, limits, safety and caches.
         find: looks for a newer model; None where there is nothing to look for.
+        listen: where the ingress replica listens itself, besides being behind Serve's proxies.
     """
     service = service or ServiceConfig()
     logging_config = {
@@ -68,14 +73,20 @@ def assemble(
     api = serve.deployment(
         name="api",
         ray_actor_options={"num_cpus": 0},
+        health_check_period_s=_LOOK_EVERY_S,
         max_ongoing_requests=_IN_FLIGHT,
         logging_config=logging_config,
-    )(serve.ingress(api_with(service))())
+    )(serve.ingress(api_with(service, listen, at_once=_IN_FLIGHT))())
     return api.bind(generator.bind(found, find, config, service))
 
 
 def build_app(
-    model: str, config: ServeConfig, service: ServiceConfig | None = None, *, home: str
+    model: str,
+    config: ServeConfig,
+    service: ServiceConfig | None = None,
+    *,
+    home: str,
+    listen: Address | None = None,
 ) -> Application:
     """The Serve application around a trained model.
 
@@ -87,13 +98,14 @@ def build_app(
         config: replicas and batches.
         service: access, limits, safety and caches.
         home: the directory of the registry and of converted pretrained models.
+        listen: as for `assemble`.
 
     Raises:
         BundleError: there is no such model.
     """
     find = partial(_find, model, Path(home).absolute(), "cuda" if config.num_gpus else "cpu")
     moves = model.startswith("models:/") and "@" in model
-    return assemble(find(), config, service, find=find if moves else None)
+    return assemble(find(), config, service, find=find if moves else None, listen=listen)
 
 
 def _find(model: str, home: Path, device: str) -> Found:

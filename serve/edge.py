@@ -16,7 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.errors import CODE_HEADER, ApiError, internal_error, shown
+from serve.errors import CODE_HEADER, REQUEST_ID, ApiError, internal_error, shown
 from serve.metrics import Metrics
 from serve.settings import ServiceConfig, is_loopback
 
@@ -108,7 +108,7 @@ class Edge:
             "status": status,
             "code": code,
             "seconds": round(seconds, 4),
-            "request_id": Headers(scope=scope).get("x-request-id", ""),
+            "request_id": Headers(scope=scope).get(REQUEST_ID, ""),
             **more,
         }
         if self._log_text:

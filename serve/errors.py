@@ -4,7 +4,7 @@
 
 Routes raise `ApiError`; `install` turns it, FastAPI's validation errors and unknown routes into the
 envelope, and edge.py anything unforeseen. A client never sees a traceback: what went wrong inside
-is in the server's log under the request's id (the `x-request-id` header that Serve's proxy sets).
+is in the server's log under the request's id (the `x-request-id` header).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from starlette.exceptions import HTTPException
 logger = logging.getLogger("ray.serve")
 
 MAX_BODY_BYTES = 1_000_000
+REQUEST_ID = "x-request-id"
 CODE_HEADER = "x-error-code"
 _SHOWN_CHARS = 64
 
@@ -176,7 +177,7 @@ def install(app: FastAPI) -> None:
 
 def internal_error(request: Request) -> ApiError:
     """500: nothing but the id under which the log says more."""
-    request_id = request.headers.get("x-request-id", "unknown")
+    request_id = request.headers.get(REQUEST_ID, "unknown")
     return ApiError(
         500,
         f"the server failed to answer; its log says why under request id {request_id}",

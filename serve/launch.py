@@ -17,8 +17,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import ray
 from ray import serve
@@ -30,6 +31,7 @@ from pipeline.errors import ResourceError
 from pipeline.runtime import start_ray
 from serve.app import build_app
 from serve.errors import last_error
+from serve.front import Address, on_one_machine
 from serve.settings import ServiceConfig, check_exposure
 
 logger = logging.getLogger(__name__)
@@ -99,7 +101,7 @@ def serve_forever(
     check_exposure(host, service)
     check_port(host, port)
     return launch(
-        build_app(model, config, service, home=home),
+        partial(build_app, model, config, service, home=home),
         host=host,
         port=port,
         blocking=blocking,
@@ -109,7 +111,7 @@ def serve_forever(
 
 
 def launch(
-    app: Application,
+    make: Callable[..., Application],
     *,
     host: str,
     port: int,
@@ -117,10 +119,14 @@ def launch(
     ready_timeout_s: float,
     config: ServeConfig | None = None,
 ) -> Server:
-    """`serve_forever` for an application that is already built, whose replicas `config` is of."""
+    """`serve_forever` for what `make(listen=...)` builds, as app.py's functions do, with replicas
+    as `config` has them."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its progress lines only puzzle
+    address = Address(host, port)
+    own_door = on_one_machine()
+    app = make(listen=address if own_door else None)
     server = Server(url=f"http://{_ANY_ADDRESS.get(host, host)}:{port}", started_ray=start_ray())
-    if serve.status().proxies:
+    if _serve_runs():
         raise ResourceError(
             "Ray Serve already runs on this cluster, with a port of its own; use "
             "`serve deploy infra/serve.yaml`, or stop it first with `serve shutdown`"
@@ -128,7 +134,7 @@ def launch(
     try:
         if config is not None:
             check_room(config, ray.cluster_resources())  # type: ignore[no-untyped-call]
-        _start(host, port)
+        _start(address, proxies=not own_door)
         deploy(app)
         _wait_until_ready(server.url, ready_timeout_s)
         logger.info("%s draws pictures", server.url)
@@ -156,8 +162,7 @@ def check_room(config: ServeConfig, resources: Mapping[str, float]) -> None:
 
 def check_port(host: str, port: int) -> None:
     """Raise ResourceError unless host:port can be listened on."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
+    with socket.socket(Address(host, port).family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -168,17 +173,23 @@ def check_port(host: str, port: int) -> None:
             ) from error
 
 
-def _start(host: str, port: int) -> None:
-    """Serve's controller and proxy."""
+def _serve_runs() -> bool:
+    status = serve.status()
+    return bool(status.proxies or status.applications)
+
+
+def _start(address: Address, *, proxies: bool) -> None:
+    """Serve's controller, and proxies that listen."""
     try:
         serve.start(
-            http_options={"host": host, "port": port},
+            proxy_location="EveryNode" if proxies else "Disabled",
+            http_options={"host": address.host, "port": address.port},
             controller_options={"runtime_env": {"env_vars": _PATIENCE}},
         )
     except (RayError, TimeoutError) as error:
         raise ResourceError(
-            f"Ray Serve did not start on {host}, port {port}: {error}. If the machine is very busy "
-            "try again later, else see the logs that `tessera doctor` names"
+            f"Ray Serve did not start on {address.host}, port {address.port}: {error}. If the "
+            "machine is very busy try again later, else see the logs that `tessera doctor` names"
         ) from error
 
 

@@ -10,7 +10,6 @@ A YAML file for `tessera serve --config FILE`, or `args.service` of a Serve conf
 from __future__ import annotations
 
 import ipaddress
-import os
 import re
 from pathlib import Path
 from typing import Literal
@@ -20,6 +19,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline.config import Config
 from pipeline.errors import RecipeError
+from serve.front import behind_haproxy
 
 
 class ApiKey(Config):
@@ -105,7 +105,7 @@ def check_exposure(host: str, config: ServiceConfig) -> None:
     """
     if config.keys or config.allow_anonymous:
         return
-    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+    if behind_haproxy():
         host = "0.0.0.0"  # behind HAProxy Ray's replicas listen everywhere, whatever is asked for
     if is_loopback(host):
         return

@@ -31,6 +31,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ from pipeline.config import ServeConfig
 from pipeline.contracts import GenerationRequest
 from pipeline.tracking import Tracker
 from serve.app import build_app
+from serve.front import Address, listening
 from serve.launch import APP_NAME, Server, launch
 from serve.settings import ServiceConfig
 
@@ -89,8 +91,8 @@ def free_port() -> int:
 def served(
     home: Path, config: ServeConfig, model: str = BUNDLE, **service: Any
 ) -> Iterator[Server]:
-    app = build_app(model, config, ServiceConfig(**service), home=str(home))
-    server = launch(app, host="127.0.0.1", port=free_port(), blocking=False, ready_timeout_s=300)
+    make = partial(build_app, model, config, ServiceConfig(**service), home=str(home))
+    server = launch(make, host="127.0.0.1", port=free_port(), blocking=False, ready_timeout_s=300)
     try:
         yield server
     finally:
@@ -217,9 +219,10 @@ class NoModel:
         return bytes(6_000)
 
 
-def empty_api() -> FastAPI:
-    """An ingress that does nothing but ask `NoModel`."""
-    api, model = FastAPI(), serve.get_deployment_handle(NoModel.name)
+def empty_api(listen: Address) -> FastAPI:
+    """An ingress that does nothing but ask `NoModel`, and listens itself as the service's does."""
+    api = FastAPI(lifespan=partial(listening, address=listen, at_once=1))
+    model = serve.get_deployment_handle(NoModel.name)
 
     async def draw(request: Request) -> JSONResponse:
         drawn = await model.draw.remote(await request.json())
@@ -229,10 +232,14 @@ def empty_api() -> FastAPI:
     return api
 
 
-def empty_app() -> Application:
+def empty_app(listen: Address) -> Application:
     """Two deployments like the service's."""
+
+    def build() -> FastAPI:
+        return empty_api(listen)
+
     front = serve.deployment(name="front", ray_actor_options={"num_cpus": 0})
-    return front(serve.ingress(empty_api)()).bind(NoModel.bind())
+    return front(serve.ingress(build)()).bind(NoModel.bind())
 
 
 def latency(args: argparse.Namespace) -> None:
@@ -254,13 +261,14 @@ def latency(args: argparse.Namespace) -> None:
         served(args.home, split(args.replicas), result_cache_bytes=0) as server,
         peer("offline", args.home, args.replicas) as (offline, _),
     ):
-        serve.run(empty_app(), name="empty", route_prefix="/empty")
+        door = Address("127.0.0.1", free_port())
+        serve.run(empty_app(door), name="empty", route_prefix="/empty")
         bare, whole, empty = [], [], []
         for seed in range(args.requests + 3):
             body["seed"] = seed
             whole.append(ask(f"{server.url}/v1/images/generations"))
             bare.append(ask_offline(offline, f"one {seed}")["seconds"])
-            empty.append(ask(f"{server.url}/empty/"))
+            empty.append(ask(f"http://{door.host}:{door.port}/"))
             ask_offline(offline, f"one {seed}")  # both find the machine as it leaves it
         bare, whole, empty = bare[3:], whole[3:], empty[3:]
         stages = urllib.request.urlopen(f"{server.url}/metrics").read().decode()

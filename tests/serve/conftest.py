@@ -25,7 +25,7 @@ def server(
     log = tmp_path_factory.mktemp("serve") / "batches"
     found = Found("tiny", "3", partial(harness.HashGenerator, log))
     # what is drawn is what these tests are about; test_access.py is about the cache
-    app = assemble(found, harness.CONFIG, ServiceConfig(result_cache_bytes=0))
-    started = launch(app, host="127.0.0.1", port=free_port(), blocking=False, ready_timeout_s=60)
+    make = partial(assemble, found, harness.CONFIG, ServiceConfig(result_cache_bytes=0))
+    started = launch(make, host="127.0.0.1", port=free_port(), blocking=False, ready_timeout_s=60)
     yield harness.Running(started.url, log)
     started.close()

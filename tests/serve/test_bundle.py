@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -19,10 +20,12 @@ from harness import CONFIG, Running
 from openai import OpenAI
 from PIL import Image
 from ray import serve
+from served import free_port
 from test_features import mask, png, source
 
 from pipeline.tracking import Tracker
 from serve.app import build_app
+from serve.front import Address
 from serve.launch import deploy
 from serve.settings import ServiceConfig
 
@@ -41,7 +44,7 @@ class Served:
 
     def until(self, said: Callable[[dict[str, Any]], bool]) -> None:
         deadline = time.monotonic() + 120
-        with Running(self.url, Path()).http() as http:
+        with httpx.Client(timeout=60) as http:
             while not said(answer := http.get(f"{self.url}/readyz").json()):
                 assert time.monotonic() < deadline, answer
                 time.sleep(0.2)
@@ -56,12 +59,13 @@ def served(
 ) -> Iterator[Served]:
     home = tmp_path_factory.mktemp("home")
     (home / "pretrained").symlink_to(pretrained_cache)
-    url = f"{server.url}/bundle"
+    door = Address("127.0.0.1", free_port())
+    url = f"http://{door.host}:{door.port}"
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
     served = Served(client, Tracker(home), url)
     served.tracker.crown("tiny", served.register(tiny_bundles["masked"]))
     service = ServiceConfig(watch_every_s=0.5)
-    app = build_app("models:/tiny@champion", CONFIG, service, home=str(home))
+    app = build_app("models:/tiny@champion", CONFIG, service, home=str(home), listen=door)
     deploy(app, name="bundle", route_prefix="/bundle")
     yield served
     serve.delete("bundle")

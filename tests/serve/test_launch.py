@@ -7,16 +7,19 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 from harness import CONFIG, HashGenerator, Running, no_weights
 from pydantic import ValidationError
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
+from served import free_port
 
 from pipeline.config import ServeConfig
 from pipeline.errors import BundleError, RecipeError, ResourceError
 from serve.app import assemble
+from serve.front import Address
 from serve.launch import check_room, deploy, launch, serve_forever
 from serve.replica import Found
 from serve.settings import ApiKey, ServiceConfig, check_exposure
@@ -71,22 +74,23 @@ def test_behind_haproxy_there_is_no_loopback(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_second_server_on_one_cluster_is_refused(server: Running, tmp_path: Path) -> None:
-    app = assemble(Found("tiny", "4", partial(HashGenerator, tmp_path / "log")), CONFIG)
+    make = partial(assemble, Found("tiny", "4", partial(HashGenerator, tmp_path / "log")), CONFIG)
     with pytest.raises(ResourceError, match="already runs"):
-        launch(app, host="127.0.0.1", port=1, blocking=False, ready_timeout_s=1)
+        launch(make, host="127.0.0.1", port=1, blocking=False, ready_timeout_s=1)
     with server.http() as http:
         assert http.get("/readyz").status_code == 200
 
 
 def test_a_model_that_does_not_load_is_one_clear_line(server: Running) -> None:
-    app = assemble(Found("broken", "1", no_weights), CONFIG)
+    door = Address("127.0.0.1", free_port())
+    app = assemble(Found("broken", "1", no_weights), CONFIG, listen=door)
     with pytest.raises(ResourceError, match=r"BundleError: no weights in the bundle$"):
         deploy(app, name="broken", route_prefix="/broken")
     status = serve.status().applications["broken"].deployments["generator"]
     assert "no weights in the bundle" in status.message
-    with server.http() as http:
-        assert http.get("/broken/healthz").status_code == 200
-        answer = http.get("/broken/readyz")
+    with httpx.Client(base_url=f"http://127.0.0.1:{door.port}", timeout=60) as http:
+        assert http.get("/healthz").status_code == 200
+        answer = http.get("/readyz")
     assert answer.status_code == 503
     assert answer.json()["error"]["message"].endswith("BundleError; the replicas' log says why")
     serve.delete("broken")
