@@ -36,7 +36,7 @@ from pipeline.errors import BundleError, RecipeError
 from pipeline.models._captions import CaptionTokenizer
 from pipeline.models._spec import ModelParts, ModelSpec
 from pipeline.pretrained import file_digest
-from pipeline.runtime import cast_linear_weights, choose_device
+from pipeline.runtime import cast_weights, choose_device
 from pipeline.text import EncoderIdentity, check_encoder, load_caption_encoder
 
 FORMAT = 1
@@ -242,7 +242,8 @@ def load_generator(
         manifest.caption_encoder, cache=pretrained_cache, device=str(target)
     )
     check_encoder(manifest.encoder, encoder)
-    cast_linear_weights(loaded.model, target)
+    for network in (loaded.model, loaded.tokenizer):
+        cast_weights(network, target)
     family = registry.load("models", manifest.generator.family)
     caption_ids = None
     if family.CAPTIONS == "ids":

@@ -131,13 +131,13 @@ def autocast(device: torch.device) -> Iterator[None]:
         yield
 
 
-def cast_linear_weights(model: nn.Module, device: torch.device) -> None:
+def cast_weights(model: nn.Module, device: torch.device) -> None:
     """Keep the weights of a network that only draws as `autocast` would cast them at every use."""
     from torch import nn
 
-    dtype = autocast_dtype(device)
+    dtype, layers = autocast_dtype(device), (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
     for module in model.modules():
-        if isinstance(module, nn.Linear) and dtype is not None:
+        if isinstance(module, layers) and dtype is not None:
             module.weight.data = module.weight.data.to(dtype)
 
 

@@ -1,0 +1,192 @@
+"""The ingress replica's own door: real sockets, a real uvicorn, and a replica that is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import ray
+from fastapi import FastAPI, Request
+from fastapi.responses import PlainTextResponse
+from harness import CONFIG, HashGenerator, Running
+from ray import serve
+from served import free_port
+
+from serve.app import assemble
+from serve.front import Address, listening, on_one_machine
+from serve.launch import deploy
+from serve.replica import Found
+from serve.settings import ServiceConfig
+
+
+class Slow:
+    """An application whose /slow answers when it is let go, and who came and went meanwhile."""
+
+    def __init__(self) -> None:
+        self.app = FastAPI()
+        self.began, self.let_go, self.withdrawn = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self.app.add_api_route("/slow", self._slow)
+        self.app.add_api_route("/echo", self._echo, methods=["POST"])
+        self.app.add_api_route("/broken", self._broken)
+
+    async def _slow(self) -> str:
+        self.began.set()
+        try:
+            await self.let_go.wait()
+        except asyncio.CancelledError:
+            self.withdrawn.set()
+            raise
+        return "there"
+
+    async def _echo(self, request: Request) -> PlainTextResponse:
+        return PlainTextResponse(await request.body())
+
+    async def _broken(self) -> None:
+        raise ValueError("broken")
+
+
+@contextlib.asynccontextmanager
+async def opened(slow: Slow, at_once: int = 8) -> AsyncIterator[httpx.AsyncClient]:
+    door = Address("127.0.0.1", free_port())
+    async with (
+        listening(slow.app, door, at_once=at_once),
+        httpx.AsyncClient(base_url=f"http://{door.host}:{door.port}", timeout=20) as http,
+    ):
+        yield http
+
+
+def test_every_request_has_an_id_of_its_own_or_the_client_s() -> None:
+    async def ask() -> None:
+        async with opened(Slow()) as http:
+            first, second = await http.post("/echo"), await http.post("/echo")
+            named = await http.post("/echo", headers={"x-request-id": "mine"})
+        ids = [answer.headers["x-request-id"] for answer in (first, second)]
+        assert len(set(ids)) == 2 and all(ids)
+        assert named.headers.get_list("x-request-id") == ["mine"]
+
+    asyncio.run(ask())
+
+
+def test_a_body_of_many_parts_arrives_whole() -> None:
+    async def ask() -> None:
+        body = os.urandom(3_000_000)
+        async with opened(Slow()) as http:
+            assert (await http.post("/echo", content=body)).content == body
+
+    asyncio.run(ask())
+
+
+def test_who_leaves_is_worked_for_no_longer() -> None:
+    async def ask() -> None:
+        slow = Slow()
+        async with opened(slow) as http:
+            with pytest.raises(httpx.ReadTimeout):
+                await http.get("/slow", timeout=0.3)
+            await asyncio.wait_for(slow.withdrawn.wait(), 5)
+            assert (await http.post("/echo", content=b"others")).text == "others"
+
+    asyncio.run(ask())
+
+
+def test_only_so_many_come_in_at_a_time() -> None:
+    async def ask() -> None:
+        slow = Slow()
+        async with opened(slow, at_once=1) as http:
+            first = asyncio.create_task(http.get("/slow"))
+            await slow.began.wait()
+            second = asyncio.create_task(http.post("/echo", content=b"second"))
+            await asyncio.wait({second}, timeout=0.3)
+            assert not second.done()
+            slow.let_go.set()
+            assert (await first).json() == "there" and (await second).text == "second"
+
+    asyncio.run(ask())
+
+
+def test_a_failure_is_one_request_s() -> None:
+    async def ask() -> None:
+        async with opened(Slow()) as http:
+            failed = await http.get("/broken", headers={"connection": "close"})
+            assert failed.status_code == 500
+            assert (await http.post("/echo", content=b"next")).text == "next"
+
+    asyncio.run(ask())
+
+
+def test_answers_that_have_begun_are_finished_and_the_port_is_free_at_once() -> None:
+    async def ask() -> None:
+        slow, door = Slow(), Address("127.0.0.1", free_port())
+        url = f"http://{door.host}:{door.port}"
+        async with httpx.AsyncClient(base_url=url, timeout=20) as http:
+            async with listening(slow.app, door, at_once=8):
+                asking = asyncio.create_task(http.get("/slow"))
+                await slow.began.wait()
+                asyncio.get_running_loop().call_later(0.3, slow.let_go.set)
+            assert asking.done() or (await asyncio.wait({asking}, timeout=1))[0]
+            assert asking.result().json() == "there"
+            with pytest.raises(httpx.ConnectError):
+                await http.post("/echo")
+            async with listening(slow.app, door, at_once=8):  # connections linger in TIME_WAIT
+                assert (await http.post("/echo", content=b"again")).text == "again"
+
+    asyncio.run(ask())
+
+
+def test_a_replica_listens_itself_where_there_is_one_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert on_one_machine()
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert not on_one_machine()
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "nodes", lambda: [{}])
+    assert on_one_machine()
+    monkeypatch.setattr(ray, "nodes", lambda: [{}, {}])
+    assert not on_one_machine()
+    monkeypatch.setattr(ray, "nodes", lambda: [{}])
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    assert not on_one_machine()
+
+
+def test_a_killed_ingress_is_back_at_the_same_address(server: Running, tmp_path: Path) -> None:
+    door = Address("127.0.0.1", free_port())
+    found = Found("tiny", "5", partial(HashGenerator, tmp_path / "log"))
+    app = assemble(found, CONFIG, ServiceConfig(), listen=door)
+    deploy(app, name="door", route_prefix="/door")
+    with httpx.Client(base_url=f"http://{door.host}:{door.port}", timeout=60) as http:
+        for _ in range(2):
+            assert http.get("/readyz").json()["model_version"] == "5"
+            os.kill(ingress_pid("door"), signal.SIGKILL)
+            deadline = time.monotonic() + 60
+            while not answers(http):
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+    serve.delete("door")
+
+
+def answers(http: httpx.Client) -> bool:
+    try:
+        return http.get("/readyz").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def ingress_pid(app: str) -> int:
+    (pid,) = [
+        process.pid
+        for process in psutil.process_iter(["name", "status"])
+        if process.info["name"] == f"ray::ServeReplica:{app}:api"
+        and process.info["status"] != psutil.STATUS_ZOMBIE
+    ]
+    return pid
