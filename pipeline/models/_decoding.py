@@ -14,8 +14,8 @@ Shapes: R rows, T slots a row, D model width, H heads, K key heads, E width of a
 
 from __future__ import annotations
 
-from functools import cached_property, lru_cache, partial
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from pipeline.models._packed import Picturewise, Rowwise, has_adapters, with_modules
+from pipeline.models._packed import Rowwise, has_adapters
 from pipeline.runtime import autocast, autocast_dtype
 
 Layer = dict[str, Rowwise]
@@ -120,8 +120,6 @@ class LlamaWeights:
             }
             for layer in lm.layers
         ]  # fmt: skip
-        self.reader = lru_cache(1)(partial(_reader, lm, dtype, self.device))
-        self.head = self._joined(head)
         self.last = self._joined(head, scale=lm.norm.weight)
 
     @staticmethod
@@ -147,23 +145,6 @@ class LlamaWeights:
         return Rowwise(weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
 
 
-def _reader(lm: LlamaModel, dtype: torch.dtype, device: torch.device, length: int) -> LlamaModel:
-    """What reads prompts of this length: the model, on a CPU with products of whole prompts."""
-    if device.type != "cpu":
-        return lm
-
-    def own(module: nn.Module) -> nn.Module:
-        linear = {n: layer for n, layer in module.named_children() if isinstance(layer, nn.Linear)}
-        products = {n: Picturewise(linear[n], dtype, length, pack=False) for n in linear}
-        return with_modules(module, **products)
-
-    layers = [
-        with_modules(layer, self_attn=own(layer.self_attn), mlp=own(layer.mlp))
-        for layer in lm.layers
-    ]
-    return with_modules(lm, layers=nn.ModuleList(layers))
-
-
 class SlotDecoder:
     """A Llama with `length` slots of keys and values a row.
 
@@ -176,70 +157,96 @@ class SlotDecoder:
     def __init__(self, weights: LlamaWeights, length: int) -> None:
         self.weights = w = weights
         device = w.device
-        shape = (len(w.layers), 0, w.key_heads, length, w.head_width)
-        self.k = torch.zeros(shape, dtype=w.dtype, device=device)
-        self.v = torch.zeros(shape, dtype=w.dtype, device=device)
+        shape = (len(w.layers), 2, 0, w.key_heads, length, w.head_width)
+        self.kv = torch.zeros(shape, dtype=w.dtype, device=device)  # keys, then values
         self.seen = torch.zeros(0, length, dtype=torch.bool, device=device)
         self.end = torch.zeros(0, dtype=torch.long, device=device)  # slots used, by row
         everywhere = torch.arange(length, device=device)[None]
         one = torch.zeros(1, 1, w.lm.config.hidden_size, device=device)
         cos, sin = w.lm.rotary_emb(one, position_ids=everywhere)  # both halves of E are the same
-        self.turns = torch.complex(cos, sin)[0, :, None, : w.head_width // 2]  # (T, 1, E / 2)
+        turns = torch.complex(cos, sin)[0, :, None, : w.head_width // 2]  # (T, 1, E / 2)
+        turned = turns.expand(-1, w.heads + w.key_heads, -1)
+        self.turns = torch.cat([turned, torch.ones_like(turns).expand(-1, w.key_heads, -1)], 1)
 
     def add(self, inputs: Tensor, keys: Tensor) -> Tensor:
-        """The prompts go through the model itself; their keys and values move into slots."""
-        w, rows, length = self.weights, len(inputs), inputs.shape[1]
-        cache = DynamicCache(config=w.lm.config)
-        with autocast(inputs.device):
-            states = w.reader(length)(
-                inputs_embeds=inputs, attention_mask=keys.long(), position_ids=positions_of(keys),
-                past_key_values=cache, use_cache=True,
-            ).last_hidden_state[:, -1]  # fmt: skip
-        room = (0, 0, 0, self.k.shape[3] - length)
-        k, v = (
-            F.pad(torch.stack([getattr(layer, name) for layer in cache.layers]).to(w.dtype), room)
-            for name in ("keys", "values")
-        )
-        self.k, self.v = torch.cat([self.k, k[..., w.pairs]], 1), torch.cat([self.v, v], 1)
-        self.seen = torch.cat([self.seen, F.pad(keys, (0, room[3]))])
-        self.end = torch.cat([self.end, self.end.new_full((rows,), length)])
-        return w.head(states.to(w.dtype)).float()
+        w, (R, P, _) = self.weights, inputs.shape
+        fresh = self.kv.new_zeros(*self.kv.shape[:2], R, *self.kv.shape[3:])
+        # padding sees itself, or it would see nothing and spoil what comes after
+        sees = torch.ones(P, P, dtype=torch.bool, device=inputs.device).tril()
+        sees = (sees & keys[:, None]) | torch.eye(P, dtype=torch.bool, device=inputs.device)
+        groups = w.heads // w.key_heads
+        hidden = self._hidden(sees).repeat(1, groups, 1)  # of a key head's queries
+        states = self._layers(
+            inputs, fresh[..., :P, :], self.turns[positions_of(keys)].flatten(0, 1),
+            hidden.repeat_interleave(w.key_heads, 0), slice(P),
+        )  # fmt: skip
+        unused = self.seen.shape[1] - P
+        self.kv = torch.cat([self.kv, fresh], 2)
+        self.seen = torch.cat([self.seen, F.pad(keys, (0, unused))])
+        self.end = torch.cat([self.end, self.end.new_full((R,), P)])
+        return w.last(self._normed(states.view(R, P, -1)[:, -1])).float()
 
     def step(self, inputs: Tensor) -> Tensor:
         w, rows, ends = self.weights, torch.arange(len(inputs), device=inputs.device), self.end
         self.seen[rows, ends] = True
-        turn = self.turns[self.seen.sum(1) - 1]
-        hidden = torch.zeros(self.seen.shape, dtype=w.dtype, device=inputs.device)
-        hidden.masked_fill_(~self.seen, -torch.inf)
-        hidden = hidden.repeat_interleave(w.key_heads, 0)[:, None]  # (R * K, 1, T)
-        at: tuple[slice | Tensor, ...] = (rows, slice(None), ends)
+        hidden = self._hidden(self.seen[:, None]).repeat_interleave(w.key_heads, 0)
+        slots: slice | Tensor = ends
         if len(rows) and bool((ends == ends[0]).all()):  # the same slot for all: no scattering
-            at = (slice(None), slice(None), int(ends[0]))
-        x = inputs.float()
-        for k, v, layer in zip(self.k, self.v, w.layers, strict=True):
-            x = x + self._attend(x, k, v, layer, turn, at, hidden)
-            gate, up = layer["up"](self._normed(x)).chunk(2, -1)
-            x = x + layer["down"](F.silu(gate) * up)
+            slots = slice(int(ends[0]), int(ends[0]) + 1)
+        turn = self.turns[self.seen.sum(1) - 1]
+        states = self._layers(inputs[:, None], self.kv, turn, hidden, slots)
         self.end = ends + 1
-        return w.last(self._normed(x)).float()
+        return w.last(self._normed(states)).float()
 
     def keep(self, rows: Tensor) -> None:
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
-        self.seen, self.end = self.seen[rows], self.end[rows]
+        self.kv, self.seen, self.end = self.kv[:, :, rows], self.seen[rows], self.end[rows]
+
+    def _hidden(self, sees: Tensor) -> Tensor:
+        """bool -> what to add to scores."""
+        hidden = torch.zeros(sees.shape, dtype=self.weights.dtype, device=sees.device)
+        return hidden.masked_fill_(~sees, -torch.inf)
+
+    def _layers(
+        self, inputs: Tensor, kv: Tensor, turn: Tensor, hidden: Tensor, slots: slice | Tensor
+    ) -> Tensor:
+        """Through all layers.
+
+        Args:
+            inputs: (R, T, D), new tokens.
+            kv: (layers, 2, R, K, S, E), where theirs are written and all are read.
+            turn: complex (R T, H + 2 K, E / 2), by position.
+            hidden: (R K, 1 or (H / K) T, S), -inf where a query does not look.
+            slots: those of the new tokens; a tensor (R,) if T = 1 and rows differ.
+
+        Returns:
+            float (R T, D).
+        """
+        x = inputs.flatten(0, 1).float()
+        for cache, layer in zip(kv, self.weights.layers, strict=True):
+            x = x + self._attend(x, cache, layer, turn, hidden, slots)
+            gate, up = layer["up"](self._normed(x)).chunk(2, -1)
+            x = x + layer["down"](F.silu(gate) * up)
+        return x
 
     def _attend(
-        self, x: Tensor, k: Tensor, v: Tensor, layer: Layer, turn: Tensor, at: Any, hidden: Tensor
-    ) -> Tensor:
-        """(R, D) over all slots of its row -> (R, D); writes k and v (R, K, T, E) where `at`."""
-        w, R = self.weights, len(x)
-        qkv = layer["qkv"](self._normed(x)).view(R, -1, w.head_width)
-        turned = _turned(qkv[:, : w.heads + w.key_heads], turn).to(w.dtype)
-        k[at], v[at] = turned[:, w.heads :], qkv[:, w.heads + w.key_heads :]
-        q = turned[:, : w.heads].reshape(R * w.key_heads, -1, w.head_width)  # a group's heads
-        keys = k.view(R * w.key_heads, -1, w.head_width).transpose(1, 2)
-        scores = torch.baddbmm(hidden, q, keys, alpha=w.head_width**-0.5)
-        mixed = scores.softmax(-1) @ v.view(R * w.key_heads, -1, w.head_width)
-        return layer["out"](mixed.view(R, -1))
+        self, x: Tensor, kv: Tensor, layer: Layer, turn: Tensor, hidden: Tensor,
+        slots: slice | Tensor,
+    ) -> Tensor:  # fmt: skip
+        """(R T, D) over all slots of its row -> (R T, D)."""
+        w = self.weights
+        R, H, K, E = kv.shape[1], w.heads, w.key_heads, w.head_width
+        qkv = _turned(layer["qkv"](self._normed(x)), turn).to(w.dtype).view(R, -1, H + 2 * K, E)
+        new = qkv[:, :, H:].unflatten(2, (2, K))  # (R, T, 2, K, E)
+        if isinstance(slots, slice):
+            kv[..., slots, :] = new.permute(2, 0, 3, 1, 4)
+        else:
+            kv[:, torch.arange(R, device=x.device), :, slots] = new[:, 0]
+        k, v = kv.flatten(1, 2)  # (R K, S, E)
+        # a key head's queries below each other, (R K, (H / K) T, E)
+        q = qkv[:, :, :H].unflatten(2, (K, -1)).permute(0, 2, 3, 1, 4).reshape(len(k), -1, E)
+        scores = torch.baddbmm(hidden, q, k.transpose(1, 2), alpha=E**-0.5)
+        mixed = torch.bmm(scores.softmax(-1), v).view(R, H, -1, E)
+        return layer["out"](mixed.transpose(1, 2).reshape(len(x), -1))
 
     def _normed(self, x: Tensor) -> Tensor:
         """RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467) without its scale, which is in the
@@ -251,12 +258,15 @@ class SlotDecoder:
 
 
 def _turned(x: Tensor, turn: Tensor) -> Tensor:
-    """float (R, H, E), pairs side by side, turned by its position: complex (R, 1, E / 2).
+    """(M, heads E), pairs side by side, turned by complex (M, heads, E / 2).
+
+    Returns:
+        float (M, heads, E / 2, 2).
 
     Source: Su et al. 2021, RoFormer, arXiv 2104.09864, eq. 13.
     """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2)
+    pairs = torch.view_as_complex(x.float().view(*turn.shape, 2))
+    return torch.view_as_real(pairs * turn)
 
 
 class DecoderMaker:

@@ -53,7 +53,8 @@ class PackedLinear:
         return made
 
 
-ROW_COUNTS = (1, 2, 4, 8, 16, 32, 48, 64)
+ROW_COUNTS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+READING_ROWS = 16  # reading the weights takes about as long as multiplying so many rows
 
 
 class Rowwise:
@@ -64,9 +65,7 @@ class Rowwise:
         self.product = PackedLinear(weight, bias)
         self.missing: tuple[int, ...] = ()  # rows of zeros, by the number of rows
         if weight.device.type == "cpu":
-            counts = _alike(self.product.kind)
-            most = range(ROW_COUNTS[-1] + 1)
-            self.missing = tuple(min(c for c in counts if c >= rows) - rows for rows in most)
+            self.missing = _missing(_alike(self.product.kind))
 
     def __call__(self, x: Tensor) -> Tensor:
         """(R, I), the weight's dtype -> (R, O)."""
@@ -74,7 +73,7 @@ class Rowwise:
         if not self.missing:
             return self.product(x)
         if rows >= len(self.missing):
-            return torch.cat([self(part) for part in x.split(ROW_COUNTS[-1])])
+            return torch.cat([self(part) for part in x.split(len(self.missing) - 1)])
         if missing := self.missing[rows]:
             return self.product(F.pad(x, (0, 0, 0, missing)))[:rows]
         return self.product(x)
@@ -130,10 +129,38 @@ def _together(kind: _Kind, rows: int) -> int:
 
 @cache
 def _alike(kind: _Kind) -> tuple[int, ...]:
-    """Those of ROW_COUNTS whose rows come out of a product as from the largest."""
+    """Numbers of rows, ascending, in whose products a row comes out the same wherever it stands; of
+    all such families among ROW_COUNTS the one with the least to do."""
     product, x = kind.trial(ROW_COUNTS[-1])
-    expected = product(x)
-    return tuple(n for n in ROW_COUNTS if torch.equal(product(x[:n]), expected[:n]))
+    families: list[tuple[Tensor, list[int]]] = []
+    for count in reversed(ROW_COUNTS):
+        made = product(x[:count])
+        if not torch.equal(product(x[:count].flip(0)).flip(0), made):
+            continue
+        for expected, counts in families:
+            if torch.equal(expected[:count], made):
+                counts.insert(0, count)
+                break
+        else:
+            families.append((made, [count]))
+    return min((tuple(counts) for _, counts in families), key=_work)
+
+
+def _work(counts: tuple[int, ...]) -> float:
+    """What filling up or splitting into these numbers of rows adds, over all of ROW_COUNTS."""
+    missing = _missing(counts)
+    work = 0.0
+    for rows in ROW_COUNTS:
+        products, rest = divmod(rows, counts[-1])
+        filled = products * counts[-1] + (rest + missing[rest] if rest else 0)
+        products += bool(rest)
+        work += (products * READING_ROWS + filled) / (READING_ROWS + rows)
+    return work
+
+
+def _missing(counts: tuple[int, ...]) -> tuple[int, ...]:
+    """Rows of zeros to add, by the number of rows."""
+    return tuple(min(c for c in counts if c >= rows) - rows for rows in range(counts[-1] + 1))
 
 
 @dataclass(frozen=True)

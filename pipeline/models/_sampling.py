@@ -100,8 +100,9 @@ def truncated(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:
     """Logits (..., V), -inf beyond the top_k likeliest and beyond the smallest set whose
     probability reaches top_p (Holtzman et al. 2020, arXiv 1904.09751); 0 and 1 switch them off."""
     if 0 < top_k < logits.shape[-1]:
-        least = logits.topk(top_k, -1).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
+        others = torch.ones_like(logits, dtype=torch.bool)
+        others.scatter_(-1, logits.topk(top_k, -1).indices, False)  # so many, ties or not
+        logits = logits.masked_fill(others, -math.inf)
     if top_p < 1:
         ordered, order = logits.sort(-1, descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
