@@ -29,16 +29,13 @@ class PackedLinear:
         weight: (O, I), contiguous; kept packed alone where it can be.
         bias: (O,) of the same dtype.
         gelu: its tanh approximation follows.
-        pack: False multiplies by `weight` itself, for what is too rare to be worth a copy.
     """
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False, pack: bool = True
-    ) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> None:
         self.after = ("gelu", [], "tanh") if gelu else ("none", [], "")
-        self.packed = pack and weight.device.type == "cpu" and _can_pack()
+        self.packed = weight.device.type == "cpu" and _can_pack()
         self.kind = _Kind(
-            tuple(weight.shape), bias is not None, weight.dtype, gelu, pack, torch.get_num_threads()
+            tuple(weight.shape), bias is not None, weight.dtype, gelu, torch.get_num_threads()
         )
         # the operators that torch.compile's freezing emits (torch/_inductor/mkldnn_ir.py)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self.packed else weight
@@ -87,7 +84,7 @@ class Picturewise(nn.Module):
         linear: the layer; later changes to it are not seen.
         dtype: of the products.
         rows: of one picture, side by side.
-        gelu, pack: see `PackedLinear`.
+        gelu: see `PackedLinear`.
     """
 
     def __init__(
@@ -97,12 +94,11 @@ class Picturewise(nn.Module):
         rows: int,
         *,
         gelu: bool = False,
-        pack: bool = True,
     ) -> None:
         super().__init__()
         bias = None if linear.bias is None else linear.bias.detach().to(dtype)
         weight = linear.weight.detach().to(dtype).contiguous()
-        self.product = PackedLinear(weight, bias, gelu=gelu, pack=pack)
+        self.product = PackedLinear(weight, bias, gelu=gelu)
         self.dtype, self.rows = dtype, rows
         self.together = _together(self.product.kind, rows)
 
@@ -171,7 +167,6 @@ class _Kind:
     bias: bool
     dtype: torch.dtype
     gelu: bool
-    pack: bool
     threads: int
 
     def trial(self, rows: int) -> tuple[PackedLinear, Tensor]:
@@ -186,7 +181,7 @@ class _Kind:
             return torch.cat([half, sign * half, odd], 1)[:, columns].to(self.dtype)
 
         zeros = torch.zeros(wide, dtype=self.dtype) if self.bias else None
-        product = PackedLinear(cancelling(wide, -1), zeros, gelu=self.gelu, pack=self.pack)
+        product = PackedLinear(cancelling(wide, -1), zeros, gelu=self.gelu)
         return product, cancelling(rows, 1)
 
 

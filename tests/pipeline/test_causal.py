@@ -111,6 +111,8 @@ def test_truncated_logits() -> None:
     kept = sampling.truncated(logits.flip(1), top_k=0, top_p=0.6).isfinite()
     assert kept.tolist() == [[False, False, False, True, True]]
     assert torch.equal(sampling.truncated(logits, top_k=0, top_p=1.0), logits)
+    level = torch.zeros(1, 5)
+    assert sampling.truncated(level, top_k=2, top_p=1.0).isfinite().sum() == 2, "ties are cut"
     certain = replace_causal(top_k=1)
     request = GenerationRequest("house", guidance_scale=1.0)
     drawn = [

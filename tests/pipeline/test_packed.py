@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.models._packed import PackedLinear, Picturewise, Rowwise, with_modules
+from pipeline.models._packed import (
+    PackedLinear,
+    Picturewise,
+    Rowwise,
+    _missing,
+    _work,
+    with_modules,
+)
 from pipeline.runtime import autocast_dtype
 
 DTYPES = {torch.float32, autocast_dtype(torch.device("cpu")) or torch.float32}
@@ -58,6 +65,13 @@ def test_no_row_sees_another(threads: int, dtype: torch.dtype, wide: int, narrow
     alone = torch.cat([layer(row[None]) for row in x])
     for rows in (2, 3, 7, 16, 33, 64, 65, 150):
         assert torch.equal(layer(x[:rows]), alone[:rows]), rows
+
+
+def test_of_numbers_of_rows_that_agree_the_cheapest_are_taken() -> None:
+    few, many = (1, 2, 4, 8, 16, 32), (48, 64)
+    assert _missing(few)[:6] == (1, 0, 0, 1, 0, 3)
+    assert _work(few) < _work(many), "a row would be filled up to 48"
+    assert _work((1, *few[1:], *many)) < _work(few), "64 rows read the weights twice"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
