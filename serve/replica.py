@@ -47,9 +47,6 @@ Load = Callable[[], ImageGenerator]
 """Loads the model; called once in every replica."""
 
 RETRY_S = 300.0  # until a refused version is tried again: what failed may have been the machine
-SWITCH_S = 0.0005
-"""A thread that wants Python's lock gets it so soon, not after 5 ms: the one that draws wants it at
-every operation, and a version that loads beside it holds it."""
 LOADING_NICENESS = 10
 """More than other threads'; a version that loads beside one that draws gets a tenth of a CPU."""
 
@@ -81,7 +78,6 @@ class Generator:
         self, found: Found, find: Find | None, config: ServeConfig, service: ServiceConfig
     ) -> None:
         torch.set_num_threads(max(1, int(config.num_cpus)))
-        sys.setswitchinterval(SWITCH_S)
         self._safety, self._sign = load_safety(service), load_signer(service.c2pa)
         self._find, self._every_s = find, service.watch_every_s
         thread = drawing_thread()
