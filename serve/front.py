@@ -45,11 +45,9 @@ def behind_haproxy() -> bool:
 
 def on_one_machine() -> bool:
     """Whether the ingress replica can only be here, and nothing else is to stand before it."""
-    if behind_haproxy():
+    if behind_haproxy() or os.environ.get("RAY_ADDRESS"):
         return False
-    if ray.is_initialized():
-        return len(ray.nodes()) == 1  # type: ignore[no-untyped-call]
-    return not os.environ.get("RAY_ADDRESS")
+    return not ray.is_initialized() or len(ray.nodes()) == 1  # type: ignore[no-untyped-call]
 
 
 @contextlib.asynccontextmanager
@@ -68,6 +66,7 @@ async def listening(app: ASGIApp, address: Address, *, at_once: int) -> AsyncIte
         config = uvicorn.Config(
             Door(app, at_once),
             lifespan="off",
+            ws="none",
             log_config=None,
             access_log=False,
             timeout_keep_alive=KEEP_ALIVE_S,

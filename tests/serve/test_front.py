@@ -97,6 +97,19 @@ def test_who_leaves_is_worked_for_no_longer() -> None:
     asyncio.run(ask())
 
 
+def test_a_websocket_is_not_opened() -> None:
+    async def ask() -> None:
+        headers = {
+            "connection": "Upgrade", "upgrade": "websocket",
+            "sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ==", "sec-websocket-version": "13",
+        }  # fmt: skip
+        async with opened(Slow()) as http:
+            assert (await http.get("/echo", headers=headers)).status_code == 405
+            assert (await http.post("/echo", content=b"next")).text == "next"
+
+    asyncio.run(ask())
+
+
 def test_only_so_many_come_in_at_a_time() -> None:
     async def ask() -> None:
         slow = Slow()
@@ -147,14 +160,14 @@ def test_a_replica_listens_itself_where_there_is_one_machine(
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert on_one_machine()
-    monkeypatch.setenv("RAY_ADDRESS", "auto")
-    assert not on_one_machine()
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(ray, "nodes", lambda: [{}])
-    assert on_one_machine()
     monkeypatch.setattr(ray, "nodes", lambda: [{}, {}])
     assert not on_one_machine()
     monkeypatch.setattr(ray, "nodes", lambda: [{}])
+    assert on_one_machine()
+    monkeypatch.setenv("RAY_ADDRESS", "auto")  # a cluster, which may grow
+    assert not on_one_machine()
+    monkeypatch.delenv("RAY_ADDRESS")
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
     assert not on_one_machine()
 
