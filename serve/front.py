@@ -20,8 +20,10 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.errors import REQUEST_ID
+from serve.settings import behind_haproxy
 
 KEEP_ALIVE_S = 90
+_ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 DRAIN_S = 10
 """How long answers that have begun may take when the replica is taken down."""
 
@@ -37,10 +39,11 @@ class Address:
     def family(self) -> socket.AddressFamily:
         return socket.AF_INET6 if ":" in self.host else socket.AF_INET
 
-
-def behind_haproxy() -> bool:
-    """Whether Ray's HAProxy is asked for."""
-    return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+    @property
+    def url(self) -> str:
+        """As this machine reaches it, without a trailing slash."""
+        host = _ANY_ADDRESS.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
 
 def on_one_machine() -> bool:

@@ -37,7 +37,6 @@ from serve.settings import ServiceConfig, check_exposure
 logger = logging.getLogger(__name__)
 
 APP_NAME = "tessera"
-_ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
 _PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
 """Serve kills a proxy that takes 3 x 5 s to start, as it may on two cores that also train."""
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -125,7 +124,7 @@ def launch(
     address = Address(host, port)
     own_door = on_one_machine()
     app = make(listen=address if own_door else None)
-    server = Server(url=f"http://{_ANY_ADDRESS.get(host, host)}:{port}", started_ray=start_ray())
+    server = Server(url=address.url, started_ray=start_ray())
     if _serve_runs():
         raise ResourceError(
             "Ray Serve already runs on this cluster, with a port of its own; use "

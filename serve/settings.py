@@ -10,6 +10,7 @@ A YAML file for `tessera serve --config FILE`, or `args.service` of a Serve conf
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 from pathlib import Path
 from typing import Literal
@@ -19,7 +20,6 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline.config import Config
 from pipeline.errors import RecipeError
-from serve.front import behind_haproxy
 
 
 class ApiKey(Config):
@@ -95,6 +95,11 @@ def load_service(path: Path) -> ServiceConfig:
         where = ".".join(str(part) for part in first["loc"])
         known = ", ".join(ServiceConfig.model_fields)
         raise RecipeError(f"{path}: {where}: {first['msg']}; settings: {known}") from error
+
+
+def behind_haproxy() -> bool:
+    """Whether Ray's HAProxy is asked for."""
+    return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
 
 
 def check_exposure(host: str, config: ServiceConfig) -> None:

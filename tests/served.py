@@ -35,7 +35,7 @@ def tessera_serve(
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + ready_timeout_s
-        while not _ready(url):
+        while not ready(url):
             assert process.poll() is None and time.monotonic() < deadline, "did not come up"
             time.sleep(0.5)
         yield url, process
@@ -43,7 +43,8 @@ def tessera_serve(
         process.kill()
 
 
-def _ready(url: str) -> bool:
+def ready(url: str) -> bool:
+    """Whether the service there draws."""
     try:
         with urllib.request.urlopen(f"{url}/readyz", timeout=5) as answer:
             return bool(answer.status == 200)

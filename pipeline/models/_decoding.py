@@ -30,6 +30,9 @@ from pipeline.runtime import autocast, autocast_dtype
 Layer = dict[str, Rowwise]
 """What shares an input, joined."""
 
+Slots = slice | tuple[Tensor, Tensor]
+"""The same of every row, or a slot of its own for every row: both int64 (R,)."""
+
 
 class Decoder(Protocol):
     """Rows of a batch being continued; new rows follow the old ones.
@@ -102,9 +105,9 @@ class LlamaWeights:
         self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_width = lm.layers[0].self_attn.head_dim
         halves = torch.arange(self.head_width, device=self.device).view(2, -1)
-        self.pairs = halves.t().flatten()  # what rotates together, side by side
+        pairs = halves.t().flatten()  # what rotates together, side by side
         heads = torch.arange(self.heads + self.key_heads, device=self.device)[:, None]
-        turned = (heads * self.head_width + self.pairs).flatten()
+        turned = (heads * self.head_width + pairs).flatten()
         self.layers = [
             {
                 "qkv": self._joined(
@@ -190,7 +193,7 @@ class SlotDecoder:
         w, rows, ends = self.weights, torch.arange(len(inputs), device=inputs.device), self.end
         self.seen[rows, ends] = True
         hidden = self._hidden(self.seen[:, None]).repeat_interleave(w.key_heads, 0)
-        slots: slice | Tensor = ends
+        slots: Slots = rows, ends
         if len(rows) and bool((ends == ends[0]).all()):  # the same slot for all: no scattering
             slots = slice(int(ends[0]), int(ends[0]) + 1)
         turn = self.turns[self.seen.sum(1) - 1]
@@ -207,7 +210,7 @@ class SlotDecoder:
         return hidden.masked_fill_(~sees, -torch.inf)
 
     def _layers(
-        self, inputs: Tensor, kv: Tensor, turn: Tensor, hidden: Tensor, slots: slice | Tensor
+        self, inputs: Tensor, kv: Tensor, turn: Tensor, hidden: Tensor, slots: Slots
     ) -> Tensor:
         """Through all layers.
 
@@ -216,7 +219,7 @@ class SlotDecoder:
             kv: (layers, 2, R, K, S, E), where theirs are written and all are read.
             turn: complex (R T, H + 2 K, E / 2), by position.
             hidden: (R K, 1 or (H / K) T, S), -inf where a query does not look.
-            slots: those of the new tokens; a tensor (R,) if T = 1 and rows differ.
+            slots: those of the new tokens.
 
         Returns:
             float (R T, D).
@@ -230,7 +233,7 @@ class SlotDecoder:
 
     def _attend(
         self, x: Tensor, kv: Tensor, layer: Layer, turn: Tensor, hidden: Tensor,
-        slots: slice | Tensor,
+        slots: Slots,
     ) -> Tensor:  # fmt: skip
         """(R T, D) over all slots of its row -> (R T, D)."""
         w = self.weights
@@ -240,7 +243,8 @@ class SlotDecoder:
         if isinstance(slots, slice):
             kv[..., slots, :] = new.permute(2, 0, 3, 1, 4)
         else:
-            kv[:, torch.arange(R, device=x.device), :, slots] = new[:, 0]
+            rows, ends = slots
+            kv[:, rows, :, ends] = new[:, 0]
         k, v = kv.flatten(1, 2)  # (R K, S, E)
         # a key head's queries below each other, (R K, (H / K) T, E)
         q = qkv[:, :, :H].unflatten(2, (K, -1)).permute(0, 2, 3, 1, 4).reshape(len(k), -1, E)

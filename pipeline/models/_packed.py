@@ -56,7 +56,7 @@ READING_ROWS = 16  # reading the weights takes about as long as multiplying so m
 
 class Rowwise:
     """A linear layer with fixed weights whose result for a row is the same to the bit whatever rows
-    are beside it, on a CPU; for few rows at a time, as `PackedLinear`."""
+    are beside it, on a CPU."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.product = PackedLinear(weight, bias)

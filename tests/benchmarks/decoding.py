@@ -19,7 +19,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -74,9 +73,7 @@ class Contest:
         style = torch.zeros(len(self.ids), dtype=torch.long)
         inputs, keys = self.model.prompt(self.ids, self.mask, style)
         decoder = SlotDecoder(self.weights, PROMPT + 2 + TOKENS)
-        exact = self.weights.dtype == torch.float32
-        with patch("pipeline.runtime.autocast_dtype", lambda _: None if exact else torch.bfloat16):
-            tokens = [decoder.add(inputs, keys).argmax(-1)]
+        tokens = [decoder.add(inputs, keys).argmax(-1)]
         while len(tokens) < TOKENS:
             tokens.append(decoder.step(self.model.image_table(tokens[-1])).argmax(-1))
         return torch.stack(tokens, 1)

@@ -268,7 +268,7 @@ def latency(args: argparse.Namespace) -> None:
             body["seed"] = seed
             whole.append(ask(f"{server.url}/v1/images/generations"))
             bare.append(ask_offline(offline, f"one {seed}")["seconds"])
-            empty.append(ask(f"http://{door.host}:{door.port}/"))
+            empty.append(ask(f"{door.url}/"))
             ask_offline(offline, f"one {seed}")  # both find the machine as it leaves it
         bare, whole, empty = bare[3:], whole[3:], empty[3:]
         stages = urllib.request.urlopen(f"{server.url}/metrics").read().decode()

@@ -60,9 +60,8 @@ def served(
     home = tmp_path_factory.mktemp("home")
     (home / "pretrained").symlink_to(pretrained_cache)
     door = Address("127.0.0.1", free_port())
-    url = f"http://{door.host}:{door.port}"
-    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
-    served = Served(client, Tracker(home), url)
+    client = OpenAI(base_url=f"{door.url}/v1", api_key="none", max_retries=0, timeout=120)
+    served = Served(client, Tracker(home), door.url)
     served.tracker.crown("tiny", served.register(tiny_bundles["masked"]))
     service = ServiceConfig(watch_every_s=0.5)
     app = build_app("models:/tiny@champion", CONFIG, service, home=str(home), listen=door)

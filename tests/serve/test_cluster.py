@@ -9,13 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-import httpx
 import pytest
 import yaml
 from openai import AuthenticationError, OpenAI
-from served import free_port
+from served import free_port, ready
+from test_launch import CONFIG_FILE
 
-CONFIG_FILE = Path(__file__).parents[2] / "infra" / "serve.yaml"
 SERVE = Path(sys.executable).with_name("serve")
 KEY = "tsr-for-this-test-alone"
 
@@ -58,10 +57,3 @@ def test_the_config_file_serves(tiny_bundle: Path, pretrained_cache: Path, tmp_p
             process.wait(60)
         finally:
             process.kill()
-
-
-def ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/readyz", timeout=10).status_code == 200
-    except httpx.TransportError:
-        return False

@@ -19,7 +19,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse
 from harness import CONFIG, HashGenerator, Running
 from ray import serve
-from served import free_port
+from served import free_port, ready
 
 from serve.app import assemble
 from serve.front import Address, listening, on_one_machine
@@ -59,7 +59,7 @@ async def opened(slow: Slow, at_once: int = 8) -> AsyncIterator[httpx.AsyncClien
     door = Address("127.0.0.1", free_port())
     async with (
         listening(slow.app, door, at_once=at_once),
-        httpx.AsyncClient(base_url=f"http://{door.host}:{door.port}", timeout=20) as http,
+        httpx.AsyncClient(base_url=door.url, timeout=20) as http,
     ):
         yield http
 
@@ -138,8 +138,7 @@ def test_a_failure_is_one_request_s() -> None:
 def test_answers_that_have_begun_are_finished_and_the_port_is_free_at_once() -> None:
     async def ask() -> None:
         slow, door = Slow(), Address("127.0.0.1", free_port())
-        url = f"http://{door.host}:{door.port}"
-        async with httpx.AsyncClient(base_url=url, timeout=20) as http:
+        async with httpx.AsyncClient(base_url=door.url, timeout=20) as http:
             async with listening(slow.app, door, at_once=8):
                 asking = asyncio.create_task(http.get("/slow"))
                 await slow.began.wait()
@@ -152,6 +151,14 @@ def test_answers_that_have_begun_are_finished_and_the_port_is_free_at_once() -> 
                 assert (await http.post("/echo", content=b"again")).text == "again"
 
     asyncio.run(ask())
+
+
+def test_the_url_is_this_machine_s_way_there() -> None:
+    urls = {host: Address(host, 80).url for host in ("localhost", "0.0.0.0", "::", "::1")}
+    assert urls == {
+        "localhost": "http://localhost:80", "0.0.0.0": "http://127.0.0.1:80",
+        "::": "http://[::1]:80", "::1": "http://[::1]:80",
+    }  # fmt: skip
 
 
 def test_a_replica_listens_itself_where_there_is_one_machine(
@@ -177,22 +184,15 @@ def test_a_killed_ingress_is_back_at_the_same_address(server: Running, tmp_path:
     found = Found("tiny", "5", partial(HashGenerator, tmp_path / "log"))
     app = assemble(found, CONFIG, ServiceConfig(), listen=door)
     deploy(app, name="door", route_prefix="/door")
-    with httpx.Client(base_url=f"http://{door.host}:{door.port}", timeout=60) as http:
+    with httpx.Client(base_url=door.url, timeout=60) as http:
         for _ in range(2):
             assert http.get("/readyz").json()["model_version"] == "5"
             os.kill(ingress_pid("door"), signal.SIGKILL)
             deadline = time.monotonic() + 60
-            while not answers(http):
+            while not ready(door.url):
                 assert time.monotonic() < deadline
                 time.sleep(0.2)
     serve.delete("door")
-
-
-def answers(http: httpx.Client) -> bool:
-    try:
-        return http.get("/readyz").status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def ingress_pid(app: str) -> int:

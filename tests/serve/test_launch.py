@@ -88,7 +88,7 @@ def test_a_model_that_does_not_load_is_one_clear_line(server: Running) -> None:
         deploy(app, name="broken", route_prefix="/broken")
     status = serve.status().applications["broken"].deployments["generator"]
     assert "no weights in the bundle" in status.message
-    with httpx.Client(base_url=f"http://127.0.0.1:{door.port}", timeout=60) as http:
+    with httpx.Client(base_url=door.url, timeout=60) as http:
         assert http.get("/healthz").status_code == 200
         answer = http.get("/readyz")
     assert answer.status_code == 503
