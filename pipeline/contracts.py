@@ -225,6 +225,8 @@ class Objective(Protocol):
         validate(batch): scalars of a validation batch, "loss" among them; otherwise the last
             phase's losses are taken.
         min_validation_rows: that `validate` needs at once; otherwise 1.
+        compilable(): the modules that torch.compile may take, whose gradients nobody differentiates
+            again; otherwise none.
     """
 
     phases: tuple[str, ...]

@@ -63,11 +63,8 @@ def draw(
 @torch.inference_mode()
 def reconstruct(tokenizer: ImageTokenizer, images: Tensor, batch_size: int) -> Tensor:
     """uint8 (N, 3, H, W) to image tokens and back."""
-    with torch.inference_mode():
-        batches = images.split(batch_size)
-        return torch.cat(
-            [to_uint8(tokenizer.decode(tokenizer.encode(to_float(b)))) for b in batches]
-        )
+    batches = images.split(batch_size)
+    return torch.cat([to_uint8(tokenizer.decode(tokenizer.encode(to_float(b)))) for b in batches])
 
 
 def picture_grid(

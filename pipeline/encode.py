@@ -121,8 +121,8 @@ def _view_seed(key: str, view: int, seed: int) -> int:
 
 def _actor_options() -> dict[str, Any]:
     """Up to as many actors as CPU-bound tasks run at once, or one a GPU."""
-    if torch.cuda.is_available():
-        return {"num_gpus": 1, "compute": ray.data.ActorPoolStrategy(min_size=1, max_size=8)}
+    if gpus := int(ray.cluster_resources().get("GPU", 0)):
+        return {"num_gpus": 1, "compute": ray.data.ActorPoolStrategy(min_size=1, max_size=gpus)}
     return {"num_cpus": 1, "compute": ray.data.ActorPoolStrategy(min_size=1, max_size=task_slots())}
 
 

@@ -16,7 +16,8 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -45,10 +46,17 @@ from pipeline.finetune import (
     set_learning_rate,
 )
 from pipeline.progress import OnProgress, Progress, watch
-from pipeline.runtime import autocast, available_cpus, environment, peak_memory_gb
+from pipeline.runtime import (
+    autocast,
+    available_cpus,
+    compile_modules,
+    environment,
+    peak_memory_gb,
+)  # fmt: skip
 from pipeline.tracking import RunHandle, RunLogger
 
-LOG_EVERY = 10
+LOG_EVERY = 10  # steps, or as many as take LOG_SECONDS
+LOG_SECONDS = 1.0
 CPUS_A_WORKER = 0.5
 VALIDATION_SEED = 20_260
 
@@ -200,6 +208,7 @@ def _worker(settings: dict[str, Any]) -> None:
         worker.train()
     finally:
         worker.logger.close()
+        worker.feeder.shutdown(cancel_futures=True)
 
 
 class _Worker:
@@ -214,10 +223,13 @@ class _Worker:
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
             torch.set_num_threads(max(1, available_cpus() // context.get_local_world_size()))
+        torch.backends.cudnn.benchmark = True  # a training's shapes hardly change
         torch.manual_seed(config.seed)  # every rank starts from the same weights
         self.training = build()
         self.objective: nn.Module = self.training.objective.to(self.device)
         self.trainable, self.total = apply_policy(self.objective.model, config)
+        if config.compile == "always" or (config.compile == "auto" and self.device.type == "cuda"):
+            compile_modules(getattr(self.objective, "compilable", list)())
         phases = self.objective.phases
         self.wrapped = ray.train.torch.prepare_model(
             self.objective,
@@ -243,6 +255,8 @@ class _Worker:
         self.state = TrainState()
         self.tokens_a_picture = 0  # of families that draw pixels
         self.logger = RunLogger(run if self.rank == 0 else None)
+        self.feeder = ThreadPoolExecutor(1, "feeder")
+        self.fed: dict[int, Future[dict[str, Tensor]]] = {}  # by step
         self._restore()
         self.started = time.monotonic() - self.state.elapsed_s
 
@@ -292,13 +306,13 @@ class _Worker:
             set_learning_rate(
                 self.optimizers, learning_rate_factor(config, step=state.step, progress=progress)
             )
-            metrics = self._step(state.step)
+            window.add(state.step, *self._step(state.step))
             state.step += 1
-            window.add(metrics)
-            if state.step % LOG_EVERY == 0:
+            if window.full:
                 self._log(window, progress)
             last = state.step >= config.max_steps or self._progress() >= 1
             if last or state.step % config.validate_every == 0:
+                window.check()
                 self._validate_and_report(last)
 
     def _progress(self) -> float:
@@ -306,24 +320,36 @@ class _Worker:
         share = self.state.step / self.config.max_steps
         if self.config.time_limit_s is None:
             return share
-        elapsed = torch.tensor(time.monotonic() - self.started, device=self.device)
+        elapsed = time.monotonic() - self.started
         if self.world_size > 1:
-            dist.broadcast(elapsed, src=0)
-        return max(share, float(elapsed) / self.config.time_limit_s)
+            first = torch.tensor(elapsed, device=self.device)
+            dist.broadcast(first, src=0)
+            elapsed = float(first)
+        return max(share, elapsed / self.config.time_limit_s)
 
-    def _step(self, step: int) -> dict[str, Tensor]:
+    def _batch(self, step: int) -> dict[str, Tensor]:
+        """What this rank trains on at a step; the next one's is made meanwhile."""
+        for wanted in (step, step + 1):
+            if wanted not in self.fed:
+                self.fed[wanted] = self.feeder.submit(self._feed, wanted)
+        return self.fed.pop(step).result()
+
+    def _feed(self, step: int) -> dict[str, Tensor]:
+        batch = feed.training_batch(
+            self.training.train,
+            step,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        return self._pinned(batch)
+
+    def _step(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """One optimiser step of every phase: its metrics, and the gradient's norm by phase."""
         config = self.config
         torch.manual_seed(hash((config.seed, step, self.rank)) % 2**63)
-        batch = self._to_device(
-            feed.training_batch(
-                self.training.train,
-                step,
-                batch_size=config.batch_size,
-                seed=config.seed,
-                rank=self.rank,
-                world_size=self.world_size,
-            )
-        )
+        batch = self._to_device(self._batch(step))
         seeds, flippable = batch.pop("seeds"), batch.pop("flippable", None)
         if "image_tokens" in batch:
             self.tokens_a_picture = batch["image_tokens"].shape[1]
@@ -331,22 +357,18 @@ class _Worker:
             batch["images"] = self.augment(batch["images"], seeds=seeds, flippable=flippable)
         self.wrapped.train()
         metrics: dict[str, Tensor] = {}
+        norms: dict[str, Tensor] = {}
         for phase in self.objective.phases:
             losses = self._backward(batch, phase)
             norm = nn.utils.clip_grad_norm_(self.moved[phase].parameters(), config.clip_norm)
-            if not torch.isfinite(norm):
-                raise TrainingError(
-                    f"the gradient of phase {phase!r} is {norm.item()} at step {step} (loss "
-                    f"{losses['loss'].item()}); lower train.learning_rate or train.clip_norm. The "
-                    "last good checkpoint is kept"
-                )
             for optimizer in self.phase_optimizers[phase]:
                 optimizer.step()
             self.objective.zero_grad(set_to_none=True)
+            norms[phase] = norm
             metrics |= losses | {"grad_norm": norm}
         if self.ema is not None:
             self.ema.update(self.objective.model)
-        return metrics
+        return metrics, norms
 
     def _backward(self, batch: dict[str, Tensor], phase: str) -> dict[str, Tensor]:
         """Gradients of one phase, gathered over config.accumulate pieces of the batch."""
@@ -363,9 +385,13 @@ class _Worker:
                 sums[name] = sums.get(name, 0) + value.detach() / pieces
         return sums
 
+    def _pinned(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """In memory from which a GPU fetches by itself."""
+        if self.device.type != "cuda":
+            return batch
+        return {name: tensor.pin_memory() for name, tensor in batch.items()}
+
     def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.device.type == "cuda":
-            batch = {k: v.pin_memory() for k, v in batch.items()}
         return {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
 
     def _log(self, window: _Window, progress: float) -> None:
@@ -435,7 +461,7 @@ class _Worker:
         count = 0
         for i, rows in enumerate(self.validation_rows):
             torch.manual_seed(VALIDATION_SEED + i)
-            batch = self._to_device(dataset.batch(rows, None))
+            batch = self._to_device(self._pinned(dataset.batch(rows, None)))
             with autocast(self.device):
                 losses = validate(batch)
             for name, value in losses.items():
@@ -456,23 +482,59 @@ class _Worker:
 
 
 class _Window:
-    """Averages metrics and measures speed between two log lines."""
+    """The steps since the last log line. Nothing of them is read before it is asked for: a GPU
+    would have to be waited for."""
 
     def __init__(self) -> None:
+        self.every = LOG_EVERY
+        self._empty()
+
+    def _empty(self) -> None:
         self.rows: list[dict[str, Tensor]] = []
+        self.norms: list[tuple[int, dict[str, Tensor]]] = []
         self.since = time.monotonic()
 
-    def add(self, metrics: dict[str, Tensor]) -> None:
+    def add(self, step: int, metrics: dict[str, Tensor], norms: dict[str, Tensor]) -> None:
         self.rows.append(metrics)
+        self.norms.append((step, norms))
+
+    @property
+    def full(self) -> bool:
+        return len(self.rows) >= self.every
+
+    def check(self) -> None:
+        """Whether every step since the last check was sound.
+
+        Raises:
+            TrainingError: a gradient was not finite; names the first step.
+        """
+        for phase in self.norms[0][1] if self.norms else ():
+            norms = torch.stack([norms[phase] for _, norms in self.norms])
+            wrong = (~torch.isfinite(norms)).nonzero().flatten().tolist()
+            if wrong:
+                first = wrong[0] - len(self.norms)
+                loss = self.rows[first]["loss"].item()
+                raise TrainingError(
+                    f"the gradient of phase {phase!r} is {norms[first].item()} at step "
+                    f"{self.norms[first][0]} (loss {loss}); lower train.learning_rate or "
+                    "train.clip_norm. The last good checkpoint is kept"
+                )
+        self.norms = []
 
     def close(self, batch_size: int) -> tuple[float, dict[str, float]]:
-        """Pictures a second, and means, since the last call."""
+        """Pictures a second, and means, since the last call.
+
+        Raises:
+            TrainingError: as `check`.
+        """
+        self.check()
+        means = {
+            k: float(torch.stack([row[k] for row in self.rows]).float().mean())
+            for k in self.rows[0]
+        }
         seconds = time.monotonic() - self.since
-        means = {k: _mean(row[k] for row in self.rows) for k in self.rows[0]}
         images_per_s = len(self.rows) * batch_size / seconds
-        self.rows, self.since = [], time.monotonic()
+        if seconds < LOG_SECONDS:
+            self.every *= 2
+        self._empty()
         return images_per_s, means
-
-
-def _mean(values: Iterable[Tensor]) -> float:
-    return float(np.mean([float(v) for v in values]))

@@ -68,4 +68,7 @@ class TrainConfig(Config):
     seed: int = Field(0, ge=0)
     num_workers: int = Field(2, ge=1, description="DDP processes")
     max_failures: int = Field(2, ge=-1, description="worker group restarts; -1 is no limit")
+    compile: Literal["auto", "always", "never"] = Field(
+        "auto", description="torch.compile what repeats in a network; auto: where a GPU trains"
+    )
     augment: AugmentConfig = AugmentConfig()

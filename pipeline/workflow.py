@@ -45,7 +45,7 @@ from pipeline.preflight import check_recipe
 from pipeline.preprocess import preprocess
 from pipeline.pretrained import content_digest, file_digest, find_language_model
 from pipeline.promotion import choose, decide
-from pipeline.runtime import check_disk
+from pipeline.runtime import check_disk, choose_device
 from pipeline.shards import locate, read_manifest, verify
 from pipeline.steps import Reporter, StepContext, StepResult, Workspace, exclusive
 from pipeline.text import (
@@ -429,8 +429,8 @@ class Chain:
         )
         judge = evaluate.Judge(
             eval_set,
-            aligner=Aligner.load(self.aligner),
-            features=ImageNetFeatures(),
+            aligner=Aligner.load(self.aligner, device=choose_device()),
+            features=ImageNetFeatures(device=choose_device()),
             encoder=self._encoder,
             config=recipe.evaluate,
         )

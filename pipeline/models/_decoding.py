@@ -7,7 +7,8 @@ or any other model through its own cache.
     decoder.keep(rows)                 # the other rows end
 
 Slots make a row independent of where its neighbours are: rows may join and leave between steps. All
-prompts have one length P; a row's tokens then follow in its own slots.
+prompts have one length P; a row's tokens then follow in its own slots. On GPUs, where starting the
+hundreds of small kernels of a step takes longer than running them, a step is one CUDA graph.
 
 Shapes: R rows, T slots a row, D model width, H heads, K key heads, E width of a head, V codebook.
 """
@@ -26,6 +27,9 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from pipeline.models._packed import Rowwise, has_adapters
 from pipeline.runtime import autocast, autocast_dtype
+
+ROOMS_KEPT = 4  # of a length, when nobody draws
+ROOMY = 4  # times the places wanted is not too large
 
 Layer = dict[str, Rowwise]
 """What shares an input, joined."""
@@ -184,22 +188,32 @@ class SlotDecoder:
             hidden.repeat_interleave(w.key_heads, 0), slice(P),
         )  # fmt: skip
         unused = self.seen.shape[1] - P
-        self.kv = torch.cat([self.kv, fresh], 2)
-        self.seen = torch.cat([self.seen, F.pad(keys, (0, unused))])
-        self.end = torch.cat([self.end, self.end.new_full((R,), P)])
+        self._enter(fresh, F.pad(keys, (0, unused)), self.end.new_full((R,), P))
         return w.last(self._normed(states.view(R, P, -1)[:, -1])).float()
 
+    def _enter(self, kv: Tensor, seen: Tensor, end: Tensor) -> None:
+        """New rows."""
+        self.kv = torch.cat([self.kv, kv], 2)
+        self.seen = torch.cat([self.seen, seen])
+        self.end = torch.cat([self.end, end])
+
     def step(self, inputs: Tensor) -> Tensor:
-        w, rows, ends = self.weights, torch.arange(len(inputs), device=inputs.device), self.end
+        w, ends = self.weights, self.end
+        rows = torch.arange(len(inputs), device=inputs.device)
         self.seen[rows, ends] = True
         hidden = self._hidden(self.seen[:, None]).repeat_interleave(w.key_heads, 0)
-        slots: Slots = rows, ends
-        if len(rows) and bool((ends == ends[0]).all()):  # the same slot for all: no scattering
-            slots = slice(int(ends[0]), int(ends[0]) + 1)
-        turn = self.turns[self.seen.sum(1) - 1]
-        states = self._layers(inputs[:, None], self.kv, turn, hidden, slots)
-        self.end = ends + 1
+        states = self._layers(
+            inputs[:, None], self.kv, self.turns[self.seen.sum(1) - 1], hidden, self._slots(rows)
+        )
+        self.end += 1
         return w.last(self._normed(states)).float()
+
+    def _slots(self, rows: Tensor) -> Slots:
+        """Where the next tokens go."""
+        ends = self.end
+        if len(rows) and bool((ends == ends[0]).all()):  # the same for all: no scattering
+            return slice(int(ends[0]), int(ends[0]) + 1)
+        return rows, ends
 
     def keep(self, rows: Tensor) -> None:
         self.kv, self.seen, self.end = self.kv[:, :, rows], self.seen[rows], self.end[rows]
@@ -273,19 +287,140 @@ def _turned(x: Tensor, turn: Tensor) -> Tensor:
     return torch.view_as_real(pairs * turn)
 
 
-class DecoderMaker:
-    """Decoders of one language model, the fastest kind that knows it."""
+class Room(SlotDecoder):
+    """A number of places for rows on a GPU. A CUDA graph computes a step of all, taken or free.
 
-    def __init__(self, lm: PreTrainedModel, head: nn.Linear) -> None:
+    Args:
+        weights: on a GPU.
+        length: slots a row.
+        places: how many.
+    """
+
+    def __init__(self, weights: LlamaWeights, length: int, places: int) -> None:
+        super().__init__(weights, length)
+        layers, both, _, *row = self.kv.shape
+        self.kv = self.kv.new_zeros(layers, both, places, *row)
+        self.seen = self.seen.new_zeros(places, length)
+        self.end = self.end.new_zeros(places)
+        width = weights.lm.config.hidden_size
+        self.inputs = torch.zeros(places, width, device=weights.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.logits = torch.zeros(0)
+
+    def __len__(self) -> int:
+        return len(self.seen)
+
+    def put(self, places: Tensor, kv: Tensor, seen: Tensor, end: Tensor) -> None:
+        """Rows into places int64 (R,), whatever was there."""
+        self.kv[:, :, places], self.seen[places], self.end[places] = kv, seen, end
+
+    def step_of(self, places: Tensor, inputs: Tensor) -> Tensor:
+        """See Decoder.step, of the rows in `places`."""
+        self.inputs[places] = inputs.float()
+        if self.graph is None:
+            self.graph = self._captured()
+        self.graph.replay()
+        return self.logits[places]
+
+    def _advance(self) -> Tensor:
+        logits = self.step(self.inputs)
+        self.end.clamp_(max=self.seen.shape[1] - 1)  # free places would go on past the last slot
+        return logits
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        seen, end = self.seen.clone(), self.end.clone()
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            self._advance()  # libraries want memory when they are first called, graphs allow none
+        torch.cuda.current_stream().wait_stream(aside)
+        self.seen.copy_(seen)
+        self.end.copy_(end)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self.logits = self._advance()
+        return graph
+
+    def _slots(self, rows: Tensor) -> Slots:
+        return rows, self.end
+
+
+class GraphDecoder(SlotDecoder):
+    """The same on a GPU: rows in places of a `Room`; one too small is left for one twice as large.
+
+    Args:
+        weights: on a GPU.
+        length: slots a row.
+        rooms: of this length, left by decoders that ended; they are used again.
+    """
+
+    def __init__(self, weights: LlamaWeights, length: int, rooms: list[Room]) -> None:
+        super().__init__(weights, length)
+        self.length, self.rooms = length, rooms
+        self.room: Room | None = None
+        self.places = self.end  # by row
+
+    def step(self, inputs: Tensor) -> Tensor:
+        assert self.room is not None, "prompts come first"
+        return self.room.step_of(self.places, inputs)
+
+    def keep(self, rows: Tensor) -> None:
+        self.places = self.places[rows]
+        if self.room is not None and not len(self.places):
+            self._leave(self.room)
+            self.room = None
+
+    def _enter(self, kv: Tensor, seen: Tensor, end: Tensor) -> None:
+        taken, wanted = len(self.places), len(self.places) + len(seen)
+        if self.room is None:
+            self.room = self._found(wanted)
+        elif wanted > len(self.room):
+            old, self.room = self.room, self._found(max(wanted, 2 * len(self.room)))
+            kept, self.places = self.places, torch.arange(taken, device=end.device)
+            self.room.put(self.places, old.kv[:, :, kept], old.seen[kept], old.end[kept])
+            self._leave(old)
+        free = torch.ones(len(self.room), dtype=torch.bool, device=end.device)
+        free[self.places] = False
+        places = free.nonzero()[: len(seen), 0]
+        self.room.put(places, kv, seen, end)
+        self.places = torch.cat([self.places, places])
+
+    def _found(self, places: int) -> Room:
+        for room in self.rooms:
+            if places <= len(room) <= ROOMY * places:
+                self.rooms.remove(room)
+                return room
+        return Room(self.weights, self.length, places)
+
+    def _leave(self, room: Room) -> None:
+        self.rooms.append(room)
+        del self.rooms[:-ROOMS_KEPT]
+
+
+class DecoderMaker:
+    """Decoders of one language model, the fastest kind that knows it.
+
+    Args:
+        lm: the model.
+        head: from its states to logits.
+        dtype: of the products; what the device is fast in, unless given.
+    """
+
+    def __init__(
+        self, lm: PreTrainedModel, head: nn.Linear, dtype: torch.dtype | None = None
+    ) -> None:
         self.lm, self.head = lm, head
+        self.dtype = dtype or autocast_dtype(head.weight.device) or torch.float32
+        self._rooms: dict[int, list[Room]] = {}  # by length
 
     @cached_property
     def _weights(self) -> LlamaWeights | None:
-        dtype = autocast_dtype(self.head.weight.device) or torch.float32
-        return LlamaWeights(self.lm, self.head, dtype) if LlamaWeights.fit(self.lm) else None
+        return LlamaWeights(self.lm, self.head, self.dtype) if LlamaWeights.fit(self.lm) else None
 
     def __call__(self, length: int) -> Decoder:
         """For prompts and tokens of `length` together."""
         if self._weights is None:
             return CacheDecoder(self.lm, self.head)
+        if self._weights.device.type == "cuda":
+            return GraphDecoder(self._weights, length, self._rooms.setdefault(length, []))
         return SlotDecoder(self._weights, length)

@@ -126,8 +126,11 @@ class CausalTransformer(nn.Module):
 
     def head_modules(self) -> list[nn.Module]:
         """What the policy `head` trains: the new tokens' table and head, and the last block."""
-        blocks = [m for m in self.lm.modules() if isinstance(m, nn.ModuleList)]
-        return [self.image_table, self.image_head, blocks[0][-1]]
+        return [self.image_table, self.image_head, self.layers()[-1]]
+
+    def layers(self) -> nn.ModuleList:
+        """The language model's, whatever it calls them."""
+        return next(m for m in self.lm.modules() if isinstance(m, nn.ModuleList))
 
     @torch.no_grad()
     def start_from_language_model(self, source: str) -> None:
@@ -197,6 +200,9 @@ class Objective(nn.Module):
     def __init__(self, model: CausalTransformer, config: GeneratorConfig) -> None:
         super().__init__()
         self.model, self.config = model, config
+
+    def compilable(self) -> list[nn.Module]:
+        return list(self.model.layers())
 
     def forward(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
         return self.losses(batch, phase)

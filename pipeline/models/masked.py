@@ -230,6 +230,9 @@ class Objective(nn.Module):
         self.model, self.config = model, config
         self.grid_size = round(model.spec.num_tokens**0.5)
 
+    def compilable(self) -> list[nn.Module]:
+        return [*self.model.blocks, *self.model.caption_blocks]
+
     def forward(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
         return self.losses(batch, phase)
 

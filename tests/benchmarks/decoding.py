@@ -28,10 +28,10 @@ from transformers import AutoModelForCausalLM
 from pipeline.config import CausalConfig, GeneratorConfig
 from pipeline.models import causal
 from pipeline.models._captions import CaptionTokenizer
-from pipeline.models._decoding import LlamaWeights, SlotDecoder
+from pipeline.models._decoding import DecoderMaker
 from pipeline.models._spec import ModelSpec
 from pipeline.pretrained import find_language_model
-from pipeline.runtime import autocast_dtype
+from pipeline.runtime import autocast_dtype, choose_device
 
 CODEBOOK, TOKENS, PROMPT = 4_375, 64, 32
 
@@ -61,33 +61,39 @@ class Contest:
     """Both ways to continue the same prompts with the same weights."""
 
     model: causal.CausalTransformer
-    weights: LlamaWeights
+    maker: DecoderMaker
     plain: Any
     layout: dict[str, Any]
     ids: Tensor
     mask: Tensor
 
+    @property
+    def device(self) -> torch.device:
+        return self.ids.device
+
     @torch.inference_mode()
     def ours(self) -> Tensor:
         """int64 (B, N): what causal.Generator does a step, without noise and guidance."""
-        style = torch.zeros(len(self.ids), dtype=torch.long)
+        style = torch.zeros(len(self.ids), dtype=torch.long, device=self.device)
         inputs, keys = self.model.prompt(self.ids, self.mask, style)
-        decoder = SlotDecoder(self.weights, PROMPT + 2 + TOKENS)
+        decoder = self.maker(PROMPT + 2 + TOKENS)
         tokens = [decoder.add(inputs, keys).argmax(-1)]
         while len(tokens) < TOKENS:
             tokens.append(decoder.step(self.model.image_table(tokens[-1])).argmax(-1))
-        return torch.stack(tokens, 1)
+        decoder.keep(torch.zeros(0, dtype=torch.long, device=self.device))
+        return torch.stack(tokens, 1).cpu()
 
     def theirs(self) -> Tensor:
         first, size = self.layout["first_image_token"], self.plain.config.vocab_size
         markers = [self.layout["style_markers"]["noto"], self.layout["begin_marker"]]
-        ids = torch.cat([self.ids, torch.tensor([markers] * len(self.ids))], 1)
+        added = torch.tensor([markers] * len(self.ids), device=self.device)
+        ids = torch.cat([self.ids, added], 1)
         continued: Tensor = self.plain.generate(
             ids, attention_mask=F.pad(self.mask.long(), (0, 2), value=1),
             max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False,
             suppress_tokens=[i for i in range(size) if not 0 <= i - first < CODEBOOK],
         )  # fmt: skip
-        return continued[:, -TOKENS:] - first
+        return (continued[:, -TOKENS:] - first).cpu()
 
     def rounds(self, count: int) -> tuple[float, list[tuple[float, float]]]:
         """The share of equal tokens, and seconds of both in every round."""
@@ -103,11 +109,11 @@ class Contest:
         return equal, pairs
 
 
-def say(model: str, contest: Contest, rounds: int) -> None:
+def say(model: str, contest: Contest, dtype: torch.dtype, rounds: int) -> None:
     equal, pairs = contest.rounds(rounds)
     ratios = sorted(theirs / ours for ours, theirs in pairs)
     ours, theirs = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
-    dtype, batch, lm = contest.weights.dtype, len(contest.ids), contest.model.lm
+    batch, lm = len(contest.ids), contest.model.lm
     read = sum(p.numel() for p in lm.layers.parameters()) + contest.model.image_head.weight.numel()
     result = {
         "model": model, "dtype": str(dtype).removeprefix("torch."), "batch": batch,
@@ -121,13 +127,13 @@ def say(model: str, contest: Contest, rounds: int) -> None:
     print(json.dumps(result), flush=True)
 
 
-def machine_gb_per_s() -> float:
+def machine_gb_per_s(device: torch.device) -> float:
     """Reading 1 GB of memory, the best of five."""
-    block = torch.ones(2**28)
+    block = torch.ones(2**28, device=device)
     best = 0.0
     for _ in range(5):
         began = time.perf_counter()
-        block.sum()
+        float(block.sum())
         best = max(best, 2**30 / (time.perf_counter() - began) / 1e9)
     return best
 
@@ -139,18 +145,20 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--cache", type=Path, default=Path(".tessera/pretrained"))
     args = parser.parse_args()
-    print(json.dumps({"machine_gb_per_s": round(machine_gb_per_s(), 1)}), flush=True)
+    device = choose_device()
+    print(json.dumps({"machine_gb_per_s": round(machine_gb_per_s(device), 1)}), flush=True)
     source = None if args.model == "small" else find_language_model(args.model, cache=args.cache)
-    model, read = build(source), CaptionTokenizer(source, PROMPT)
+    model, read = build(source).to(device), CaptionTokenizer(source, PROMPT)
     with tempfile.TemporaryDirectory() as folder:
         causal.export(model, Path(folder))
         layout = json.loads((Path(folder) / "tessera.json").read_text())
-        for dtype in {torch.float32, autocast_dtype(torch.device("cpu")) or torch.float32}:
-            plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-            weights = LlamaWeights(model.lm, model.image_head, dtype)
+        for dtype in {torch.float32, autocast_dtype(device) or torch.float32}:
+            plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+            maker = DecoderMaker(model.lm, model.image_head, dtype)
             for batch in args.batches:
                 ids, mask = read([f"a red house, {i}" for i in range(batch)])
-                say(args.model, Contest(model, weights, plain, layout, ids, mask), args.rounds)
+                contest = Contest(model, maker, plain, layout, ids.to(device), mask.to(device))
+                say(args.model, contest, dtype, args.rounds)
 
 
 if __name__ == "__main__":

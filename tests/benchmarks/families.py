@@ -4,9 +4,10 @@
     python tests/benchmarks/families.py steps BUNDLE --cache HOME/pretrained --pixels DIR
 
 `speed`: networks of the recipes' sizes (weights do not matter to it) and the shipped base's
-tokenizer, 16 pictures a batch, captions read before; rounds of all alternate. `decode_share` is the
-tokenizer's part of the time. `steps`: a masked BUNDLE judged as `evaluate` does, on the pictures
-that some run preprocessed (HOME/steps/preprocess-*/data/pixels). Both print JSON lines.
+tokenizer, a batch of pictures at a time, captions read before; rounds of all alternate.
+`decode_share` is the tokenizer's part of the time. `steps`: a masked BUNDLE judged as `evaluate`
+does, on the pictures that some run preprocessed (HOME/steps/preprocess-*/data/pixels). Both print
+JSON lines.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from pipeline.evalset import EvalSet
 from pipeline.metrics import ImageNetFeatures, kid_interval, mean_interval, retrieval_at_1
 from pipeline.models._captions import CaptionTokenizer
 from pipeline.models._spec import ModelParts
+from pipeline.runtime import choose_device
 from pipeline.text import load_caption_encoder
 
-BATCH = 16
 CONTENDERS = {
     "masked, 8 steps": ("emoji-demo", 8),
     "masked, 12 steps": ("emoji-demo", 12),
@@ -54,6 +55,8 @@ class Clock:
         try:
             return self._call(*arguments)
         finally:
+            if choose_device().type == "cuda":
+                torch.cuda.synchronize()
             self.seconds += time.perf_counter() - began
 
 
@@ -67,7 +70,7 @@ def build(recipe_name: str, cache: Path) -> tuple[Any, Clock]:
         spec = replace(spec, language_model=family.language_model_config(config, None))
     encoder = load_caption_encoder(CaptionEncoderConfig(), cache=cache)
     tokenizer = load_tokenizer(resolve_path("asset:base") / "tokenizer")
-    parts = ModelParts(tokenizer, encoder, torch.device("cpu"), reader)
+    parts = ModelParts(tokenizer.to(choose_device()), encoder, choose_device(), reader)
     torch.manual_seed(0)
     return family.Generator(family.build(config, spec), config, spec, parts), Clock(
         tokenizer, "decode"
@@ -84,7 +87,7 @@ def speed(args: argparse.Namespace) -> None:
         for name, (generator, clock, steps) in made.items():
             requests = [
                 GenerationRequest(f"a red apple, {i}", seed=i, num_steps=steps)
-                for i in range(BATCH)
+                for i in range(args.batch_size)
             ]
             clock.seconds, began = 0.0, time.perf_counter()
             generator.generate(requests)
@@ -94,7 +97,7 @@ def speed(args: argparse.Namespace) -> None:
                 shares[name].append(clock.seconds / took)
     for name, found in seconds.items():
         parameters = sum(p.numel() for p in made[name][0].model.parameters())
-        rates = sorted(BATCH / s for s in found)
+        rates = sorted(args.batch_size / s for s in found)
         print(json.dumps({
             "family": name, "parameters_m": round(parameters / 1e6, 1),
             "images_per_s": round(statistics.median(rates), 2),
@@ -107,7 +110,8 @@ def steps(args: argparse.Namespace) -> None:
     config = EvaluateConfig(num_pictures=args.pictures, styles=("noto",), languages=("en",))
     eval_set = EvalSet.from_parquet(args.pixels, config, image_size=64)
     encoder = load_caption_encoder(CaptionEncoderConfig(), cache=args.cache)
-    aligner, features = Aligner.load(ASSETS / "aligner"), ImageNetFeatures()
+    aligner = Aligner.load(ASSETS / "aligner", device=choose_device())
+    features = ImageNetFeatures(device=choose_device())
     generator = load_generator(args.bundle, pretrained_cache=args.cache)
     real = torch.cat([features(pictures.images) for pictures in eval_set.sets])
     for num_steps in args.steps:
@@ -141,6 +145,7 @@ def main() -> None:
     first = commands.add_parser("speed")
     first.set_defaults(run=speed)
     first.add_argument("--rounds", type=int, default=5)
+    first.add_argument("--batch-size", type=int, default=16)
     second = commands.add_parser("steps")
     second.set_defaults(run=steps)
     second.add_argument("bundle")

@@ -29,7 +29,7 @@ from pipeline.evalset import EvalSet
 from pipeline.evaluate import Judge
 from pipeline.images import to_float
 from pipeline.metrics import ImageNetFeatures
-from pipeline.runtime import ray_runtime
+from pipeline.runtime import choose_device, ray_runtime
 from pipeline.text import load_caption_encoder
 from pipeline.workflow import Chain
 
@@ -78,8 +78,8 @@ def make_judge(pixels: Path, image_size: int, args: argparse.Namespace) -> Judge
     )
     return Judge(
         EvalSet.from_parquet(pixels, config, image_size=image_size),
-        aligner=Aligner.load(ASSETS / "aligner"),
-        features=ImageNetFeatures(),
+        aligner=Aligner.load(ASSETS / "aligner", device=choose_device()),
+        features=ImageNetFeatures(device=choose_device()),
         encoder=load_caption_encoder(CaptionEncoderConfig(), cache=args.home / "pretrained"),
         config=config,
     )

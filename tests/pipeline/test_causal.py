@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from pipeline.config import CausalConfig, GeneratorConfig, TrainConfig
@@ -19,7 +19,7 @@ from pipeline.finetune import apply_policy, build_optimizers
 from pipeline.models import _sampling as sampling
 from pipeline.models import causal
 from pipeline.models._captions import CaptionTokenizer
-from pipeline.models._decoding import CacheDecoder, LlamaWeights, SlotDecoder
+from pipeline.models._decoding import CacheDecoder, GraphDecoder, LlamaWeights, Room, SlotDecoder
 from pipeline.models._spec import ModelParts, ModelSpec
 from pipeline.models._tokens import ImageVocabulary
 
@@ -206,6 +206,38 @@ def test_slots_say_what_the_models_own_cache_says(
             if step == 1:
                 for decoder in (own, slots):
                     decoder.keep(torch.tensor([2, 0]))
+
+
+class Replayed:
+    """Stands for a CUDA graph, which needs a GPU (test_gpu.py has one)."""
+
+    def __init__(self, room: Room) -> None:
+        self.room = room
+
+    def replay(self) -> None:
+        self.room.logits = self.room._advance()
+
+
+def test_places_in_a_room_go_on_as_rows_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Room, "_captured", lambda room: Replayed(room))
+    weights = LlamaWeights(model().lm, nn.Linear(32, 50, bias=False), torch.float32)
+    rooms: list[Room] = []
+    draws = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        for _ in range(2):
+            graph, plain, rows = GraphDecoder(weights, 9, rooms), SlotDecoder(weights, 9), 0
+            for joining, staying in ((3, 3), (0, 2), (1, 3), (4, 5), (0, 0)):
+                if joining:  # into a free place, into a larger room
+                    inputs = torch.randn(joining, 4, 32, generator=draws)
+                    keys = torch.arange(4) >= torch.arange(joining)[:, None] % 3
+                    assert torch.equal(graph.add(inputs, keys), plain.add(inputs, keys))
+                    rows += joining
+                inputs = torch.randn(rows, 32, generator=draws)
+                torch.testing.assert_close(graph.step(inputs), plain.step(inputs))
+                for decoder in (graph, plain):
+                    decoder.keep(torch.arange(rows)[:staying].flip(0))
+                rows = staying
+            assert sorted(map(len, rooms)) == [3, 7], "left to those who come next"
 
 
 def test_another_architecture_draws_through_its_own_cache() -> None:
