@@ -30,8 +30,8 @@ if TYPE_CHECKING:  # data tasks do without PyTorch, which takes each process sec
     from torch import nn
 
 LOCAL_LOGICAL_CPUS = 8
-"""Logical CPUs of a local Ray, whatever the machine has: data tasks, two training workers and a
-replica must fit beside each other on two cores without waiting for each other forever."""
+"""Fewest logical CPUs of a local Ray, however few the machine has: data tasks, two training workers
+and a replica must fit beside each other on two cores without waiting for each other forever."""
 
 _QUIET = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -71,7 +71,7 @@ def start_ray(*, object_store_mb: int = 600, debug: bool = False) -> bool:
     if not address:
         options |= {
             "address": "local",
-            "num_cpus": LOCAL_LOGICAL_CPUS,
+            "num_cpus": max(LOCAL_LOGICAL_CPUS, available_cpus()),
             "include_dashboard": False,
             "object_store_memory": object_store_mb * 1024 * 1024,
         }
@@ -199,7 +199,7 @@ def available_cpus() -> int:
 def task_slots() -> int:
     """CPU-bound Ray tasks that truly run at once: the cluster's CPUs, on one machine its own.
 
-    More would only start more processes, since a local Ray has LOCAL_LOGICAL_CPUS.
+    More would only start more processes, since a local Ray has at least LOCAL_LOGICAL_CPUS.
     """
     cpus = int(ray.cluster_resources().get("CPU", 1))
     if sum(node["Alive"] for node in ray.nodes()) == 1:
