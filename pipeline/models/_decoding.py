@@ -200,7 +200,7 @@ class SlotDecoder:
     def step(self, inputs: Tensor) -> Tensor:
         w, ends = self.weights, self.end
         rows = torch.arange(len(inputs), device=inputs.device)
-        self.seen[rows, ends] = True
+        self.seen.scatter_(1, ends[:, None], True)  # assigning would wait for the GPU
         hidden = self._hidden(self.seen[:, None]).repeat_interleave(w.key_heads, 0)
         states = self._layers(
             inputs[:, None], self.kv, self.turns[self.seen.sum(1) - 1], hidden, self._slots(rows)

@@ -315,15 +315,18 @@ def export(model: CausalTransformer, directory: Path) -> None:
     image tokens, markers and styles. Its head is untied: text keeps its own rows.
     """
     vocabulary, embedding = model.vocabulary, model.lm.get_input_embeddings().weight
+    device = embedding.device
     settings = dict(model.spec.language_model)
     settings |= {"vocab_size": vocabulary.size, "tie_word_embeddings": False}
     whole = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
+    whole.to(device)
     weights = model.lm.state_dict()
     name = next(n for n, p in model.lm.named_parameters() if p is embedding)
     weights[name] = torch.cat([embedding, model.image_table.weight])
     whole.base_model.load_state_dict(weights)
     text = embedding if model.text_head is None else model.text_head
-    markers = torch.zeros(vocabulary.num_new - vocabulary.codebook_size, embedding.shape[1])
+    unused = vocabulary.num_new - vocabulary.codebook_size
+    markers = torch.zeros(unused, embedding.shape[1], device=device)
     whole.lm_head.weight.copy_(torch.cat([text, model.image_head.weight, markers]))
     whole.save_pretrained(directory)
     layout = vocabulary.layout(model.spec.styles) | {"num_tokens": model.spec.num_tokens}

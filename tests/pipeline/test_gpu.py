@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
+from ray import cloudpickle
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
@@ -22,10 +23,10 @@ from pipeline.config import GanConfig, GeneratorConfig, TrainConfig
 from pipeline.contracts import GenerationRequest
 from pipeline.models._decoding import GraphDecoder, LlamaWeights, SlotDecoder
 from pipeline.models._spec import ModelSpec
-from pipeline.progress import Progress
 from pipeline.train import Training, TrainResult, fit
 
 pytestmark = pytest.mark.gpu
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not have this file
 
 FAMILIES = registry.names("models")
 SPEC = ModelSpec(
@@ -67,27 +68,22 @@ def training(family: str) -> Training:
     return Training(module.Objective(module.build(CONFIG, spec), CONFIG), Rows(), Rows())
 
 
-def trained(family: str, path: Path, seen: list[Progress], compiling: str) -> TrainResult:
+def trained(family: str, path: Path, compiling: str) -> TrainResult:
     config = TrainConfig(
         batch_size=32, max_steps=60, warmup_steps=5, validate_every=30, validation_batches=2,
         learning_rate=2e-3, num_workers=2, max_failures=0, ema_decay=0.9, compile=compiling,
     )  # fmt: skip
-    return fit(
-        partial(training, family), config, storage=path, name="training", on_progress=seen.append
-    )
+    return fit(partial(training, family), config, storage=path, name="training")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_trains_compiled_or_not(
     family: str, ray_session: None, tmp_path: Path
 ) -> None:
-    losses, memory = {}, {}
-    for compiling in ("auto", "never"):
-        seen: list[Progress] = []
-        result = trained(family, tmp_path / compiling, seen, compiling)
-        losses[compiling] = result.metrics["validation_loss"]
-        memory[compiling] = max(p.metrics.get("memory_gb", 0) for p in seen)
-    assert all(0 < held < 4 for held in memory.values()), "the GPU's memory is told"
+    losses = {
+        compiling: trained(family, tmp_path / compiling, compiling).metrics["validation_loss"]
+        for compiling in ("auto", "never")
+    }
     if family != "gan":
         assert losses["auto"] < 1.5, "equally likely tokens have 4.1"
         assert losses["auto"] == pytest.approx(losses["never"], abs=0.3)
