@@ -154,9 +154,6 @@ class AlignerObjective(nn.Module):
         self.model = Aligner(config, image_size=image_size, caption_width=caption_width)
         self.label_smoothing = config.label_smoothing
 
-    def compilable(self) -> list[nn.Module]:
-        return [self.model.trunk]
-
     def forward(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
         return self.losses(batch, phase)
 

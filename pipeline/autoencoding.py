@@ -85,9 +85,6 @@ class TokenizerObjective(nn.Module):
         model: nn.Module = self.model
         return model
 
-    def compilable(self) -> list[nn.Module]:
-        return [self.model.encoder, self.model.decoder]
-
     def forward(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
         return self.losses(batch, phase)
 

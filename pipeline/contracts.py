@@ -225,8 +225,8 @@ class Objective(Protocol):
         validate(batch): scalars of a validation batch, "loss" among them; otherwise the last
             phase's losses are taken.
         min_validation_rows: that `validate` needs at once; otherwise 1.
-        compilable(): the modules that torch.compile may take, whose gradients nobody differentiates
-            again; otherwise none.
+        compilable(): blocks that are alike, for torch.compile, which takes its time for every
+            further shape; otherwise none.
     """
 
     phases: tuple[str, ...]

@@ -54,9 +54,8 @@ from pipeline.runtime import (
     peak_memory_gb,
 )  # fmt: skip
 from pipeline.tracking import RunHandle, RunLogger
+from pipeline.train_window import Window
 
-LOG_EVERY = 10  # steps, or as many as take LOG_SECONDS
-LOG_SECONDS = 1.0
 CPUS_A_WORKER = 0.5
 VALIDATION_SEED = 20_260
 
@@ -300,7 +299,7 @@ class _Worker:
         config, state = self.config, self.state
         self.logger.params({"trainable_parameters": self.trainable, "parameters": self.total})
         self.logger.params(environment(self.device))
-        window = _Window()
+        window = Window()
         while not state.finished:
             progress = self._progress()
             set_learning_rate(
@@ -346,7 +345,7 @@ class _Worker:
         return self._pinned(batch)
 
     def _step(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """One optimiser step of every phase: its metrics, and the gradient's norm by phase."""
+        """One optimiser step of every phase: its metrics, and gradient norm and loss by phase."""
         config = self.config
         torch.manual_seed(hash((config.seed, step, self.rank)) % 2**63)
         batch = self._to_device(self._batch(step))
@@ -357,18 +356,18 @@ class _Worker:
             batch["images"] = self.augment(batch["images"], seeds=seeds, flippable=flippable)
         self.wrapped.train()
         metrics: dict[str, Tensor] = {}
-        norms: dict[str, Tensor] = {}
+        signs: dict[str, Tensor] = {}
         for phase in self.objective.phases:
             losses = self._backward(batch, phase)
             norm = nn.utils.clip_grad_norm_(self.moved[phase].parameters(), config.clip_norm)
             for optimizer in self.phase_optimizers[phase]:
                 optimizer.step()
             self.objective.zero_grad(set_to_none=True)
-            norms[phase] = norm
+            signs[phase] = torch.stack([norm, losses["loss"]])
             metrics |= losses | {"grad_norm": norm}
         if self.ema is not None:
             self.ema.update(self.objective.model)
-        return metrics, norms
+        return metrics, signs
 
     def _backward(self, batch: dict[str, Tensor], phase: str) -> dict[str, Tensor]:
         """Gradients of one phase, gathered over config.accumulate pieces of the batch."""
@@ -394,7 +393,7 @@ class _Worker:
     def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
 
-    def _log(self, window: _Window, progress: float) -> None:
+    def _log(self, window: Window, progress: float) -> None:
         images_per_s, metrics = window.close(self.config.batch_size)
         metrics = {f"train_{k}": v for k, v in metrics.items()} | {
             "images_per_s": images_per_s,
@@ -479,62 +478,3 @@ class _Worker:
                 "lower train.learning_rate. The last good checkpoint is kept"
             )
         return metrics
-
-
-class _Window:
-    """The steps since the last log line. Nothing of them is read before it is asked for: a GPU
-    would have to be waited for."""
-
-    def __init__(self) -> None:
-        self.every = LOG_EVERY
-        self._empty()
-
-    def _empty(self) -> None:
-        self.rows: list[dict[str, Tensor]] = []
-        self.norms: list[tuple[int, dict[str, Tensor]]] = []
-        self.since = time.monotonic()
-
-    def add(self, step: int, metrics: dict[str, Tensor], norms: dict[str, Tensor]) -> None:
-        self.rows.append(metrics)
-        self.norms.append((step, norms))
-
-    @property
-    def full(self) -> bool:
-        return len(self.rows) >= self.every
-
-    def check(self) -> None:
-        """Whether every step since the last check was sound.
-
-        Raises:
-            TrainingError: a gradient was not finite; names the first step.
-        """
-        for phase in self.norms[0][1] if self.norms else ():
-            norms = torch.stack([norms[phase] for _, norms in self.norms])
-            wrong = (~torch.isfinite(norms)).nonzero().flatten().tolist()
-            if wrong:
-                first = wrong[0] - len(self.norms)
-                loss = self.rows[first]["loss"].item()
-                raise TrainingError(
-                    f"the gradient of phase {phase!r} is {norms[first].item()} at step "
-                    f"{self.norms[first][0]} (loss {loss}); lower train.learning_rate or "
-                    "train.clip_norm. The last good checkpoint is kept"
-                )
-        self.norms = []
-
-    def close(self, batch_size: int) -> tuple[float, dict[str, float]]:
-        """Pictures a second, and means, since the last call.
-
-        Raises:
-            TrainingError: as `check`.
-        """
-        self.check()
-        means = {
-            k: float(torch.stack([row[k] for row in self.rows]).float().mean())
-            for k in self.rows[0]
-        }
-        seconds = time.monotonic() - self.since
-        images_per_s = len(self.rows) * batch_size / seconds
-        if seconds < LOG_SECONDS:
-            self.every *= 2
-        self._empty()
-        return images_per_s, means

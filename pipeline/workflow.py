@@ -124,7 +124,9 @@ class Chain:
 
     @property
     def _encoder(self) -> HFCaptionEncoder:
-        return load_caption_encoder(self.recipe.caption_encoder, cache=self.cache)
+        return load_caption_encoder(
+            self.recipe.caption_encoder, cache=self.cache, device=str(choose_device())
+        )
 
     @contextmanager
     def open(self) -> Iterator[RunHandle]:

@@ -203,9 +203,6 @@ class Objective(nn.Module):
         """See contracts.Objective."""
         return self.discriminator if phase == "discriminator" else self.model
 
-    def compilable(self) -> list[nn.Module]:
-        return list(self.model.blocks)  # the penalty is on the discriminator's gradients
-
     def forward(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
         return self.losses(batch, phase)
 

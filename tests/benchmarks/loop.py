@@ -31,7 +31,8 @@ from pipeline.models import masked
 from pipeline.models._spec import ModelSpec
 from pipeline.progress import ProgressBoard
 from pipeline.runtime import autocast, compile_modules, environment, ray_runtime
-from pipeline.train import Training, _Window, _Worker, scaling_for
+from pipeline.train import Training, _Worker, scaling_for
+from pipeline.train_window import Window
 
 SPEC = ModelSpec(
     image_size=64, codebook_size=4_375, num_tokens=64, levels=(7, 5, 5, 5, 5), caption_width=384,
@@ -81,7 +82,7 @@ def compare(plan: Plan, board: Any, out: str) -> None:
     worker = _Worker(partial(build, plan.generator), plan.train, None, board)
     plain = copy.deepcopy(worker.objective)
     optimizers = build_optimizers(plain.model, plan.train)
-    device, window, step = worker.device, _Window(), 0
+    device, window, step = worker.device, Window(), 0
     batch = worker._to_device(worker.training.train.batch(np.arange(plan.train.batch_size), None))
     if device.type == "cuda":
         compile_modules(plain.compilable())

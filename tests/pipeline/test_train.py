@@ -22,6 +22,7 @@ from pipeline.errors import DataError, RecipeError, ResourceError, TrainingError
 from pipeline.finetune import EMA, KernelMuon, build_optimizers, learning_rate_factor
 from pipeline.progress import Progress
 from pipeline.train import Training, _Worker, fit, scaling_for
+from pipeline.train_window import Window
 
 CONFIG = TrainConfig(
     batch_size=8, max_steps=12, warmup_steps=2, validate_every=4, validation_batches=2,
@@ -250,3 +251,24 @@ def test_workers_follow_the_devices() -> None:
     assert scaling_for(4, {"CPU": 8, "GPU": 3}).num_workers == 2, "the batch divides as before"
     with pytest.raises(ResourceError, match=r"num_workers=9 needs 4.5 .* has 4"):
         scaling_for(9, {"CPU": 4})
+
+
+class TestWindow:
+    def test_names_the_first_step_whose_gradient_is_not_finite(self) -> None:
+        window = Window()
+        for step in range(7):
+            norm = torch.tensor(float("inf" if step in (3, 5) else 1.0))
+            window.add(step, {"loss": norm}, {"fit": torch.stack([norm, torch.tensor(step / 2)])})
+            if step == 1:
+                window.check()
+        with pytest.raises(TrainingError, match=r"'fit' is inf at step 3 \(loss 1.5\)"):
+            window.close(8)
+
+    def test_means_are_of_every_step_and_quick_steps_are_told_less_often(self) -> None:
+        window = Window()
+        while not window.full:
+            loss = torch.tensor(float(len(window.rows)))
+            window.add(len(window.rows), {"loss": loss}, {"fit": torch.stack([loss, loss])})
+        images_per_s, means = window.close(8)
+        assert means == {"loss": 4.5} and images_per_s > 80
+        assert window.every == 20 and not window.full
