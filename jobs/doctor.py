@@ -13,14 +13,17 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.bundle import ASSETS
 from pipeline.config import CaptionEncoderConfig
 from pipeline.errors import TesseraError
-from pipeline.runtime import autocast_dtype, available_cpus, choose_device
+from pipeline.runtime import autocast_dtype, available_cpus, can_compile, choose_device
 from pipeline.text import check_available
 from pipeline.tracking import connect, tracking_uri
+
+if TYPE_CHECKING:
+    import torch
 
 MIN_DISK_GB, MIN_MEMORY_GB = 4, 6
 PATIENCE_S = 3.0  # with a cluster that may not be there
@@ -44,7 +47,7 @@ def examine(home: Path) -> list[Finding]:
         Finding("CPU cores", str(available_cpus()), available_cpus() >= 2, "two make DDP sensible"),
         _memory(),
         _disk(home),
-        Finding("device", f"{device}, autocast {autocast_dtype(device)}", fine=True),
+        _device(device),
         _ray(),
         Finding("Ray's logs", str(_ray_logs()), fine=True),
         _mlflow(home),
@@ -53,6 +56,15 @@ def examine(home: Path) -> list[Finding]:
         _asset("aligner", "the shipped aligner"),
         _asset("emoji", "the shipped pictures", "manifest.json"),
     ]
+
+
+def _device(device: torch.device) -> Finding:
+    said = f"{device}, autocast {autocast_dtype(device)}"
+    if device.type == "cpu":
+        return Finding("device", said, fine=True)
+    compiles = can_compile(device)
+    said += f", torch.compile {'on' if compiles else 'off'}"
+    return Finding("device", said, compiles, "a C compiler (gcc) and Triton speed up training")
 
 
 def as_json(findings: list[Finding]) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -139,6 +140,13 @@ def cast_weights(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         if isinstance(module, layers) and dtype is not None:
             module.weight.data = module.weight.data.to(dtype)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether a GPU's kernels can be compiled: that wants Triton, and a C compiler for what starts
+    them."""
+    compiler = any(map(shutil.which, ("cc", "gcc", "clang")))
+    return device.type == "cuda" and compiler and find_spec("triton") is not None
 
 
 def compile_modules(modules: Iterable[nn.Module]) -> None:

@@ -5,7 +5,7 @@
 `build()` runs on every worker and returns a `Training`: the objective (contracts.Objective) and its
 data. A step's randomness is seeded by (seed, step, rank), its rows by (seed, step), so a training
 that is killed and started again with the same storage and name goes on exactly where its last
-checkpoint was.
+checkpoint was (on a GPU give or take roundings, since it may choose other kernels).
 """
 
 from __future__ import annotations
@@ -49,12 +49,13 @@ from pipeline.progress import OnProgress, Progress, watch
 from pipeline.runtime import (
     autocast,
     available_cpus,
+    can_compile,
     compile_modules,
     environment,
     peak_memory_gb,
 )  # fmt: skip
 from pipeline.tracking import RunHandle, RunLogger
-from pipeline.train_window import Window
+from pipeline.train_window import CHECK_EVERY, Window
 
 CPUS_A_WORKER = 0.5
 VALIDATION_SEED = 20_260
@@ -206,8 +207,8 @@ def _worker(settings: dict[str, Any]) -> None:
     try:
         worker.train()
     finally:
-        worker.logger.close()
         worker.feeder.shutdown(cancel_futures=True)
+        worker.logger.close()
 
 
 class _Worker:
@@ -227,7 +228,10 @@ class _Worker:
         self.training = build()
         self.objective: nn.Module = self.training.objective.to(self.device)
         self.trainable, self.total = apply_policy(self.objective.model, config)
-        if config.compile == "always" or (config.compile == "auto" and self.device.type == "cuda"):
+        self.compiled = config.compile == "always" or (
+            config.compile == "auto" and can_compile(self.device)
+        )
+        if self.compiled:
             compile_modules(getattr(self.objective, "compilable", list)())
         phases = self.objective.phases
         self.wrapped = ray.train.torch.prepare_model(
@@ -298,7 +302,7 @@ class _Worker:
     def train(self) -> None:
         config, state = self.config, self.state
         self.logger.params({"trainable_parameters": self.trainable, "parameters": self.total})
-        self.logger.params(environment(self.device))
+        self.logger.params(environment(self.device) | {"compiled": self.compiled})
         window = Window()
         while not state.finished:
             progress = self._progress()
@@ -307,11 +311,13 @@ class _Worker:
             )
             window.add(state.step, *self._step(state.step))
             state.step += 1
-            if window.full:
-                self._log(window, progress)
             last = state.step >= config.max_steps or self._progress() >= 1
-            if last or state.step % config.validate_every == 0:
+            validates = last or state.step % config.validate_every == 0
+            if validates or state.step % CHECK_EVERY == 0:
                 window.check()
+            if last or window.full:
+                self._log(window, progress)
+            if validates:
                 self._validate_and_report(last)
 
     def _progress(self) -> float:
@@ -329,7 +335,7 @@ class _Worker:
     def _batch(self, step: int) -> dict[str, Tensor]:
         """What this rank trains on at a step; the next one's is made meanwhile."""
         for wanted in (step, step + 1):
-            if wanted not in self.fed:
+            if wanted not in self.fed and wanted < self.config.max_steps:
                 self.fed[wanted] = self.feeder.submit(self._feed, wanted)
         return self.fed.pop(step).result()
 

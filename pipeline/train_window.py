@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pipeline.errors import TrainingError
 
-LOG_EVERY = 10  # steps, or as many as take LOG_SECONDS
+CHECK_EVERY = 10  # steps
+LOG_EVERY = 10  # steps at least, and as many as take LOG_SECONDS
 LOG_SECONDS = 1.0
 
 
@@ -19,13 +20,9 @@ class Window:
     would have to be waited for."""
 
     def __init__(self) -> None:
-        self.every = LOG_EVERY
-        self._empty()
-
-    def _empty(self) -> None:
+        self.every, self.since = LOG_EVERY, time.monotonic()
         self.rows: list[dict[str, Tensor]] = []
         self.unchecked: list[tuple[int, dict[str, Tensor]]] = []
-        self.since = time.monotonic()
 
     def add(self, step: int, metrics: dict[str, Tensor], signs: dict[str, Tensor]) -> None:
         """A step; of each phase the gradient's norm and the loss, (2,)."""
@@ -37,14 +34,18 @@ class Window:
         return len(self.rows) >= self.every
 
     def check(self) -> None:
-        """Whether every step since the last check was sound.
+        """Whether every step since the last check was sound. A rank that raises leaves the others
+        waiting for it, so all check at the same steps.
 
         Raises:
             TrainingError: a gradient was not finite; names the first step.
         """
-        for phase in self.unchecked[0][1] if self.unchecked else ():
-            signs = torch.stack([signs[phase] for _, signs in self.unchecked]).tolist()
-            for (step, _), (norm, loss) in zip(self.unchecked, signs, strict=True):
+        if not self.unchecked:
+            return
+        phases = list(self.unchecked[0][1])
+        signs = [torch.stack([signs[phase] for phase in phases]) for _, signs in self.unchecked]
+        for (step, _), of_step in zip(self.unchecked, torch.stack(signs).tolist(), strict=True):
+            for phase, (norm, loss) in zip(phases, of_step, strict=True):
                 if not math.isfinite(norm):
                     raise TrainingError(
                         f"the gradient of phase {phase!r} is {norm} at step {step} (loss {loss}); "
@@ -54,12 +55,7 @@ class Window:
         self.unchecked = []
 
     def close(self, batch_size: int) -> tuple[float, dict[str, float]]:
-        """Pictures a second, and means, since the last call.
-
-        Raises:
-            TrainingError: as `check`.
-        """
-        self.check()
+        """Pictures a second, and means, since the last call."""
         means = {
             k: float(torch.stack([row[k] for row in self.rows]).float().mean())
             for k in self.rows[0]
@@ -68,5 +64,7 @@ class Window:
         images_per_s = len(self.rows) * batch_size / seconds
         if seconds < LOG_SECONDS:
             self.every *= 2
-        self._empty()
+        elif seconds > 2 * LOG_SECONDS:
+            self.every = max(LOG_EVERY, self.every // 2)
+        self.rows, self.since = [], time.monotonic()
         return images_per_s, means

@@ -15,6 +15,7 @@ Shapes: R rows, T slots a row, D model width, H heads, K key heads, E width of a
 
 from __future__ import annotations
 
+import threading
 from functools import cached_property
 from typing import Protocol
 
@@ -28,6 +29,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from pipeline.models._packed import Rowwise, has_adapters
 from pipeline.runtime import autocast, autocast_dtype
 
+_CAPTURING = threading.Lock()  # PyTorch captures one graph at a time
 ROOMS_KEPT = 4  # of a length, when nobody draws
 ROOMY = 4  # times the places wanted is not too large
 
@@ -176,6 +178,14 @@ class SlotDecoder:
         self.turns = torch.cat([turned, torch.ones_like(turns).expand(-1, w.key_heads, -1)], 1)
 
     def add(self, inputs: Tensor, keys: Tensor) -> Tensor:
+        logits, kv, seen, end = self.read(inputs, keys)
+        self.kv = torch.cat([self.kv, kv], 2)
+        self.seen = torch.cat([self.seen, seen])
+        self.end = torch.cat([self.end, end])
+        return logits
+
+    def read(self, inputs: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `add` returns, and the new rows' kv, seen and end, which are not kept."""
         w, (R, P, _) = self.weights, inputs.shape
         fresh = self.kv.new_zeros(*self.kv.shape[:2], R, *self.kv.shape[3:])
         # padding sees itself, or it would see nothing and spoil what comes after
@@ -188,14 +198,8 @@ class SlotDecoder:
             hidden.repeat_interleave(w.key_heads, 0), slice(P),
         )  # fmt: skip
         unused = self.seen.shape[1] - P
-        self._enter(fresh, F.pad(keys, (0, unused)), self.end.new_full((R,), P))
-        return w.last(self._normed(states.view(R, P, -1)[:, -1])).float()
-
-    def _enter(self, kv: Tensor, seen: Tensor, end: Tensor) -> None:
-        """New rows."""
-        self.kv = torch.cat([self.kv, kv], 2)
-        self.seen = torch.cat([self.seen, seen])
-        self.end = torch.cat([self.end, end])
+        logits = w.last(self._normed(states.view(R, P, -1)[:, -1])).float()
+        return logits, fresh, F.pad(keys, (0, unused)), self.end.new_full((R,), P)
 
     def step(self, inputs: Tensor) -> Tensor:
         w, ends = self.weights, self.end
@@ -209,9 +213,10 @@ class SlotDecoder:
         return w.last(self._normed(states)).float()
 
     def _slots(self, rows: Tensor) -> Slots:
-        """Where the next tokens go."""
+        """Where the next tokens go; to ask a GPU whether that is the same for all would take longer
+        than scattering them."""
         ends = self.end
-        if len(rows) and bool((ends == ends[0]).all()):  # the same for all: no scattering
+        if ends.device.type == "cpu" and len(rows) and bool((ends == ends[0]).all()):
             return slice(int(ends[0]), int(ends[0]) + 1)
         return rows, ends
 
@@ -287,8 +292,9 @@ def _turned(x: Tensor, turn: Tensor) -> Tensor:
     return torch.view_as_real(pairs * turn)
 
 
-class Room(SlotDecoder):
-    """A number of places for rows on a GPU. A CUDA graph computes a step of all, taken or free.
+class Room:
+    """A number of places for rows on a GPU. A CUDA graph computes a step of all, taken or free; it
+    knows memory by its address, so nothing here is ever replaced.
 
     Args:
         weights: on a GPU.
@@ -297,24 +303,30 @@ class Room(SlotDecoder):
     """
 
     def __init__(self, weights: LlamaWeights, length: int, places: int) -> None:
-        super().__init__(weights, length)
-        layers, both, _, *row = self.kv.shape
-        self.kv = self.kv.new_zeros(layers, both, places, *row)
-        self.seen = self.seen.new_zeros(places, length)
-        self.end = self.end.new_zeros(places)
+        self.slots = slots = SlotDecoder(weights, length)
+        layers, both, _, *row = slots.kv.shape
+        slots.kv = slots.kv.new_zeros(layers, both, places, *row)
+        slots.seen = slots.seen.new_zeros(places, length)
+        slots.end = slots.end.new_zeros(places)
         width = weights.lm.config.hidden_size
         self.inputs = torch.zeros(places, width, device=weights.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits = torch.zeros(0)
 
     def __len__(self) -> int:
-        return len(self.seen)
+        return len(self.inputs)
+
+    def rows(self, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """kv, seen and end of the rows in places int64 (R,)."""
+        slots = self.slots
+        return slots.kv[:, :, places], slots.seen[places], slots.end[places]
 
     def put(self, places: Tensor, kv: Tensor, seen: Tensor, end: Tensor) -> None:
         """Rows into places int64 (R,), whatever was there."""
-        self.kv[:, :, places], self.seen[places], self.end[places] = kv, seen, end
+        slots = self.slots
+        slots.kv[:, :, places], slots.seen[places], slots.end[places] = kv, seen, end
 
-    def step_of(self, places: Tensor, inputs: Tensor) -> Tensor:
+    def step(self, places: Tensor, inputs: Tensor) -> Tensor:
         """See Decoder.step, of the rows in `places`."""
         self.inputs[places] = inputs.float()
         if self.graph is None:
@@ -323,30 +335,31 @@ class Room(SlotDecoder):
         return self.logits[places]
 
     def _advance(self) -> Tensor:
-        logits = self.step(self.inputs)
-        self.end.clamp_(max=self.seen.shape[1] - 1)  # free places would go on past the last slot
+        logits = self.slots.step(self.inputs)
+        last = self.slots.seen.shape[1] - 1
+        self.slots.end.clamp_(max=last)  # free places would go on past it
         return logits
 
     def _captured(self) -> torch.cuda.CUDAGraph:
-        seen, end = self.seen.clone(), self.end.clone()
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            self._advance()  # libraries want memory when they are first called, graphs allow none
-        torch.cuda.current_stream().wait_stream(aside)
-        self.seen.copy_(seen)
-        self.end.copy_(end)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self.logits = self._advance()
+        slots, graph = self.slots, torch.cuda.CUDAGraph()
+        with _CAPTURING, torch.cuda.device(self.inputs.device):
+            seen, end = slots.seen.clone(), slots.end.clone()
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                self._advance()  # libraries want memory at their first call, graphs allow none
+            torch.cuda.current_stream().wait_stream(aside)
+            slots.seen.copy_(seen)
+            slots.end.copy_(end)
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.logits = self._advance()
         return graph
 
-    def _slots(self, rows: Tensor) -> Slots:
-        return rows, self.end
 
+class GraphDecoder:
+    """SlotDecoder's rows in places of a `Room`; one too small is left for one twice as large.
 
-class GraphDecoder(SlotDecoder):
-    """The same on a GPU: rows in places of a `Room`; one too small is left for one twice as large.
+    A room that is too large is kept until no row is left in it.
 
     Args:
         weights: on a GPU.
@@ -354,15 +367,30 @@ class GraphDecoder(SlotDecoder):
         rooms: of this length, left by decoders that ended; they are used again.
     """
 
+    joinable = True
+
     def __init__(self, weights: LlamaWeights, length: int, rooms: list[Room]) -> None:
-        super().__init__(weights, length)
-        self.length, self.rooms = length, rooms
+        self.weights, self.length, self.rooms = weights, length, rooms
+        self.reader = SlotDecoder(weights, length)
         self.room: Room | None = None
-        self.places = self.end  # by row
+        self.places = torch.zeros(0, dtype=torch.long, device=weights.device)  # by row
+
+    def add(self, inputs: Tensor, keys: Tensor) -> Tensor:
+        logits, *rows = self.reader.read(inputs, keys)
+        room, places = self._with_space(len(inputs))
+        free = torch.ones(len(room), dtype=torch.bool, device=places.device)
+        free[places] = False
+        fresh = free.nonzero()[: len(inputs), 0]
+        room.put(fresh, *rows)
+        # nothing can fail any more, for want of memory, say, and leave other rows half moved
+        old, self.room, self.places = self.room, room, torch.cat([places, fresh])
+        if old is not None and old is not room:
+            self._leave(old)
+        return logits
 
     def step(self, inputs: Tensor) -> Tensor:
         assert self.room is not None, "prompts come first"
-        return self.room.step_of(self.places, inputs)
+        return self.room.step(self.places, inputs)
 
     def keep(self, rows: Tensor) -> None:
         self.places = self.places[rows]
@@ -370,27 +398,25 @@ class GraphDecoder(SlotDecoder):
             self._leave(self.room)
             self.room = None
 
-    def _enter(self, kv: Tensor, seen: Tensor, end: Tensor) -> None:
-        taken, wanted = len(self.places), len(self.places) + len(seen)
-        if self.room is None:
-            self.room = self._found(wanted)
-        elif wanted > len(self.room):
-            old, self.room = self.room, self._found(max(wanted, 2 * len(self.room)))
-            kept, self.places = self.places, torch.arange(taken, device=end.device)
-            self.room.put(self.places, old.kv[:, :, kept], old.seen[kept], old.end[kept])
-            self._leave(old)
-        free = torch.ones(len(self.room), dtype=torch.bool, device=end.device)
-        free[self.places] = False
-        places = free.nonzero()[: len(seen), 0]
-        self.room.put(places, kv, seen, end)
-        self.places = torch.cat([self.places, places])
+    def _with_space(self, joining: int) -> tuple[Room, Tensor]:
+        """This room or a larger one, with the rows that are here, and their places."""
+        old, wanted = self.room, len(self.places) + joining
+        if old is None:
+            return self._found(wanted), self.places
+        if wanted <= len(old):
+            return old, self.places
+        room = self._found(max(wanted, 2 * len(old)))
+        places = torch.arange(len(self.places), device=self.places.device)
+        room.put(places, *old.rows(self.places))
+        return room, places
 
     def _found(self, places: int) -> Room:
-        for room in self.rooms:
-            if places <= len(room) <= ROOMY * places:
-                self.rooms.remove(room)
-                return room
-        return Room(self.weights, self.length, places)
+        fitting = [room for room in self.rooms if places <= len(room) <= ROOMY * places]
+        if not fitting:
+            return Room(self.weights, self.length, places)
+        room = min(fitting, key=len)
+        self.rooms.remove(room)
+        return room
 
     def _leave(self, room: Room) -> None:
         self.rooms.append(room)

@@ -94,7 +94,10 @@ def compare(plan: Plan, board: Any, out: str) -> None:
             step += 1
             worker.state.step = step
             if window.full:
+                window.check()
                 worker._log(window, 0.5)
+        for batch in worker.fed.values():  # or it would be made during the bare round
+            batch.result()
 
     def bare() -> None:
         plain.train()

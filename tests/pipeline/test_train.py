@@ -21,6 +21,7 @@ from pipeline.config import AugmentConfig, TrainConfig
 from pipeline.errors import DataError, RecipeError, ResourceError, TrainingError
 from pipeline.finetune import EMA, KernelMuon, build_optimizers, learning_rate_factor
 from pipeline.progress import Progress
+from pipeline.runtime import can_compile
 from pipeline.train import Training, _Worker, fit, scaling_for
 from pipeline.train_window import Window
 
@@ -57,13 +58,18 @@ class Line(nn.Module):
         self.model = nn.Linear(1, 1)
         self.poison, self.calls = poison, 0
 
+    def compilable(self) -> list[nn.Module]:
+        return [self.model]
+
     def forward(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
         return self.losses(batch, phase)
 
     def losses(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
         loss = (self.model(batch["x"]).float() - batch["y"]).square().mean()
         self.calls += self.training
-        return {"loss": loss * float("nan") if self.calls == self.poison else loss}
+        compiled = torch.tensor(float(self.model._compiled_call_impl is not None))
+        loss = loss * float("nan") if self.calls == self.poison else loss
+        return {"loss": loss, "compiled": compiled}
 
 
 def build(poison: int | None = None, validation: int = 64) -> Training:
@@ -96,6 +102,17 @@ def test_a_killed_worker_changes_nothing(undisturbed: dict[str, Tensor], tmp_pat
     config = CONFIG.model_copy(update={"max_steps": 12})
     result = fit(partial(build), config, storage=tmp_path, name="line", on_progress=kill_once)
     assert killed
+    for name, weight in best_weights(result.checkpoint).items():
+        torch.testing.assert_close(weight, undisturbed[name])
+
+
+def test_what_repeats_is_compiled_where_asked_for(
+    undisturbed: dict[str, Tensor], tmp_path: Path
+) -> None:
+    assert CONFIG.compile == "auto" and not can_compile(torch.device("cpu"))
+    config = CONFIG.model_copy(update={"compile": "always"})
+    result = fit(build, config, storage=tmp_path, name="line")
+    assert result.metrics["validation_compiled"] == 1
     for name, weight in best_weights(result.checkpoint).items():
         torch.testing.assert_close(weight, undisturbed[name])
 
@@ -257,18 +274,27 @@ class TestWindow:
     def test_names_the_first_step_whose_gradient_is_not_finite(self) -> None:
         window = Window()
         for step in range(7):
-            norm = torch.tensor(float("inf" if step in (3, 5) else 1.0))
-            window.add(step, {"loss": norm}, {"fit": torch.stack([norm, torch.tensor(step / 2)])})
+            signs = {
+                "judge": torch.tensor([float("nan") if step > 3 else 1.0, step / 2]),
+                "draw": torch.tensor([float("inf") if step == 3 else 1.0, step / 4]),
+            }
+            window.add(step, {"loss": torch.tensor(0.0)}, signs)
             if step == 1:
                 window.check()
-        with pytest.raises(TrainingError, match=r"'fit' is inf at step 3 \(loss 1.5\)"):
-            window.close(8)
+        with pytest.raises(TrainingError, match=r"'draw' is inf at step 3 \(loss 0.75\)"):
+            window.check()
 
-    def test_means_are_of_every_step_and_quick_steps_are_told_less_often(self) -> None:
-        window = Window()
-        while not window.full:
-            loss = torch.tensor(float(len(window.rows)))
-            window.add(len(window.rows), {"loss": loss}, {"fit": torch.stack([loss, loss])})
-        images_per_s, means = window.close(8)
-        assert means == {"loss": 4.5} and images_per_s > 80
-        assert window.every == 20 and not window.full
+    def test_steps_are_told_about_once_a_second(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        now = 0.0
+        monkeypatch.setattr("time.monotonic", lambda: now)
+        window, told = Window(), []
+        for pace in (0.06, 0.06, 0.15, 0.15):
+            while not window.full:
+                loss = torch.tensor(float(len(window.rows)))
+                window.add(0, {"loss": loss}, {"fit": torch.stack([loss, loss])})
+                now += pace
+            told.append((window.every, *window.close(8)))
+        steps, speeds, means = zip(*told, strict=True)
+        assert steps == (10, 20, 20, 10)
+        assert speeds == pytest.approx((133.3, 133.3, 53.3, 53.3), rel=1e-2)
+        assert [mean["loss"] for mean in means] == [4.5, 9.5, 9.5, 4.5]
