@@ -228,11 +228,7 @@ class _Worker:
         self.training = build()
         self.objective: nn.Module = self.training.objective.to(self.device)
         self.trainable, self.total = apply_policy(self.objective.model, config)
-        self.compiled = config.compile == "always" or (
-            config.compile == "auto" and can_compile(self.device)
-        )
-        if self.compiled:
-            compile_modules(getattr(self.objective, "compilable", list)())
+        self.compiled = self._compile()
         phases = self.objective.phases
         self.wrapped = ray.train.torch.prepare_model(
             self.objective,
@@ -262,6 +258,15 @@ class _Worker:
         self.fed: dict[int, Future[dict[str, Tensor]]] = {}  # by step
         self._restore()
         self.started = time.monotonic() - self.state.elapsed_s
+
+    def _compile(self) -> bool:
+        """Whether anything was."""
+        wanted = self.config.compile
+        if wanted == "never" or (wanted == "auto" and not can_compile(self.device)):
+            return False
+        modules = getattr(self.objective, "compilable", list)()
+        compile_modules(modules)
+        return bool(modules)
 
     def _validation_rows(self) -> list[np.ndarray]:
         """This rank's, batch by batch.
