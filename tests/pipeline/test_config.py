@@ -55,7 +55,7 @@ def test_command_line_wins_over_environment_wins_over_file() -> None:
         ("data.test_fraction=0", r"test_fraction=0: .*greater than 0"),
         ("promote.model_name=a/b", r"model_name='a/b'"),
         ("tokenizer.train.batch_size=33", r"tokenizer.train.batch_size=33 must be a multiple"),
-        ("encode.augment.shift=3", r"encode.num_views=1: raise it"),
+        ("encode.num_views=1", r"encode.num_views=1: raise it"),
         ("generator.width=66", r"width=66 must be a multiple of generator.heads=4"),
         ("preprocess.image_size=60", r"image_size=60 must be a multiple of tokenizer.downsample=8"),
         ("max_steps", r"not of the form section.key=value"),
