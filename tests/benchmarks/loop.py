@@ -84,7 +84,7 @@ def compare(plan: Plan, board: Any, out: str) -> None:
     optimizers = build_optimizers(plain.model, plan.train)
     device, window, step = worker.device, Window(), 0
     batch = worker._to_device(worker.training.train.batch(np.arange(plan.train.batch_size), None))
-    if device.type == "cuda":
+    if worker.compiled:
         compile_modules(plain.compilable())
 
     def through_the_loop() -> None:
