@@ -18,19 +18,11 @@ from pipeline import registry
 from pipeline.bundle import load_tokenizer, save_tokenizer
 from pipeline.checkpoint import best_weights
 from pipeline.config import TokenizerConfig
-from pipeline.errors import RecipeError
 from pipeline.feed import PictureDataset
-from pipeline.images import grid, to_float, to_uint8
+from pipeline.images import gradient_l1, grid, to_float, to_uint8
 from pipeline.perceptual import PerceptualLoss
 from pipeline.steps import StepContext
 from pipeline.train import Training, fit
-
-
-def gradient_l1(x: Tensor, y: Tensor) -> Tensor:
-    """L1 distance of horizontal and vertical differences, (B, 3, H, W) -> (): sharp edges pay."""
-    horizontal = (x.diff(dim=3) - y.diff(dim=3)).abs().mean()
-    vertical = (x.diff(dim=2) - y.diff(dim=2)).abs().mean()
-    return horizontal + vertical
 
 
 class PatchDiscriminator(nn.Module):
@@ -122,7 +114,7 @@ class TokenizerObjective(nn.Module):
         parts = {
             "l1": difference.abs().mean(),
             "l2": difference.square().mean(),
-            "gradient": gradient_l1(reconstruction, images),
+            "gradient": gradient_l1(reconstruction, images).mean(),
         }
         loss = (
             config.l1_weight * parts["l1"]
@@ -149,10 +141,8 @@ def build_training(
 ) -> Training:
     """What a worker trains: the tokenizer on the pictures of the preprocessed train split.
 
-    With a `source`, a trained tokenizer's directory, training goes on from its weights.
-
-    Raises:
-        RecipeError: the source is of another shape than the recipe's.
+    With a `source`, the directory of a trained tokenizer of the section's shape, training goes on
+    from its weights.
     """
     perceptual = (
         PerceptualLoss(config.perceptual_features, cache) if config.perceptual_weight else None
@@ -163,13 +153,7 @@ def build_training(
     )
     objective = TokenizerObjective(config, image_size, perceptual)
     if source is not None:
-        try:
-            objective.model.load_state_dict(load_tokenizer(source).state_dict())
-        except RuntimeError as error:
-            raise RecipeError(
-                f"the tokenizer in {source} does not fit the recipe's tokenizer section ({error}); "
-                "use its name, levels, patch, widths and depths, or tokenizer.source=null"
-            ) from error
+        objective.model.load_state_dict(load_tokenizer(source).state_dict())
     shown = validation.batch(np.arange(min(16, len(validation))), None)["images"]
     return Training(
         objective, train, validation, sample=partial(draw_reconstructions, images=shown)

@@ -43,6 +43,10 @@ FORMAT = 1
 ASSETS = Path(__file__).parent / "assets"
 WEIGHTS = "model.safetensors"
 TEXT_TOKENIZER = "text_tokenizer"
+TOKENIZER_SHAPE = {
+    "name", "levels", "codebook_size", "code_width", "downsample", "patch", "widths",
+    "encoder_depths", "decoder_depths",
+}  # fmt: skip
 
 
 class TokenizerManifest(Config):
@@ -111,19 +115,19 @@ def resolve_tokenizer(source: str | Path) -> Path:
     return inner.absolute() if inner.is_dir() else path.absolute()
 
 
-def given_tokenizer(base: Path | None, config: TokenizerConfig, image_size: int) -> Path | None:
-    """The base's tokenizer directory, or one that the recipe takes as it is; None: train one.
+def tokenizer_source(base: Path | None, config: TokenizerConfig, image_size: int) -> Path | None:
+    """Where the tokenizer lies that is taken or trained on: the base's, or the recipe's source;
+    None: one is trained from scratch.
 
     Raises:
         BundleError: there is none at `config.source`.
-        RecipeError: it was made for pictures of another size.
+        RecipeError: its tokens are kept, and are of pictures of another size.
     """
-    if base is not None:
-        path = base / "tokenizer"
-    elif config.source and config.freeze:
-        path = resolve_tokenizer(config.source)
-    else:
+    if base is None and config.source is None:
         return None
+    path = base / "tokenizer" if base is not None else resolve_tokenizer(config.source or "")
+    if base is None and not config.freeze:
+        return path
     made_for = _read_manifest(path, TokenizerManifest).image_size
     if made_for != image_size:
         raise RecipeError(
@@ -131,6 +135,28 @@ def given_tokenizer(base: Path | None, config: TokenizerConfig, image_size: int)
             "set that, or train a tokenizer (without base and tokenizer.freeze)"
         )
     return path
+
+
+def tokenizer_shape_of_source(config: TokenizerConfig, source: Path | None) -> TokenizerConfig:
+    """The recipe's section with what it leaves open of the network's shape from the source; as it
+    is without one.
+
+    Raises:
+        RecipeError: the recipe sets a shape that is not the source's.
+        BundleError: the source cannot be read.
+    """
+    if source is None:
+        return config
+    built = _read_manifest(source, TokenizerManifest).tokenizer
+    for key in TOKENIZER_SHAPE & config.model_fields_set:
+        wanted, given = getattr(config, key), getattr(built, key)
+        if wanted != given:
+            raise RecipeError(
+                f"tokenizer.{key}={wanted} is not that of the tokenizer in {source}, which has "
+                f"{given}: leave it out to take that, or train from scratch (without base and "
+                "tokenizer.source)"
+            )
+    return config.model_copy(update={key: getattr(built, key) for key in TOKENIZER_SHAPE})
 
 
 def save_tokenizer(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from pipeline import registry
 from pipeline.data_config import AugmentConfig as AugmentConfig
@@ -31,6 +30,7 @@ from pipeline.data_config import check_unmixed, later
 from pipeline.errors import RecipeError
 from pipeline.overrides import explain, merged, override, set_key
 from pipeline.serve_config import ServeConfig as ServeConfig
+from pipeline.tokenizer_config import TokenizerConfig as TokenizerConfig
 from pipeline.train_config import TrainConfig as TrainConfig
 from pipeline.tune_config import TuneConfig as TuneConfig
 
@@ -50,68 +50,6 @@ class CaptionEncoderConfig(Config):
 
 MAX_GUIDANCE, MAX_TEMPERATURE, MAX_STEPS = 20.0, 4.0, 64
 """What a request may ask for, and so what a model's defaults may be."""
-MAX_CODES = 65_536
-"""Of a codebook: image tokens are kept as 16-bit numbers."""
-
-
-class TokenizerConfig(Config):
-    """The self-supervised autoencoder: image <-> grid of discrete tokens."""
-
-    name: str = Field("fsq", description="a file of pipeline/tokenizers")
-    levels: tuple[int, ...] = Field(
-        (8, 8, 5, 5, 5), description="fsq: levels a channel; the codebook size is their product"
-    )
-    codebook_size: int = Field(4_096, ge=2, le=MAX_CODES, description="vq")
-    code_width: int = Field(8, ge=2, description="vq: dimensions of a code")
-    commitment_weight: float = Field(0.25, ge=0, description="vq: draws latents to their codes")
-    entropy_weight: float = Field(0.1, ge=0, description="vq: keeps all codes in use")
-    downsample: int = Field(8, ge=2, description="pixels a token, a side")
-    patch: int = Field(4, ge=1, description="pixels a patch, a side: the encoder's first step")
-    widths: tuple[int, int] = Field((128, 256), description="channels at the patch and token grids")
-    encoder_depths: tuple[int, int] = Field((1, 2), description="residual blocks at either grid")
-    decoder_depths: tuple[int, int] = Field((2, 3), description="residual blocks at either grid")
-    l1_weight: float = Field(1.0, ge=0)
-    l2_weight: float = Field(5.0, ge=0)
-    gradient_weight: float = Field(
-        1.0, ge=0, description="L1 of horizontal and vertical differences"
-    )
-    perceptual_weight: float = Field(0.0, ge=0, description="VGG features; 0 switches the term off")
-    perceptual_fraction: float = Field(
-        0.25, gt=0, le=1, description="of each batch that the perceptual term sees"
-    )
-    perceptual_features: str = Field("hed-vgg16", description="pretrained.VGG_SOURCES or a path")
-    adversarial_weight: float = later(
-        0.0, ge=0, description="of a patch discriminator's opinion, best in a training on `source`"
-    )
-    adversarial_channels: int = later(48, ge=8, description="of the discriminator's first layer")
-    source: str | None = Field(
-        None,
-        description="training goes on from its weights: a tokenizer's or bundle's directory, or "
-        "asset:base; None starts from scratch",
-    )
-    freeze: bool = Field(False, description="take `source` as it is instead of training on")
-    data: PictureFilter = PictureFilter()
-    train: TrainConfig = TrainConfig(optimizer="adamw", weight_decay=0.01)
-
-    @field_validator("levels")
-    @classmethod
-    def _codes_fit_16_bits(cls, levels: tuple[int, ...]) -> tuple[int, ...]:
-        if (
-            not levels
-            or not 2 <= min(levels) <= max(levels) <= 1_000
-            or (math.prod(levels) > MAX_CODES)
-        ):
-            raise ValueError(
-                f"levels of 2 to 1,000 whose product, the codebook, is at most {MAX_CODES:,}; this "
-                f"product is {math.prod(levels):,}"
-            )
-        return levels
-
-    @model_validator(mode="after")
-    def _frozen_has_a_source(self) -> Self:
-        if self.freeze and self.source is None:
-            raise ValueError("tokenizer.freeze=true needs tokenizer.source: what to take as it is")
-        return self
 
 
 class EncodeConfig(Config):
@@ -146,10 +84,23 @@ class CausalConfig(Config):
 class GanConfig(Config):
     """What the gan family has beyond the others."""
 
-    channels: int = Field(48, ge=8, description="at full resolution; coarser grids have up to 8x")
+    channels: int = Field(48, ge=8, description="at the finest grid; coarser ones have up to 8x")
+    patch: int = later(2, ge=1, description="pixels a side of what the finest grid has a place for")
     noise_width: int = Field(64, ge=1, description="dimensions of the noise")
     penalty_weight: float = Field(2.0, ge=0, description="of the gradient penalty")
     penalty_power: float = Field(6.0, gt=0, description="of the gradient's norm in the penalty")
+    penalty_fraction: float = later(
+        0.125, gt=0, le=1, description="of each batch that the gradient penalty sees"
+    )
+    contrastive_weight: float = later(
+        1.0, ge=0, description="of finding a picture's caption among the batch's, both networks'"
+    )
+    reconstruction_weight: float = later(
+        5.0,
+        ge=0,
+        description="of the difference to the caption's own picture; lower it for data with many "
+        "pictures a caption, 0 for a GAN alone",
+    )
     discriminator_learning_rate_ratio: float = Field(
         4.0, gt=0, description="the discriminator's learning rate over the generator's"
     )
@@ -386,6 +337,11 @@ class Recipe(Config):
         ):
             check_unmixed(augment, name)
         _check_train(self.tokenizer.train, "tokenizer.train")
+        if self.tokenizer.train.policy == "head" and not (self.base or self.tokenizer.source):
+            raise ValueError(
+                "tokenizer.train.policy=head trains the decoder of a tokenizer that there is: name "
+                "it with tokenizer.source or base"
+            )
         _check_train(self.aligner.train, "aligner.train")
         shares = [g.base_share for g in self.generators.values() if g.base_share]
         if shares and self.base is None:

@@ -205,6 +205,15 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.float().add(1.0).mul(127.5).round().clamp(0, 255).byte()
 
 
+def gradient_l1(x: Tensor, y: Tensor) -> Tensor:
+    """L1 distance of horizontal and vertical differences, a loss in which edges count.
+
+    float (B, 3, H, W) both -> (B,).
+    """
+    horizontal = (x.diff(dim=3) - y.diff(dim=3)).abs().mean((1, 2, 3))
+    return horizontal + (x.diff(dim=2) - y.diff(dim=2)).abs().mean((1, 2, 3))
+
+
 def to_pil(image: NDArray[np.uint8] | Tensor) -> Image.Image:
     """uint8 (3, H, W) -> RGB picture."""
     array = image if isinstance(image, np.ndarray) else image.cpu().numpy()

@@ -14,7 +14,7 @@ import torch
 from pipeline import generation, registry
 from pipeline.aligner import Aligner
 from pipeline.bundle import load_tokenizer, read_bundle, resolve_path
-from pipeline.config import GeneratorConfig, PictureFilter, Recipe
+from pipeline.config import GeneratorConfig, PictureFilter, Recipe, TokenizerConfig
 from pipeline.contracts import ImageTokenizer
 from pipeline.errors import RecipeError
 from pipeline.finetune import apply_policy
@@ -31,7 +31,8 @@ def check_recipe(
     encoder: HFCaptionEncoder,
     *,
     generators: Sequence[tuple[GeneratorConfig, str | None]],
-    tokenizer: Path | None,
+    tokenizer: TokenizerConfig,
+    given_tokenizer: Path | None,
     base: Path | None,
     cache: Path,
 ) -> None:
@@ -42,7 +43,8 @@ def check_recipe(
         encoder: the recipe's caption encoder.
         generators: the sections, with what they take from the base, and where the pretrained
             language model of each lies, if it has one.
-        tokenizer: the given one's directory; None if one is trained.
+        tokenizer: the section, with what it takes from its source.
+        given_tokenizer: the directory of one that is taken as it is; None if one is trained.
         base: the bundle that generators start from.
         cache: where pretrained weights are converted to.
 
@@ -62,9 +64,12 @@ def check_recipe(
         aligner = Aligner.load(resolve_path(recipe.aligner.source))
         assert aligner.encoder is not None, "a saved one has it"
         check_encoder(aligner.encoder, encoder)
-    if tokenizer is None and recipe.tokenizer.perceptual_weight:
-        find_vgg(recipe.tokenizer.perceptual_features, cache=cache)
-    check_networks(recipe, generators, tokenizer=tokenizer, base=base, encoder=encoder)
+    if given_tokenizer is None and tokenizer.perceptual_weight:
+        find_vgg(tokenizer.perceptual_features, cache=cache)
+    made = None if given_tokenizer is None else load_tokenizer(given_tokenizer)
+    check_networks(
+        recipe, generators, tokenizer=tokenizer, given_tokenizer=made, base=base, encoder=encoder
+    )
 
 
 def check_data(recipe: Recipe, manifests: Mapping[str, Manifest]) -> None:
@@ -101,7 +106,8 @@ def check_networks(
     recipe: Recipe,
     generators: Sequence[tuple[GeneratorConfig, str | None]],
     *,
-    tokenizer: Path | None,
+    tokenizer: TokenizerConfig,
+    given_tokenizer: ImageTokenizer | None,
     base: Path | None,
     encoder: HFCaptionEncoder,
 ) -> None:
@@ -112,12 +118,11 @@ def check_networks(
         MissingExtraError: lora without its package.
     """
     size, width = recipe.preprocess.image_size, encoder.width
-    made: ImageTokenizer | None = None if tokenizer is None else load_tokenizer(tokenizer)
+    made = given_tokenizer
     with torch.device("meta"):
         if made is None:
-            section = recipe.tokenizer
-            made = registry.load("tokenizers", section.name).build(section, size)
-            apply_policy(made, section.train)
+            made = registry.load("tokenizers", tokenizer.name).build(tokenizer, size)
+            apply_policy(made, tokenizer.train)
         if recipe.aligner.source is None:
             aligner = Aligner(recipe.aligner, image_size=size, caption_width=width)
             apply_policy(aligner, recipe.aligner.train)
@@ -130,7 +135,10 @@ def check_networks(
 def _idle(recipe: Recipe) -> Iterator[str]:
     """A sentence for each section that the recipe fills in and that does nothing."""
     tokenizer, aligner = recipe.tokenizer, recipe.aligner
-    if recipe.base is not None and tokenizer.model_fields_set:
+    decoder = tokenizer.train.policy == "head"
+    if recipe.base is not None and decoder and tokenizer.source is not None:
+        yield f"tokenizer: source is without effect, the decoder of base={recipe.base} trains"
+    elif recipe.base is not None and tokenizer.model_fields_set and not decoder:
         yield f"tokenizer: nothing in this section acts, the one of base={recipe.base} is taken"
     elif tokenizer.freeze and (idle := tokenizer.model_fields_set - {"source", "freeze"}):
         yield f"tokenizer: {_listed(idle)} without effect, {tokenizer.source} is taken as it is"

@@ -27,12 +27,12 @@ from pipeline.aligning import train_aligner
 from pipeline.autoencoding import train_tokenizer
 from pipeline.bundle import (
     bundle_digest,
-    given_tokenizer,
     load_tokenizer,
     read_bundle,
     resolve_path,
-    resolve_tokenizer,
     text_tokenizer_of,
+    tokenizer_shape_of_source,
+    tokenizer_source,
 )  # fmt: skip
 from pipeline.card import write_card
 from pipeline.config import GeneratorConfig, PreprocessConfig, Recipe
@@ -106,7 +106,12 @@ class Chain:
         for config in self.candidates.values():
             generation.check_generator(config)
         size = recipe.preprocess.image_size
-        self.given_tokenizer = given_tokenizer(self.base, recipe.tokenizer, size)
+        self.tokenizer_config = section = recipe.tokenizer
+        self.tokenizer_source = tokenizer_source(self.base, section, size)
+        self.given_tokenizer: Path | None = self.tokenizer_source
+        if section.is_trained(on_base=self.base is not None):
+            self.tokenizer_config = tokenizer_shape_of_source(section, self.tokenizer_source)
+            self.given_tokenizer = None
         self.manifests = {uri: read_manifest(uri) for uri in self.shard_sets}
         check_available(recipe.caption_encoder, cache=self.cache)
         check_recipe(
@@ -114,7 +119,8 @@ class Chain:
             self.manifests,
             self._encoder,
             generators=[(c, self._language_model(c)) for c in self.candidates.values()],
-            tokenizer=self.given_tokenizer,
+            tokenizer=self.tokenizer_config,
+            given_tokenizer=self.given_tokenizer,
             base=self.base,
             cache=self.cache,
         )
@@ -254,9 +260,8 @@ class Chain:
         """The given tokenizer's directory, or that of one trained on the pictures alone."""
         if self.given_tokenizer is not None:
             return self.given_tokenizer
-        recipe, config = self.recipe, self.recipe.tokenizer
-        size = recipe.preprocess.image_size
-        source = resolve_tokenizer(config.source) if config.source else None
+        config, source = self.tokenizer_config, self.tokenizer_source
+        size = self.recipe.preprocess.image_size
         features = Path(config.perceptual_features)
 
         trained = self.workspace.run(

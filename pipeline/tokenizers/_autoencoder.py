@@ -123,6 +123,10 @@ class QuantizedAutoencoder(nn.Module):
         )
         self.to(memory_format=torch.channels_last)
 
+    def head_modules(self) -> list[nn.Module]:
+        """What the policy `head` trains: image tokens mean what they meant, and look better."""
+        return [self.decoder]
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """float (B, 3, H, W) in [-1, 1] -> (reconstruction (B, 3, H, W), quantiser loss ())."""
         codes, loss = self._codes(images)

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from openai import OpenAI
 from PIL import Image
 from served import TESSERA, tessera_serve
 
-from pipeline.bundle import ASSETS
+from pipeline.bundle import ASSETS, load_bundle, load_tokenizer
 from pipeline.config import load_recipe
 from pipeline.errors import BundleError
 from pipeline.progress import Progress
@@ -147,6 +148,17 @@ def test_another_encoder_than_the_bases_is_refused_at_once(home: Path) -> None:
     settings = ["base=asset:base", "caption_encoder.prefix='passage: '"]
     with pytest.raises(BundleError, match="reads captions differently"):
         Chain(load_recipe("emoji-demo", settings, environment={}), home, Killer())
+
+
+def test_a_bases_decoder_is_tuned_and_its_tokens_stay(outcome: Outcome, home: Path) -> None:
+    settings = [f"base={outcome.bundle}", "tokenizer.train.policy=head"]
+    chain = Chain(load_recipe("smoke", settings, environment={}), home, Killer())
+    with chain.open():
+        tuned, base = load_tokenizer(chain.tokenizer), load_bundle(outcome.bundle).tokenizer
+    images = torch.rand(4, 3, 64, 64) * 2 - 1
+    tokens = base.encode(images)
+    assert torch.equal(tuned.encode(images), tokens)
+    assert not torch.equal(tuned.decode(tokens), base.decode(tokens))
 
 
 def test_another_split_than_the_champions_is_noted(outcome: Outcome, home: Path) -> None:

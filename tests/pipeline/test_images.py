@@ -19,6 +19,7 @@ from pipeline.images import (
     BadPicture,
     decode,
     encode_png,
+    gradient_l1,
     grid,
     make_square,
     on_white,
@@ -278,3 +279,11 @@ def test_a_palette_that_is_cut_short_is_undecodable() -> None:
         assert decode(stream.getvalue(), PreprocessConfig()).shape == (3, 64, 64)
     except BadPicture as error:
         assert error.reason == "undecodable"
+
+
+def test_gradient_l1_sees_edges_and_not_brightness() -> None:
+    edge = torch.zeros(2, 3, 8, 8)
+    edge[:, :, :, 4:] = 1
+    other = torch.stack([edge[0] + 0.5, torch.full_like(edge[1], 0.5)])
+    same, different = gradient_l1(edge, other)
+    assert same == 0 and different > 0.1

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.bundle import load_tokenizer
 from pipeline.config import load_recipe
 from pipeline.errors import DataError, RecipeError, TesseraError
 from pipeline.workflow import Chain
@@ -30,7 +31,7 @@ def home(tmp_path: Path, pretrained_cache: Path) -> Path:
         ("smoke", "tokenizer.data.styles=[noto,x]", "tokenizer.data.styles names x"),
         ("emoji-families", "candidates.gan.data.styles=[x]", "candidates.gan.data.styles names x"),
         ("smoke", "tokenizer.name=vqq", "vqq"),
-        ("smoke", "tokenizer.train.policy=head", "train.policy='head' is not offered"),
+        ("emoji-demo", "tokenizer.patch=2", "tokenizer.patch=2 is not that of the tokenizer in"),
         ("smoke", "aligner.train.policy=frozen", "train.policy='frozen' is not offered"),
         ("emoji-causal", "generator.causal.max_prompt_tokens=5000", "5000 caption tokens.*2048"),
     ],
@@ -71,8 +72,20 @@ def test_shards_on_two_file_systems_are_refused(
 
 
 def test_idle_sections_are_named(home: Path, caplog: pytest.LogCaptureFixture) -> None:
-    settings = ["tokenizer.train.max_steps=9", "aligner.embedding=8"]
+    settings = ["tokenizer.train.policy=full", "aligner.embedding=8"]
     with caplog.at_level(logging.WARNING):
         chain("emoji-demo", *settings, home=home)
     assert "nothing in this section acts, the one of base=asset:base is taken" in caplog.text
     assert "aligner: embedding is without effect, asset:aligner is taken as it is" in caplog.text
+
+
+def test_the_decoder_of_the_bases_tokenizer_is_trained(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = chain("emoji-demo", "tokenizer.source=asset:base", home=home)
+    assert made.given_tokenizer is None and made.tokenizer_source is not None
+    built = load_tokenizer(made.tokenizer_source).config
+    assert made.tokenizer_config.levels == built.levels
+    assert "source is without effect, the decoder of base=asset:base trains" in caplog.text
+    taken = chain("emoji-demo", "tokenizer.train.policy=full", home=home)
+    assert taken.given_tokenizer == made.tokenizer_source

@@ -9,11 +9,20 @@ import pytest
 import torch
 
 from pipeline import registry
-from pipeline.autoencoding import TokenizerObjective, gradient_l1
-from pipeline.bundle import given_tokenizer, load_tokenizer, resolve_path, save_tokenizer
-from pipeline.config import TokenizerConfig
+from pipeline.autoencoding import TokenizerObjective
+from pipeline.bundle import (
+    TOKENIZER_SHAPE,
+    load_tokenizer,
+    resolve_path,
+    save_tokenizer,
+    tokenizer_shape_of_source,
+    tokenizer_source,
+)
+from pipeline.config import TokenizerConfig, TrainConfig, load_recipe
 from pipeline.contracts import ImageTokenizer
 from pipeline.errors import RecipeError
+from pipeline.finetune import apply_policy
+from pipeline.images import to_float
 from pipeline.tokenizers.fsq import FSQ
 from pipeline.tokenizers.vq import CosineVQ
 
@@ -167,17 +176,55 @@ def test_the_entropy_term_keeps_codes_in_use() -> None:
     assert used[0.5] > 24 > 8 > used[0.0]
 
 
-def test_gradient_l1_sees_edges_and_not_brightness() -> None:
-    edge = torch.zeros(1, 3, 8, 8)
-    edge[:, :, :, 4:] = 1
-    assert gradient_l1(edge, edge + 0.5) == 0
-    assert gradient_l1(edge, torch.full_like(edge, 0.5)) > 0.1
-
-
 def test_a_given_tokenizer_of_another_size_is_refused() -> None:
     base, config = resolve_path("asset:base"), TokenizerConfig(source="asset:base", freeze=True)
-    assert given_tokenizer(None, TokenizerConfig(), 128) is None, "one will be trained"
-    assert given_tokenizer(None, config, 64) == given_tokenizer(base, TokenizerConfig(), 64)
+    assert tokenizer_source(None, TokenizerConfig(), 128) is None, "from scratch"
+    assert tokenizer_source(None, config, 64) == tokenizer_source(base, TokenizerConfig(), 64)
+    going_on = TokenizerConfig(source="asset:base")
+    assert tokenizer_source(None, going_on, 128) == tokenizer_source(None, config, 64)
     for start, section in ((base, TokenizerConfig()), (None, config)):
         with pytest.raises(RecipeError, match=r"image_size=128: the tokenizer at .* made for 64"):
-            given_tokenizer(start, section, 128)
+            tokenizer_source(start, section, 128)
+
+
+def test_a_tokenizers_shape_comes_from_its_source() -> None:
+    source = resolve_path("asset:base") / "tokenizer"
+    shaped = tokenizer_shape_of_source(TokenizerConfig(l1_weight=2), source)
+    built = load_tokenizer(source).config
+    assert shaped.l1_weight == 2
+    assert all(getattr(shaped, key) == getattr(built, key) for key in TOKENIZER_SHAPE)
+    assert tokenizer_shape_of_source(TokenizerConfig(), None) == TokenizerConfig()
+    with pytest.raises(RecipeError, match=r"tokenizer\.patch=2 is not that of the tokenizer in"):
+        tokenizer_shape_of_source(TokenizerConfig(patch=2), source)
+
+
+@tokenizers
+def test_policy_head_trains_the_decoder_and_tokens_stay(name: str) -> None:
+    config = CONFIG.model_copy(update={"name": name, "train": TrainConfig(policy="head")})
+    torch.manual_seed(0)
+    made = TokenizerObjective(config, 32)
+    trainable, total = apply_policy(made.model, config.train)
+    assert trainable == sum(p.numel() for p in made.model.decoder.parameters()) < total
+    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    shown = to_float(images)
+    tokens, looks = made.model.encode(shown), made.model.decode(made.model.encode(shown))
+    optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], 1e-2)
+    made.losses({"images": images}, "reconstruct")["loss"].backward()
+    optimizer.step()
+    assert torch.equal(made.model.encode(shown), tokens)
+    assert not torch.equal(made.model.decode(tokens), looks)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "says"),
+    [
+        ("smoke", ["tokenizer.train.policy=lora"], "a tokenizer trains in full, or its decoder"),
+        ("smoke", ["tokenizer.train.policy=head"], "the decoder of a tokenizer that there is"),
+        ("emoji-gan", ["tokenizer.train.policy=head"], "freeze=true and tokenizer.train.policy"),
+    ],
+)
+def test_a_policy_that_a_tokenizer_cannot_have_is_refused(
+    recipe: str, overrides: list[str], says: str
+) -> None:
+    with pytest.raises(RecipeError, match=says):
+        load_recipe(recipe, overrides, environment={})
