@@ -40,7 +40,7 @@ from pipeline.train import Training, fit
 TOKENS = "image_tokens"
 SHAPE_FIELDS = (
     "family", "width", "depth", "heads", "caption_depth", "num_styles",
-    "causal.language_model", "gan.channels", "gan.noise_width",
+    "causal.language_model", "gan.channels", "gan.patch", "gan.noise_width",
 )  # fmt: skip
 SAMPLE_PROMPTS = (
     "red apple", "dog face", "house", "fire engine", "rainbow", "pizza", "sailboat", "robot",

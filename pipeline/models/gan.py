@@ -1,16 +1,22 @@
 """Text-conditional GAN: a caption and noise become a picture in one pass.
 
 Sources: Tao et al. 2022, DF-GAN (arXiv 2008.05865): deep affine fusion of the caption, the
-matching-aware hinge loss and its gradient penalty (equations 1 and 2); Zhao et al. 2020,
-"Differentiable Augmentation for Data-Efficient GAN Training" (arXiv 2006.10738); Brock et al. 2019,
-BigGAN (arXiv 1809.11096): truncation, which a request's temperature is here; KID of the validation
-(Binkowski et al. 2018, arXiv 1801.01401) on plain pixels, so that no judge's features are used up.
+matching-aware hinge loss and its gradient penalty (equations 1 and 2); Zhang et al. 2021, XMC-GAN
+(arXiv 2101.04702): the discriminator finds each picture's caption among the batch's, and the
+generator makes it findable; Isola et al. 2017, pix2pix (arXiv 1611.07004), section 3.1: a pixel
+loss beside the adversarial one; Karras et al. 2020, StyleGAN2 (arXiv 1912.04958), section 3.1: a
+penalty need not see everything; Zhao et al. 2020, "Differentiable
+Augmentation for Data-Efficient GAN Training" (arXiv 2006.10738); Brock et al. 2019, BigGAN (arXiv
+1809.11096): truncation, which a request's temperature is here; KID of the validation (Binkowski et
+al. 2018, arXiv 1801.01401) on plain pixels, so that no judge's features are used up.
 
 Shapes: B pictures, H = W = image_size, L caption tokens, C caption width, D condition width.
+Both networks work on patches of gan.patch pixels a side; full resolution is ruinous on CPUs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import kornia.augmentation as K
@@ -21,7 +27,7 @@ from torch.nn import functional as F
 from pipeline.config import GeneratorConfig
 from pipeline.contracts import GenerationRequest, OnStep
 from pipeline.errors import RecipeError
-from pipeline.images import to_float, to_uint8
+from pipeline.images import gradient_l1, to_float, to_uint8
 from pipeline.models import _sampling as sampling
 from pipeline.models._captions import CaptionReader
 from pipeline.models._requests import check_requests
@@ -36,6 +42,7 @@ UNREAD = frozenset({
     "causal", "depth", "heads", "caption_depth", "dropout", "label_smoothing", "rectangle_fraction",
     "guidance_schedule", "num_steps",
 })  # fmt: skip
+SHARPNESS = 10.0  # of the contrastive loss when training begins; its inverse is the temperature
 SMALLEST = 4  # pixels a side where the generator starts and the discriminator ends
 
 
@@ -90,8 +97,8 @@ class OnePassGenerator(nn.Module):
 
     def __init__(self, config: GeneratorConfig, spec: ModelSpec) -> None:
         super().__init__()
-        gan, doublings = config.gan, _doublings(spec.image_size)
-        widths = _widths(gan.channels, doublings)[::-1]
+        gan = config.gan
+        widths = _widths(gan.channels, _doublings(spec.image_size, gan.patch))[::-1]
         self.spec, self.no_style, self.noise_width = spec, config.num_styles, gan.noise_width
         self.caption = CaptionCondition(spec, config.num_styles, config.width)
         condition = config.width + gan.noise_width
@@ -100,7 +107,8 @@ class OnePassGenerator(nn.Module):
             FusionBlock(inside, outside, condition)
             for inside, outside in zip(widths, [*widths[1:], widths[-1]], strict=True)
         )
-        self.last = nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.last = nn.Conv2d(widths[-1], 3 * gan.patch**2, 3, padding=1)
+        self.to_pixels = nn.PixelShuffle(gan.patch)
         self.to(memory_format=torch.channels_last)
 
     def text_modules(self) -> list[nn.Module]:
@@ -125,7 +133,7 @@ class OnePassGenerator(nn.Module):
         both = torch.cat([condition, noise], 1)
         for block in self.blocks:
             x = block(x, both)
-        return torch.tanh(self.last(F.leaky_relu(x, 0.2)).float())
+        return torch.tanh(self.to_pixels(self.last(F.leaky_relu(x, 0.2))).float())
 
 
 class Discriminator(nn.Module):
@@ -133,9 +141,11 @@ class Discriminator(nn.Module):
 
     def __init__(self, config: GeneratorConfig, spec: ModelSpec) -> None:
         super().__init__()
-        widths = _widths(config.gan.channels, _doublings(spec.image_size))
+        gan = config.gan
+        widths = _widths(gan.channels, _doublings(spec.image_size, gan.patch))
         self.caption = CaptionCondition(spec, config.num_styles, config.width)
-        self.first = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.to_patches = nn.PixelUnshuffle(gan.patch)
+        self.first = nn.Conv2d(3 * gan.patch**2, widths[0], 3, padding=1)
         pairs = zip(widths, [*widths[1:], widths[-1]], strict=True)
         self.blocks = nn.ModuleList(_DownBlock(inside, outside) for inside, outside in pairs)
         self.judge = nn.Sequential(
@@ -143,14 +153,24 @@ class Discriminator(nn.Module):
             nn.LeakyReLU(0.2),
             nn.Conv2d(widths[-1], 1, SMALLEST),
         )
+        self.see = nn.Linear(widths[-1], config.width)
+        self.read = nn.Linear(config.width, config.width)
+        self.sharpness = nn.Parameter(torch.tensor(SHARPNESS).log())
         self.to(memory_format=torch.channels_last)
 
     def look(self, images: Tensor) -> Tensor:
         """float (B, 3, H, W) -> (B, channels, SMALLEST, SMALLEST): what the picture shows."""
-        x: Tensor = self.first(images)
+        x: Tensor = self.first(self.to_patches(images))
         for block in self.blocks:
             x = block(x)
         return x
+
+    def compare(self, looks: Tensor, condition: Tensor) -> Tensor:
+        """look's result, (B, D) -> (B, B): how well every picture (row) fits every condition."""
+        seen = self.see(F.leaky_relu(looks, 0.2).float().mean((2, 3)))
+        read = self.read(condition.float())
+        cosines = F.normalize(seen.float(), dim=1) @ F.normalize(read.float(), dim=1).T
+        return cosines.float() * self.sharpness.exp()
 
     def match(self, looks: Tensor, condition: Tensor) -> Tensor:
         """look's result, (B, D) -> (B,): real, and what the condition says?"""
@@ -181,7 +201,8 @@ class _DownBlock(nn.Module):
 
 
 class Objective(nn.Module):
-    """Matching-aware hinge losses (DF-GAN, equation 2), on differentiably augmented pictures."""
+    """Matching-aware hinge losses (DF-GAN, equation 2) and a contrastive one (XMC-GAN, section 4),
+    on differentiably augmented pictures; a pixel loss draws the generator to the caption's own."""
 
     phases = ("discriminator", "generator")
     min_validation_rows = 2  # of KID
@@ -217,9 +238,15 @@ class Objective(nn.Module):
             batch = {**batch, "caption_mask": mask, "style": style}
         if phase == "discriminator":
             return self._judge(batch)
-        fake = self._draw(batch)
-        said = self.discriminator(self._changed(fake), self._condition(batch, self.discriminator))
-        return {"loss": -said.float().mean()}
+        fake, judge = self._draw(batch), self.discriminator
+        condition = self._condition(batch, judge)
+        looks = judge.look(self._changed(fake))
+        parts = {
+            "adversarial": -judge.match(looks, condition).float().mean(),
+            "contrastive_drawn": self._contrastive(looks, condition, batch),
+            "reconstruction": self._reconstruction(fake, batch),
+        }
+        return {"loss": torch.stack(list(parts.values())).sum(), **parts}
 
     def _judge(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         judge, images = self.discriminator, to_float(batch["images"])
@@ -232,14 +259,34 @@ class Objective(nn.Module):
         looks = judge.look(self._changed(images))
         real = judge.match(looks, condition).float()
         wrong = judge.match(looks, condition[other]).float()
+        penalised = math.ceil(self.config.gan.penalty_fraction * len(images))
         drawn = judge(self._changed(fake), condition).float()
         parts = {
             "real": F.relu(1 - real).mean(),
-            "mismatched": (F.relu(1 + wrong) * wrongly).sum() / wrongly.sum().clamp_min(1) / 2,
+            "mismatched": _mean_where(wrongly, F.relu(1 + wrong)) / 2,
             "fake": F.relu(1 + drawn).mean() / 2,
-            "penalty": self._penalty(images, condition),
+            "penalty": self._penalty(images[:penalised], condition[:penalised]),
+            "contrastive_real": self._contrastive(looks, condition, batch),
         }
         return {"loss": torch.stack(list(parts.values())).sum(), **parts}
+
+    def _contrastive(self, looks: Tensor, condition: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Cross-entropy of finding every picture's caption among the batch's, and every caption's
+        picture; other pictures of a group are neither right nor wrong, and none has no caption."""
+        given, group = batch["caption_mask"].any(1), batch["group"]
+        own = torch.arange(len(group), device=group.device)
+        alike = (group[:, None] == group) & (own[:, None] != own)
+        fits = self.discriminator.compare(looks, condition)
+        fits = fits.masked_fill(alike | ~given | ~given[:, None], -1e4)
+        lost = sum(F.cross_entropy(x, own, reduction="none") for x in (fits, fits.T)) / 2
+        return self.config.gan.contrastive_weight * _mean_where(given, lost)
+
+    def _reconstruction(self, fake: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """L1 of pixels and of image gradients to the picture that the caption is of."""
+        given, weight = batch["caption_mask"].any(1), self.config.gan.reconstruction_weight
+        drawn, real = fake.float(), to_float(batch["images"])
+        lost = (drawn - real).abs().mean((1, 2, 3)) + gradient_l1(drawn, real)
+        return weight * _mean_where(given, lost)
 
     def _penalty(self, images: Tensor, condition: Tensor) -> Tensor:
         """weight * |gradient of D at real, matching pairs| ** power (DF-GAN, equation 1)."""
@@ -283,6 +330,11 @@ class Objective(nn.Module):
         return changed * 2 - 1
 
 
+def _mean_where(chosen: Tensor, values: Tensor) -> Tensor:
+    """Mean of the chosen values, 0 if there are none; bool (B,), (B,) -> ()."""
+    return (values * chosen).sum() / chosen.sum().clamp_min(1)
+
+
 def _of_other_groups(group: Tensor) -> Tensor:
     """For each row one of another group, if there is any; int64 (B,) both."""
     B = len(group)
@@ -303,12 +355,13 @@ def _kid(x: Tensor, y: Tensor) -> Tensor:
     return torch.tensor(kid(x.detach().cpu(), y.detach().cpu()), device=x.device)
 
 
-def _doublings(image_size: int) -> int:
-    doublings = (image_size // SMALLEST).bit_length() - 1
-    if SMALLEST * 2**doublings != image_size:
+def _doublings(image_size: int, patch: int) -> int:
+    doublings = (image_size // (SMALLEST * patch)).bit_length() - 1
+    if doublings < 1 or SMALLEST * 2**doublings * patch != image_size:
         raise RecipeError(
-            f"preprocess.image_size={image_size}: the gan family doubles from {SMALLEST}, so the "
-            "size must be a power of two from 8 on; choose 32, 64 or 128"
+            f"preprocess.image_size={image_size}: the gan family doubles from {SMALLEST} patches a "
+            f"side, of generator.gan.patch={patch} pixels, so the size must be "
+            f"{2 * SMALLEST * patch}, {4 * SMALLEST * patch}, {8 * SMALLEST * patch} and so on"
         )
     return doublings
 

@@ -26,7 +26,7 @@ SPEC = ModelSpec(
 )
 CONFIG = GeneratorConfig(
     family="gan", width=32, caption_dropout=0, style_dropout=0, num_styles=2,
-    gan=GanConfig(channels=16, noise_width=8, augment=False),
+    gan=GanConfig(channels=16, noise_width=8, augment=False, reconstruction_weight=0),
 )  # fmt: skip
 COLOURS = torch.tensor([[230, 20, 20], [20, 200, 30], [20, 30, 220], [240, 230, 20]])
 
@@ -80,6 +80,45 @@ def test_the_penalty_is_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = 2.0 * (a.square().sum() + b.square().sum()).sqrt() ** 6
     found = made._penalty(torch.rand(5, 3, 16, 16), torch.randn(5, 32, requires_grad=True))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_penalty_sees_its_share_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, seen = objective(), []
+    penalty = made._penalty
+    monkeypatch.setattr(
+        made, "_penalty", lambda x, c: (seen.append((len(x), len(c))), penalty(x, c))[1]
+    )
+    made.losses(colour_batch(), "discriminator")
+    assert seen == [(2, 2)], "an eighth of 16"
+
+
+def test_the_contrastive_loss_is_both_cross_entropies_over_other_groups(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows 0 and 1 are of one group, row 3 has no caption: neither is anyone's wrong answer."""
+    made, fits = objective(), torch.randn(4, 4)
+    monkeypatch.setattr(made.discriminator, "compare", lambda looks, condition: fits)
+    batch = {
+        "group": torch.tensor([7, 7, 8, 9]),
+        "caption_mask": torch.tensor([[True], [True], [True], [False]]),
+    }
+    found = made._contrastive(torch.empty(0), torch.empty(0), batch)
+    pairs = [(0, [0, 2]), (1, [1, 2]), (2, [0, 1, 2])]
+    ways = [[x[own, own] - x[own, among].logsumexp(0) for own, among in pairs]
+            for x in (fits, fits.T)]  # fmt: skip
+    torch.testing.assert_close(found, -torch.tensor(ways).mean())
+
+
+def test_the_reconstruction_is_of_pictures_with_a_caption() -> None:
+    made = objective(CONFIG.model_copy(update={"gan": GanConfig(channels=16, noise_width=8)}))
+    batch = colour_batch()
+    batch["caption_mask"][1:] = False
+    fake = to_float(batch["images"])
+    fake[1:] += 1
+    assert made._reconstruction(fake, batch) == 0
+    fake[0, :, :, 8:] += 0.5  # L1 of 1/4; 1/15 of the horizontal differences are wrong by 1/2
+    expected = 5 * (0.25 + 0.5 / 15)
+    torch.testing.assert_close(made._reconstruction(fake, batch), torch.tensor(expected))
 
 
 def test_mismatched_captions_are_of_other_groups() -> None:
