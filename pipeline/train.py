@@ -155,7 +155,7 @@ def scaling_for(num_workers: int, resources: Mapping[str, float]) -> ScalingConf
 
     With fewer GPUs than workers, fewer workers train, as many as the global batch divides into as
     well. It is the same then, and so is the result of losses that are means over pictures; those
-    that compare a worker's pictures with each other (the aligner's) have more to compare.
+    that compare a worker's pictures with each other (the aligner, the GAN) have more to compare.
 
     Raises:
         ResourceError: the cluster is too small for the workers.
