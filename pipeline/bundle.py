@@ -35,6 +35,7 @@ from pipeline.contracts import ImageGenerator
 from pipeline.errors import BundleError, RecipeError
 from pipeline.models._captions import CaptionTokenizer
 from pipeline.models._spec import ModelParts, ModelSpec
+from pipeline.overrides import shaped_like
 from pipeline.pretrained import file_digest
 from pipeline.runtime import cast_weights, choose_device
 from pipeline.text import EncoderIdentity, check_encoder, load_caption_encoder
@@ -43,10 +44,10 @@ FORMAT = 1
 ASSETS = Path(__file__).parent / "assets"
 WEIGHTS = "model.safetensors"
 TEXT_TOKENIZER = "text_tokenizer"
-TOKENIZER_SHAPE = {
+TOKENIZER_SHAPE = (
     "name", "levels", "codebook_size", "code_width", "downsample", "patch", "widths",
     "encoder_depths", "decoder_depths",
-}  # fmt: skip
+)  # fmt: skip
 
 
 class TokenizerManifest(Config):
@@ -123,9 +124,12 @@ def tokenizer_source(base: Path | None, config: TokenizerConfig, image_size: int
         BundleError: there is none at `config.source`.
         RecipeError: its tokens are kept, and are of pictures of another size.
     """
-    if base is None and config.source is None:
+    if base is not None:
+        path = base / "tokenizer"
+    elif config.source is not None:
+        path = resolve_tokenizer(config.source)
+    else:
         return None
-    path = base / "tokenizer" if base is not None else resolve_tokenizer(config.source or "")
     if base is None and not config.freeze:
         return path
     made_for = _read_manifest(path, TokenizerManifest).image_size
@@ -148,15 +152,9 @@ def tokenizer_shape_of_source(config: TokenizerConfig, source: Path | None) -> T
     if source is None:
         return config
     built = _read_manifest(source, TokenizerManifest).tokenizer
-    for key in TOKENIZER_SHAPE & config.model_fields_set:
-        wanted, given = getattr(config, key), getattr(built, key)
-        if wanted != given:
-            raise RecipeError(
-                f"tokenizer.{key}={wanted} is not that of the tokenizer in {source}, which has "
-                f"{given}: leave it out to take that, or train from scratch (without base and "
-                "tokenizer.source)"
-            )
-    return config.model_copy(update={key: getattr(built, key) for key in TOKENIZER_SHAPE})
+    whose = f"that of the tokenizer in {source}"
+    values = shaped_like(config, built, TOKENIZER_SHAPE, section="tokenizer", whose=whose)
+    return TokenizerConfig.model_validate(values)
 
 
 def save_tokenizer(

@@ -30,7 +30,7 @@ from pipeline.finetune import adapter_weights, merged_weights
 from pipeline.images import grid
 from pipeline.models._captions import CaptionTokenizer, KnownCaptions
 from pipeline.models._spec import ModelParts, ModelSpec
-from pipeline.overrides import set_key
+from pipeline.overrides import shaped_like
 from pipeline.steps import StepContext
 from pipeline.tasks import gives_source
 from pipeline.tasks._dataset import TaskDataset
@@ -209,19 +209,7 @@ def shape_of_base(config: GeneratorConfig, base: Path | None) -> GeneratorConfig
     if base is None:
         return config
     built = read_bundle(base).generator
-    values = config.model_dump(exclude_unset=True)
-    for key in SHAPE_FIELDS:
-        *sections, name = key.split(".")
-        section, given = config, built
-        for part in sections:
-            section, given = getattr(section, part), getattr(given, part)
-        wanted, given = getattr(section, name), getattr(given, name)
-        if name in section.model_fields_set and wanted != given:
-            raise RecipeError(
-                f"generator.{key}={wanted} is not the base's, which has {given}: leave it out to "
-                "take the base's, or train from scratch with base=null"
-            )
-        set_key(values, key, given, origin=key)
+    values = shaped_like(config, built, SHAPE_FIELDS, section="generator", whose="the base's")
     # a setting at its default may be left out of the dump although the recipe says it
     values["tasks"] = config.tasks if "tasks" in config.model_fields_set else built.tasks
     return GeneratorConfig.model_validate(values)

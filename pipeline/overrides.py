@@ -8,7 +8,7 @@ explain(validation_error, Recipe)  # "unknown key 'generator.widht'; did you mea
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, get_args, get_origin
 
 import yaml
@@ -87,6 +87,35 @@ def explain(error: ValidationError, root: type[BaseModel], inside: tuple[str, ..
             prefix = f"{key}={item['input']!r}: " if key else ""
             lines.append(prefix + item["msg"].removeprefix("Value error, "))
     return "; ".join(lines)
+
+
+def shaped_like(
+    config: BaseModel, built: BaseModel, keys: Iterable[str], *, section: str, whose: str
+) -> dict[str, Any]:
+    """What `config` sets, and what it leaves open of a network's shape from what was `built`.
+
+    Args:
+        keys: dotted, of the settings that the shape hangs on.
+        section: of the recipe, for the message.
+        whose: the shape is, for the message.
+
+    Raises:
+        RecipeError: config sets another shape.
+    """
+    values = config.model_dump(exclude_unset=True)
+    for key in keys:
+        *sections, name = key.split(".")
+        there, given = config, built
+        for part in sections:
+            there, given = getattr(there, part), getattr(given, part)
+        wanted, known = getattr(there, name), getattr(given, name)
+        if name in there.model_fields_set and wanted != known:
+            raise RecipeError(
+                f"{section}.{key}={wanted} is not {whose}, which has {known}: leave it out to take "
+                "that, or train from scratch (base=null, tokenizer.source=null)"
+            )
+        set_key(values, key, known, origin=key)
+    return values
 
 
 def _known_keys(root: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:

@@ -66,9 +66,13 @@ def check_recipe(
         check_encoder(aligner.encoder, encoder)
     if given_tokenizer is None and tokenizer.perceptual_weight:
         find_vgg(tokenizer.perceptual_features, cache=cache)
-    made = None if given_tokenizer is None else load_tokenizer(given_tokenizer)
     check_networks(
-        recipe, generators, tokenizer=tokenizer, given_tokenizer=made, base=base, encoder=encoder
+        recipe,
+        generators,
+        tokenizer=tokenizer,
+        given_tokenizer=given_tokenizer,
+        base=base,
+        encoder=encoder,
     )
 
 
@@ -107,7 +111,7 @@ def check_networks(
     generators: Sequence[tuple[GeneratorConfig, str | None]],
     *,
     tokenizer: TokenizerConfig,
-    given_tokenizer: ImageTokenizer | None,
+    given_tokenizer: Path | None,
     base: Path | None,
     encoder: HFCaptionEncoder,
 ) -> None:
@@ -118,7 +122,9 @@ def check_networks(
         MissingExtraError: lora without its package.
     """
     size, width = recipe.preprocess.image_size, encoder.width
-    made = given_tokenizer
+    made: ImageTokenizer | None = (
+        None if given_tokenizer is None else load_tokenizer(given_tokenizer)
+    )
     with torch.device("meta"):
         if made is None:
             made = registry.load("tokenizers", tokenizer.name).build(tokenizer, size)

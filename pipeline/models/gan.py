@@ -5,10 +5,10 @@ matching-aware hinge loss and its gradient penalty (equations 1 and 2); Zhang et
 (arXiv 2101.04702): the discriminator finds each picture's caption among the batch's, and the
 generator makes it findable; Isola et al. 2017, pix2pix (arXiv 1611.07004), section 3.1: a pixel
 loss beside the adversarial one; Karras et al. 2020, StyleGAN2 (arXiv 1912.04958), section 3.1: a
-penalty need not see everything; Zhao et al. 2020, "Differentiable
-Augmentation for Data-Efficient GAN Training" (arXiv 2006.10738); Brock et al. 2019, BigGAN (arXiv
-1809.11096): truncation, which a request's temperature is here; KID of the validation (Binkowski et
-al. 2018, arXiv 1801.01401) on plain pixels, so that no judge's features are used up.
+penalty need not see everything; Zhao et al. 2020, "Differentiable Augmentation for Data-Efficient
+GAN Training" (arXiv 2006.10738); Brock et al. 2019, BigGAN (arXiv 1809.11096): truncation, which a
+request's temperature is here; KID of the validation (Binkowski et al. 2018, arXiv 1801.01401) on
+plain pixels, so that no judge's features are used up.
 
 Shapes: B pictures, H = W = image_size, L caption tokens, C caption width, D condition width.
 Both networks work on patches of gan.patch pixels a side; full resolution is ruinous on CPUs.
@@ -168,7 +168,7 @@ class Discriminator(nn.Module):
     def compare(self, looks: Tensor, condition: Tensor) -> Tensor:
         """look's result, (B, D) -> (B, B): how well every picture (row) fits every condition."""
         seen = self.see(F.leaky_relu(looks, 0.2).float().mean((2, 3)))
-        read = self.read(condition.float())
+        read = self.read(condition)
         cosines = F.normalize(seen.float(), dim=1) @ F.normalize(read.float(), dim=1).T
         return cosines.float() * self.sharpness.exp()
 
