@@ -192,7 +192,7 @@ def _adamw(
     decayed: list[nn.Parameter], plain: list[nn.Parameter], config: TrainConfig
 ) -> torch.optim.Optimizer:
     groups = _groups(decayed, plain, config)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
 def _groups(

@@ -44,7 +44,7 @@ from pipeline.models._requests import check_requests
 from pipeline.models._sequential import Prompts, SequentialDrawing
 from pipeline.models._spec import ModelParts, ModelSpec
 from pipeline.models._tokens import ImageVocabulary
-from pipeline.runtime import autocast
+from pipeline.runtime import autocast, choose_device
 from pipeline.tasks import gives_source
 
 READS = "image_tokens"
@@ -105,7 +105,11 @@ class CausalTransformer(nn.Module):
                 f"generator.causal: {parts} do not fit the language model's context of {context}; "
                 "lower max_prompt_tokens or take another model"
             )
-        whole = AutoModelForCausalLM.from_config(hf, dtype=torch.float32)
+        # two plain products on a CPU, for the reason in _attention.py; None: the model's own choice
+        attention = "eager" if choose_device().type == "cpu" else None
+        whole = AutoModelForCausalLM.from_config(
+            hf, dtype=torch.float32, attn_implementation=attention
+        )
         self.lm: PreTrainedModel = whole.base_model
         tied = bool(getattr(hf, "tie_word_embeddings", False))
         self.register_buffer("text_head", None if tied else whole.lm_head.weight.detach().clone())
