@@ -21,6 +21,7 @@ from jobs.data_cli import data_app, ingest_app
 from jobs.options import DEFAULT_HOME, AsJson, Debug, Home, Overrides, RecipeName
 from jobs.serving_cli import bench_app, key
 from pipeline.errors import TesseraError
+from pipeline.runtime import set_environment
 
 app = typer.Typer(
     name="tessera",
@@ -340,6 +341,7 @@ def doctor(home: Home = DEFAULT_HOME, as_json: AsJson = False, debug: Debug = Fa
 
 def main() -> None:
     """Entry point: one clear message for what a user can mend, a traceback with --debug alone."""
+    set_environment()
     debug = "--debug" in sys.argv
     logging.basicConfig(
         level=logging.INFO if debug else logging.WARNING, format="%(name)s: %(message)s"

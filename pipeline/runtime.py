@@ -34,7 +34,7 @@ LOCAL_LOGICAL_CPUS = 8
 """Fewest logical CPUs of a local Ray, however few the machine has: data tasks, two training workers
 and a replica must fit beside each other on two cores without waiting for each other forever."""
 
-_QUIET = {
+_ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_DEDUP_LOGS": "1",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -48,7 +48,19 @@ _QUIET = {
     # big tensors come and go every step: keep their memory instead of returning it to the system
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
+    # GNU OpenMP's threads wait for each other spinning, by default so long that of two processes
+    # with a thread for every core one nearly stands still; a thirtieth of it costs one alone little
+    "GOMP_SPINCOUNT": "10000",
 }
+
+
+def set_environment() -> None:
+    """What a run's processes start with, where the user's environment does not say otherwise.
+
+    Call it before PyTorch is imported, whose OpenMP reads it once. A local Ray hands it on.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def start_ray(*, object_store_mb: int = 600, debug: bool = False) -> bool:
@@ -62,8 +74,7 @@ def start_ray(*, object_store_mb: int = 600, debug: bool = False) -> bool:
     """
     if ray.is_initialized():
         return False
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
+    set_environment()
     address = os.environ.get("RAY_ADDRESS")
     level = logging.INFO if debug else logging.ERROR
     for library in ("ray.data", "ray.train", "ray.tune"):
@@ -169,8 +180,8 @@ def peak_memory_gb(device: torch.device) -> float:
 def return_memory(beyond_mb: int = 400) -> None:
     """Give freed memory back to the system if this process holds more than that.
 
-    Ray's processes keep what they free (see _QUIET), which suits a training: it wants the same
-    sizes at every step. A decoder wants a hundred times its usual once, for one large picture.
+    Ray's processes keep what they free (see _ENVIRONMENT), which suits a training: it wants the
+    same sizes at every step. A decoder wants a hundred times its usual once, for one large picture.
     """
     statistics = Path("/proc/self/statm")
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone

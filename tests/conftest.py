@@ -10,6 +10,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_raylet_start_wait_time_s", "240")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # see pipeline/runtime.py
 
 import pytest
 import ray

@@ -1,4 +1,4 @@
-"""What processes do with the memory they free."""
+"""What processes start with, and what they do with the memory they free."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import pytest
+
+from pipeline.runtime import set_environment
 
 SCRIPT = """
 import resource
@@ -35,3 +37,11 @@ def test_freed_memory_is_kept_until_it_is_returned() -> None:
     )
     kept, untouched, returned = map(int, told.stdout.split())
     assert kept > 550 and untouched > 550 and returned < kept - 450
+
+
+def test_the_users_environment_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    monkeypatch.delenv("RAY_DEDUP_LOGS", raising=False)
+    set_environment()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    assert os.environ["RAY_DEDUP_LOGS"] == "1"
