@@ -233,7 +233,7 @@ class _Worker:
         self.wrapped = ray.train.torch.prepare_model(
             self.objective,
             parallel_strategy_kwargs={
-                # buffers are constants here (FSQ's levels, VGG's weights): nothing to send
+                # constants (FSQ's levels, VGG's weights), or made of the weights alike on all ranks
                 "broadcast_buffers": False,
                 "find_unused_parameters": len(phases) > 1,
             },
@@ -308,22 +308,23 @@ class _Worker:
         config, state = self.config, self.state
         self.logger.params({"trainable_parameters": self.trainable, "parameters": self.total})
         self.logger.params(environment(self.device) | {"compiled": self.compiled})
-        window = Window()
+        window, progress = Window(), self._progress()
         while not state.finished:
-            progress = self._progress()
             set_learning_rate(
                 self.optimizers, learning_rate_factor(config, step=state.step, progress=progress)
             )
             window.add(state.step, *self._step(state.step))
             state.step += 1
-            last = state.step >= config.max_steps or self._progress() >= 1
+            progress = self._progress()
+            last = progress >= 1
             validates = last or state.step % config.validate_every == 0
             if validates or state.step % CHECK_EVERY == 0:
                 window.check()
             if last or window.full:
                 self._log(window, progress)
             if validates:
-                self._validate_and_report(last)
+                with window.paused():
+                    self._validate_and_report(progress)
 
     def _progress(self) -> float:
         """Share of the budget used, in steps or in time, the same on every rank."""
@@ -421,7 +422,7 @@ class _Worker:
                 Progress(share=share, step=self.state.step, metrics=metrics, pid=os.getpid())
             )
 
-    def _validate_and_report(self, last: bool) -> None:
+    def _validate_and_report(self, progress: float) -> None:
         """Validate the averaged weights, decide about stopping, leave a checkpoint."""
         config, state = self.config, self.state
         if self.ema is not None:
@@ -431,7 +432,7 @@ class _Worker:
         state.best = min(state.best, metrics["validation_loss"])
         state.bad_validations = 0 if better else state.bad_validations + 1
         exhausted = bool(config.patience) and state.bad_validations >= config.patience
-        state.finished = last or exhausted
+        state.finished = progress >= 1 or exhausted
         if (
             self.rank == 0
             and self.training.sample is not None
@@ -441,7 +442,7 @@ class _Worker:
         if self.ema is not None:
             self.ema.swap(self.objective.model)
         self.logger.metrics(metrics, step=state.step)
-        self._post(1.0 if state.finished else state.step / config.max_steps, metrics)
+        self._post(1.0 if state.finished else progress, metrics)
         state.elapsed_s = time.monotonic() - self.started
         self._report(metrics | {"step": state.step, "elapsed_s": state.elapsed_s})
 

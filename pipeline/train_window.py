@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -53,6 +55,15 @@ class Window:
                         "kept"
                     )
         self.unchecked = []
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what is done meanwhile out of the time."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.since += time.monotonic() - began
 
     def close(self, batch_size: int) -> tuple[float, dict[str, float]]:
         """Pictures a second, and means, since the last call."""
