@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, (in, out) in memory
 
 from pipeline.config import TrainConfig
@@ -33,7 +34,7 @@ def apply_policy(model: nn.Module, config: TrainConfig) -> tuple[int, int]:
         (trainable, total) parameter counts.
 
     Raises:
-        RecipeError: the model offers no such policy.
+        RecipeError: the model offers no such policy, or has nothing for the optimizer muon.
         MissingExtraError: lora without peft.
     """
     _check_policy(model, config.policy)
@@ -50,6 +51,11 @@ def apply_policy(model: nn.Module, config: TrainConfig) -> tuple[int, int]:
     }[config.policy]  # fmt: skip
     for parameter in model.parameters():
         parameter.requires_grad_(parameter in chosen)
+    if config.optimizer == "muon" and not _sort_parameters(model)[0]:
+        raise RecipeError(
+            f"train.optimizer=muon: {type(model).__name__} has nothing for muon, no trainable "
+            f"matrix of {MIN_MUON_SIDE} rows and columns or more; take adamw"
+        )
     return sum(p.numel() for p in chosen), sum(p.numel() for p in everything)
 
 
@@ -117,22 +123,15 @@ def _add_adapters(model: nn.Module, config: TrainConfig) -> None:
 def build_optimizers(
     model: nn.Module, config: TrainConfig, *, ratio: float = 1.0
 ) -> list[torch.optim.Optimizer]:
-    """One optimiser, or with muon two: muon for hidden matrices, adamw for all else.
+    """One optimiser, or with muon two: muon for hidden matrices, if there are any, adamw for all
+    else.
 
     Learning rates are `ratio` times the recipe's. Weight decay is for matrices and kernels alone,
     never for norms, biases and tables. Every group keeps its peak in "peak_lr", which
     `set_learning_rate` scales.
-
-    Raises:
-        RecipeError: muon has nothing to do here.
     """
     hidden, decayed, plain = _sort_parameters(model)
-    if config.optimizer == "muon":
-        if not hidden:
-            raise RecipeError(
-                f"train.optimizer=muon: {type(model).__name__} has nothing for muon, no trainable "
-                f"matrix of {MIN_MUON_SIDE} rows and columns or more; take adamw"
-            )
+    if config.optimizer == "muon" and hidden:
         muon = KernelMuon(
             hidden,
             lr=config.muon_learning_rate,
@@ -141,7 +140,7 @@ def build_optimizers(
         )
         kernels = [p for p in decayed if id(p) not in {id(h) for h in hidden}]
         optimizers: list[torch.optim.Optimizer] = [muon, _adamw(kernels, plain, config)]
-    elif config.optimizer == "adamw":
+    elif config.optimizer in ("adamw", "muon"):
         optimizers = [_adamw(decayed, plain, config)]
     else:
         groups = _groups(decayed, plain, config)
@@ -210,20 +209,23 @@ def _sort_parameters(
 ) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
     """(hidden matrices, all that decays, all that does not), trainable parameters only.
 
-    Matrices and kernels decay: the weights of DECAYED_MODULES. Those of MUON_MODULES that have
-    MIN_MUON_SIDE rows and columns or more are what muon is for.
+    Matrices and kernels decay: the weights of DECAYED_MODULES, normalised spectrally or not. Those
+    of MUON_MODULES that have MIN_MUON_SIDE rows and columns or more are what muon is for.
     """
     hidden, decayed, plain = [], [], []
-    for module in model.modules():
+    for name, module in model.named_modules():
+        layer = module
+        if isinstance(module, ParametrizationList):  # holds the weight of the layer around it
+            layer = model.get_submodule(name.rpartition(".parametrizations.")[0])
         for parameter in module.parameters(recurse=False):
             if not parameter.requires_grad:
                 continue
-            if parameter.ndim < 2 or not isinstance(module, DECAYED_MODULES):
+            if parameter.ndim < 2 or not isinstance(layer, DECAYED_MODULES):
                 plain.append(parameter)
                 continue
             decayed.append(parameter)
             wide = min(len(parameter), parameter[0].numel()) >= MIN_MUON_SIDE
-            if wide and isinstance(module, MUON_MODULES):
+            if wide and isinstance(layer, MUON_MODULES):
                 hidden.append(parameter)
     return hidden, decayed, plain
 

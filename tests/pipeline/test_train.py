@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Mapping
 from functools import partial
 from itertools import pairwise
@@ -16,10 +17,17 @@ import torch
 from ray import cloudpickle
 from torch import Tensor, nn
 
+from pipeline.autoencoding import PatchDiscriminator
 from pipeline.checkpoint import TrainState, best_weights, load_checkpoint, save_checkpoint
 from pipeline.config import AugmentConfig, TrainConfig
 from pipeline.errors import DataError, RecipeError, ResourceError, TrainingError
-from pipeline.finetune import EMA, KernelMuon, build_optimizers, learning_rate_factor
+from pipeline.finetune import (
+    EMA,
+    KernelMuon,
+    apply_policy,
+    build_optimizers,
+    learning_rate_factor,
+)
 from pipeline.progress import Progress
 from pipeline.runtime import can_compile
 from pipeline.train import Training, _Worker, fit, scaling_for
@@ -235,8 +243,33 @@ def test_muon_takes_wide_kernels_alone() -> None:
     assert isinstance(muon, KernelMuon)
     assert [id(w) for w in muon.weights] == [id(model[1].weight), id(model[2].weight)]
     assert sum(len(g["params"]) for g in adamw.param_groups) == 4
+    (alone,) = build_optimizers(nn.Linear(8, 8), TrainConfig(optimizer="muon"))
+    assert isinstance(alone, torch.optim.AdamW), "beside the trained model: a small discriminator"
     with pytest.raises(RecipeError, match="nothing for muon"):
-        build_optimizers(nn.Linear(8, 8), TrainConfig(optimizer="muon"))
+        apply_policy(nn.Linear(8, 8), TrainConfig(optimizer="muon"))
+
+
+def test_a_kernel_that_is_normalised_spectrally_is_still_one() -> None:
+    model = PatchDiscriminator(48)
+    muon, adamw = build_optimizers(model, TrainConfig(optimizer="muon", weight_decay=0.1))
+    assert isinstance(muon, KernelMuon)
+    assert [tuple(w.shape) for w in muon.weights] == [(96, 48, 4, 4), (192, 96, 4, 4)]
+    decayed, plain = adamw.param_groups
+    assert [p.ndim for p in decayed["params"]] == [4, 4] and decayed["weight_decay"] == 0.1
+    assert all(p.ndim == 1 for p in plain["params"])
+    before = muon.weights[0].detach().clone()
+    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    muon.step()
+    assert not torch.equal(muon.weights[0], before)
+
+
+def test_a_pause_is_no_time_of_training() -> None:
+    window = Window()
+    window.add(0, {"loss": torch.tensor(1.0)}, {"predict": torch.ones(2)})
+    with window.paused():
+        time.sleep(0.5)
+    rate, _ = window.close(batch_size=100)
+    assert rate > 400, "it would be 200 at most"
 
 
 def test_the_average_follows_and_swapping_twice_changes_nothing() -> None:
