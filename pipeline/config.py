@@ -1,4 +1,5 @@
 """What a recipe may say: every setting with its default, its unit and its limits, and nothing else.
+The larger sections are in files of their own, *_config.py beside this one.
 
 A recipe is a YAML file (pipeline/recipes/NAME.yaml or a path). Any key can be overridden on the
 command line (`generator.train.learning_rate=3e-4`) or by environment
@@ -28,7 +29,7 @@ from pipeline.data_config import PictureFilter as PictureFilter
 from pipeline.data_config import PreprocessConfig as PreprocessConfig
 from pipeline.data_config import check_unmixed, later
 from pipeline.errors import RecipeError
-from pipeline.overrides import explain, merged, override, set_key
+from pipeline.overrides import explain, merged, override, set_key, stated
 from pipeline.serve_config import ServeConfig as ServeConfig
 from pipeline.tokenizer_config import TokenizerConfig as TokenizerConfig
 from pipeline.train_config import TrainConfig as TrainConfig
@@ -249,9 +250,9 @@ class Recipe(Config):
         """The candidates by name; without a list of them the one there is, as "candidate"."""
         if not self.candidates:
             return {"candidate": self.generator}
-        shared = self.model_dump(mode="json", include={"generator"}, exclude_unset=True)
+        shared = stated(self.generator)
         return {
-            name: GeneratorConfig.model_validate(merged(shared.get("generator", {}), changes))
+            name: GeneratorConfig.model_validate(merged(shared, changes))
             for name, changes in self.candidates.items()
         }
 
@@ -261,7 +262,8 @@ class Recipe(Config):
         Raises:
             RecipeError: an unknown key or a value that does not fit.
         """
-        values = self.model_dump(mode="json", exclude_unset=True, exclude={"tune"})
+        values = stated(self)
+        values.pop("tune", None)
         for key, value in settings.items():
             set_key(values, key, value, origin=key)
         try:
@@ -279,7 +281,7 @@ class Recipe(Config):
                 f"tune.grace_steps={self.tune.grace_steps} is more than "
                 f"generator.train.max_steps={steps}: no trial could ever be stopped"
             )
-        section = self.model_dump(mode="json", include={"generator"}, exclude_unset=True)
+        section = {"generator": stated(self.generator)}
         for key, space in self.tune.space.items():
             for value in space.ends:  # values together are checked as they are drawn
                 values = copy.deepcopy(section)
@@ -316,21 +318,13 @@ class Recipe(Config):
         for name, config in found.items() if names else ():
             if config.family not in registry.names("models"):
                 registry.load("models", config.family)  # says what there is
-            _check_generator(config, f"candidates.{name}")
+            _check_train(config.train, f"candidates.{name}.train")
         return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        size, down, patch = (
-            self.preprocess.image_size,
-            self.tokenizer.downsample,
-            self.tokenizer.patch,
-        )
-        if size % down or down % patch:
-            raise ValueError(
-                f"preprocess.image_size={size} must be a multiple of tokenizer.downsample={down}, "
-                f"and that of tokenizer.patch={patch}"
-            )
+        if self.base is None and self.tokenizer.source is None:  # whose sizes would be taken
+            self.tokenizer.check_grid(self.preprocess.image_size)
         for name, augment in (
             ("aligner.train", self.aligner.train.augment),
             ("encode", self.encode.augment),
@@ -349,7 +343,7 @@ class Recipe(Config):
                 f"generator.base_share={shares[0]} is of a base's weights, and there is none: "
                 "leave it out, or say with `base` which bundle to start from"
             )
-        _check_generator(self.generator, "generator")
+        _check_train(self.generator.train, "generator.train")
         return self
 
 
@@ -358,14 +352,6 @@ def _check_train(train: TrainConfig, name: str) -> None:
         raise ValueError(
             f"{name}.batch_size={train.batch_size} must be a multiple of "
             f"{name}.num_workers={train.num_workers} times {name}.accumulate={train.accumulate}"
-        )
-
-
-def _check_generator(config: GeneratorConfig, name: str) -> None:
-    _check_train(config.train, f"{name}.train")
-    if config.width % config.heads:
-        raise ValueError(
-            f"{name}.width={config.width} must be a multiple of {name}.heads={config.heads}"
         )
 
 

@@ -5,17 +5,32 @@ The other sections, and reading recipes, are in pipeline/config.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
 from pipeline.errors import RecipeError
+from pipeline.overrides import merged
 
 
 class Config(BaseModel):
     """Base of every section: unknown keys are errors, values are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sections_given_in_part(cls, values: Any) -> Any:
+        """What a section leaves open is what is the default in its place, not in its class."""
+        if not isinstance(values, Mapping):
+            return values
+        values = dict(values)
+        for name, given in values.items():
+            field = cls.model_fields.get(name)
+            if field and isinstance(field.default, Config) and isinstance(given, Mapping):
+                values[name] = merged(field.default.model_dump(exclude_unset=True), given)
+        return values
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
         """Unpickle; settings that the sender's version did not know yet have their defaults."""
@@ -46,6 +61,11 @@ class PictureFilter(Config):
         {},
         description="by style, how often training draws a picture of it; 1 where nothing is said",
     )
+
+    def kept(self, styles: Iterable[str]) -> list[str]:
+        """Those of `styles` that pass, sorted."""
+        wanted = set(self.styles or styles) - set(self.exclude_styles)
+        return sorted(wanted.intersection(styles))
 
 
 class DataConfig(Config):

@@ -169,25 +169,31 @@ def train_generator(
     return result.metrics
 
 
-def check_generator(config: GeneratorConfig) -> None:
-    """Refuse tasks that do not exist or that the family cannot learn, and augmentation where it
-    sees no pixels.
+def check_generator(config: GeneratorConfig, section: str = "generator") -> None:
+    """Refuse tasks that do not exist or that the family cannot learn, augmentation where it sees
+    no pixels, and a width that its heads cannot share.
 
     Raises:
         RecipeError: names the setting and what there is.
     """
+    family = registry.load("models", config.family)
+    sized_by_config = family.CAPTIONS != "ids" or config.causal.language_model is None
+    if sized_by_config and "heads" not in family.UNREAD and config.width % config.heads:
+        raise RecipeError(
+            f"{section}.width={config.width} must be a multiple of {section}.heads={config.heads}"
+        )
     on_tokens = reads_of(config) == TOKENS
     augment = config.train.augment
     if on_tokens and any(getattr(augment, name) for name in augment.model_fields_set):
         raise RecipeError(
-            f"generator.train.augment: the family {config.family} trains on image tokens, encoded "
+            f"{section}.train.augment: the family {config.family} trains on image tokens, encoded "
             "once; augment the views they are made of in the section `encode`"
         )
     if not on_tokens:
-        check_unmixed(augment, "generator.train")
+        check_unmixed(augment, f"{section}.train")
     if gives_source(config.tasks) and not on_tokens:
         raise RecipeError(
-            f"generator.tasks={list(config.tasks)}: {config.family} draws pixels in one pass and "
+            f"{section}.tasks={list(config.tasks)}: {config.family} draws pixels in one pass and "
             "sees no source picture; take text_to_image alone, or the family masked or causal"
         )
 
@@ -210,8 +216,7 @@ def shape_of_base(config: GeneratorConfig, base: Path | None) -> GeneratorConfig
         return config
     built = read_bundle(base).generator
     values = shaped_like(config, built, SHAPE_FIELDS, section="generator", whose="the base's")
-    # a setting at its default may be left out of the dump although the recipe says it
-    values["tasks"] = config.tasks if "tasks" in config.model_fields_set else built.tasks
+    values.setdefault("tasks", built.tasks)
     return GeneratorConfig.model_validate(values)
 
 

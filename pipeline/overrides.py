@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import to_jsonable_python
 
 from pipeline.errors import RecipeError
 
@@ -89,6 +90,19 @@ def explain(error: ValidationError, root: type[BaseModel], inside: tuple[str, ..
     return "; ".join(lines)
 
 
+def stated(config: BaseModel) -> dict[str, Any]:
+    """What is said of a section, as YAML would: also settings at their defaults, which may stay out
+    of its `model_dump` (data_config.later)."""
+    values = config.model_dump(mode="json", exclude_unset=True)
+    for name in config.model_fields_set:
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            values[name] = stated(value)
+        elif name not in values:
+            values[name] = to_jsonable_python(value)
+    return values
+
+
 def shaped_like(
     config: BaseModel, built: BaseModel, keys: Iterable[str], *, section: str, whose: str
 ) -> dict[str, Any]:
@@ -102,7 +116,7 @@ def shaped_like(
     Raises:
         RecipeError: config sets another shape.
     """
-    values = config.model_dump(exclude_unset=True)
+    values = stated(config)
     for key in keys:
         *sections, name = key.split(".")
         there, given = config, built

@@ -6,7 +6,7 @@ The networks are built on PyTorch's meta device, where they have shapes and no w
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -30,29 +30,24 @@ def check_recipe(
     manifests: Mapping[str, Manifest],
     encoder: HFCaptionEncoder,
     *,
-    generators: Sequence[tuple[GeneratorConfig, str | None]],
-    tokenizer: TokenizerConfig,
-    given_tokenizer: Path | None,
+    tokenizer: TokenizerConfig | None,
     base: Path | None,
     cache: Path,
 ) -> None:
-    """Everything below; a section that the recipe fills in and that does nothing is logged.
+    """What the recipe names is there and fits; what it says without effect is logged.
 
     Args:
         manifests: of the shard sets.
         encoder: the recipe's caption encoder.
-        generators: the sections, with what they take from the base, and where the pretrained
-            language model of each lies, if it has one.
-        tokenizer: the section, with what it takes from its source.
-        given_tokenizer: the directory of one that is taken as it is; None if one is trained.
+        tokenizer: the section, with what it takes from its source; None if none is trained.
         base: the bundle that generators start from.
         cache: where pretrained weights are converted to.
 
     Raises:
-        RecipeError: a style that no picture has, sizes or a policy that do not fit.
+        RecipeError: a style that no picture has.
         DataError: shard sets on several file systems.
         BundleError: the base, or a given aligner, read captions through another encoder.
-        MissingExtraError: lora, or the perceptual loss, without its packages.
+        MissingExtraError: the perceptual loss without its packages.
         PretrainedNotFoundError: the perceptual loss' features cannot be had.
     """
     for sentence in _idle(recipe):
@@ -64,16 +59,8 @@ def check_recipe(
         aligner = Aligner.load(resolve_path(recipe.aligner.source))
         assert aligner.encoder is not None, "a saved one has it"
         check_encoder(aligner.encoder, encoder)
-    if given_tokenizer is None and tokenizer.perceptual_weight:
+    if tokenizer is not None and tokenizer.perceptual_weight:
         find_vgg(tokenizer.perceptual_features, cache=cache)
-    check_networks(
-        recipe,
-        generators,
-        tokenizer=tokenizer,
-        given_tokenizer=given_tokenizer,
-        base=base,
-        encoder=encoder,
-    )
 
 
 def check_data(recipe: Recipe, manifests: Mapping[str, Manifest]) -> None:
@@ -83,7 +70,7 @@ def check_data(recipe: Recipe, manifests: Mapping[str, Manifest]) -> None:
         RecipeError: a style that no picture has.
         DataError: shard sets on several file systems.
     """
-    known = sorted({style for manifest in manifests.values() for style in manifest.styles})
+    known = _styles(manifests)
     for key, styles in _named_styles(recipe):
         if unknown := [style for style in styles if style not in known]:
             raise RecipeError(
@@ -92,6 +79,11 @@ def check_data(recipe: Recipe, manifests: Mapping[str, Manifest]) -> None:
             )
     systems = [open_shards(uri, manifest)[0] for uri, manifest in manifests.items()]
     check_one_file_system(systems, manifests)
+
+
+def _styles(manifests: Mapping[str, Manifest]) -> list[str]:
+    """Of all pictures."""
+    return sorted({style for manifest in manifests.values() for style in manifest.styles})
 
 
 def _named_styles(recipe: Recipe) -> Iterator[tuple[str, Sequence[str]]]:
@@ -108,25 +100,37 @@ def _named_styles(recipe: Recipe) -> Iterator[tuple[str, Sequence[str]]]:
 
 def check_networks(
     recipe: Recipe,
-    generators: Sequence[tuple[GeneratorConfig, str | None]],
+    generators: Iterable[tuple[GeneratorConfig, str | None]],
+    manifests: Mapping[str, Manifest],
     *,
     tokenizer: TokenizerConfig,
     given_tokenizer: Path | None,
     base: Path | None,
     encoder: HFCaptionEncoder,
 ) -> None:
-    """Every network that will be trained can be built, and trained by its policy.
+    """Every network that will be trained can be built, and trained by its policy and optimiser.
+
+    Args:
+        generators: the sections, with what they take from the base, and where the pretrained
+            language model of each lies, if it has one.
+        manifests: of the shard sets.
+        tokenizer: the section, with what it takes from its source.
+        given_tokenizer: the directory of one that is taken as it is; None if one is trained.
+        base: the bundle that generators start from.
+        encoder: the recipe's caption encoder.
 
     Raises:
-        RecipeError: sizes or a policy that do not fit.
+        RecipeError: sizes, a policy or an optimiser that do not fit, more styles than places.
         MissingExtraError: lora without its package.
     """
     size, width = recipe.preprocess.image_size, encoder.width
+    styles = _styles(manifests)
     made: ImageTokenizer | None = (
         None if given_tokenizer is None else load_tokenizer(given_tokenizer)
     )
     with torch.device("meta"):
         if made is None:
+            tokenizer.check_grid(size)
             made = registry.load("tokenizers", tokenizer.name).build(tokenizer, size)
             apply_policy(made, tokenizer.train)
         if recipe.aligner.source is None:
@@ -134,7 +138,8 @@ def check_networks(
             apply_policy(aligner, recipe.aligner.train)
         for config, language_model in generators:
             family = registry.load("models", config.family)
-            spec = generation.make_spec(made, width, (), base, config, language_model)
+            kept = config.data.kept(styles)
+            spec = generation.make_spec(made, width, kept, base, config, language_model)
             apply_policy(family.build(config, spec), config.train)
 
 
@@ -150,6 +155,14 @@ def _idle(recipe: Recipe) -> Iterator[str]:
         yield f"tokenizer: {_listed(idle)} without effect, {tokenizer.source} is taken as it is"
     if aligner.source is not None and (idle := aligner.model_fields_set - {"source"}):
         yield f"aligner: {_listed(idle)} without effect, {aligner.source} is taken as it is"
+    families = {c.family: registry.load("models", c.family) for c in recipe.generators.values()}
+    tokens_are_read = any(family.READS == generation.TOKENS for family in families.values())
+    if recipe.encode.model_fields_set and not tokens_are_read:
+        yield f"encode: nothing in this section acts, {', '.join(families)} reads no image tokens"
+    if not recipe.candidates:  # which share a section that each reads its part of
+        generator = recipe.generator
+        if idle := generator.model_fields_set & families[generator.family].UNREAD:
+            yield f"generator: {_listed(idle)} without effect on the family {generator.family}"
 
 
 def _listed(names: set[str]) -> str:

@@ -11,10 +11,12 @@ from typing import Self
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.data_config import Config, PictureFilter, later
+from pipeline.errors import RecipeError
 from pipeline.train_config import TrainConfig
 
 MAX_CODES = 65_536
 """Of a codebook: image tokens are kept as 16-bit numbers."""
+ATTENTION_HEADS = 4
 
 
 class TokenizerConfig(Config):
@@ -55,7 +57,7 @@ class TokenizerConfig(Config):
     freeze: bool = Field(False, description="take `source` as it is instead of training on")
     data: PictureFilter = PictureFilter()
     train: TrainConfig = Field(
-        TrainConfig(optimizer="adamw", weight_decay=0.01),
+        TrainConfig(),
         description="policy full, or head: the decoder alone, so that image tokens keep their "
         "meaning and a generator that draws them its worth",
     )
@@ -77,6 +79,25 @@ class TokenizerConfig(Config):
                 f"product is {math.prod(levels):,}"
             )
         return levels
+
+    @field_validator("widths")
+    @classmethod
+    def _heads_share_the_width(cls, widths: tuple[int, int]) -> tuple[int, int]:
+        if widths[1] % ATTENTION_HEADS:
+            raise ValueError(
+                f"the second must be a multiple of {ATTENTION_HEADS}, the heads of the attention "
+                "over the token grid"
+            )
+        return widths
+
+    def check_grid(self, image_size: int) -> None:
+        """Raises RecipeError if pictures of that size are no whole number of tokens."""
+        down, patch = self.downsample, self.patch
+        if image_size % down or down % patch:
+            raise RecipeError(
+                f"preprocess.image_size={image_size} must be a multiple of "
+                f"tokenizer.downsample={down}, and that of tokenizer.patch={patch}"
+            )
 
     @model_validator(mode="after")
     def _frozen_has_a_source(self) -> Self:

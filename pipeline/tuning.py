@@ -1,6 +1,6 @@
 """Better settings for a recipe's generator: Ray Tune with ASHA over Ray Train.
 
-    trials = draw_trials(recipe, chain.base)
+    trials = draw_trials(recipe, chain.check_generator)
     result = search(chain, trials)     # inside Chain.open(), with Ray up
 
 A trial is a Tune function that starts an ordinary training (train.fit) of its own settings, under
@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 
 from pipeline import generation, registry, train
-from pipeline.config import Recipe, TuneConfig
+from pipeline.config import GeneratorConfig, Recipe, TuneConfig
 from pipeline.errors import RecipeError, ResourceError, TesseraError, TrainingError
+from pipeline.overrides import stated
 from pipeline.progress import OnProgress, Progress
 from pipeline.steps import StepContext
 from pipeline.text import load_caption_encoder
@@ -52,11 +53,14 @@ class Trial:
         return f"trial-{self.number:03d}"
 
 
-def draw_trials(recipe: Recipe, base: Path | None) -> list[Trial]:
+def draw_trials(recipe: Recipe, check: Callable[[GeneratorConfig], object]) -> list[Trial]:
     """All trials of a recipe's search, each checked as a recipe of its own.
 
+    Args:
+        check: raises TesseraError for a generator that cannot be trained: Chain.check_generator.
+
     Raises:
-        RecipeError: there is nothing to search, or a combination is no valid recipe.
+        RecipeError: there is nothing to search, or a combination cannot be trained.
     """
     if recipe.tune is None:
         raise RecipeError(
@@ -68,8 +72,8 @@ def draw_trials(recipe: Recipe, base: Path | None) -> list[Trial]:
     for number, settings in enumerate(recipe.tune.draws()):
         try:
             made = recipe.with_settings(settings)
-            generation.check_generator(generation.shape_of_base(made.generator, base))
-        except RecipeError as error:
+            check(made.generator)
+        except TesseraError as error:
             raise RecipeError(f"tune.space allows {settings}, but {error}") from error
         trials.append(Trial(number, settings, made))
     return trials
@@ -88,13 +92,13 @@ def _check_effects(recipe: Recipe) -> None:
             raise RecipeError(
                 f"tune.space: {key!r} is that of {config.causal.language_model}, whatever it says"
             )
-        setting, value = _ONLY_WITH.get(inside, ("", ""))
+        setting, *values = _ONLY_WITH.get(inside, ("",))
         if setting and f"generator.train.{setting}" not in space:
             chosen = getattr(config.train, setting)
-            if chosen != value:
+            if chosen not in values:
                 raise RecipeError(
-                    f"tune.space: {key!r} acts with generator.train.{setting}={value} alone, and "
-                    f"it is {chosen}"
+                    f"tune.space: {key!r} acts with generator.train.{setting}="
+                    f"{' or '.join(values)} alone, and it is {chosen}"
                 )
 
 
@@ -102,6 +106,8 @@ _ONLY_WITH = {
     "train.lora_rank": ("policy", "lora"),
     "train.lora_alpha": ("policy", "lora"),
     "train.muon_learning_rate": ("optimizer", "muon"),
+    "train.momentum": ("optimizer", "sgd", "rmsprop", "muon"),
+    "train.betas": ("optimizer", "adamw", "muon"),
     "train.final_learning_rate": ("schedule", "cosine"),
 }
 
@@ -160,9 +166,8 @@ def search(chain: Chain, trials: Sequence[Trial]) -> dict[str, Any]:
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
-    """Only what differs from the defaults, as YAML that `load_recipe` reads."""
-    values = recipe.model_dump(mode="json", exclude_unset=True)
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    """What the recipe says, as YAML that `load_recipe` reads."""
+    text = yaml.safe_dump(stated(recipe), sort_keys=False, allow_unicode=True)
     path.write_text(text, encoding="utf-8")
 
 

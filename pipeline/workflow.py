@@ -11,7 +11,7 @@ generator (tokens, captions, base), evaluate (all of these, and the champion), p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -41,18 +41,14 @@ from pipeline.encode import encode_captions, encode_pictures
 from pipeline.evalset import EvalSet
 from pipeline.metrics import ImageNetFeatures
 from pipeline.models._captions import KnownCaptions
-from pipeline.preflight import check_recipe
+from pipeline.preflight import check_networks, check_recipe
 from pipeline.preprocess import preprocess
 from pipeline.pretrained import content_digest, file_digest, find_language_model
 from pipeline.promotion import choose, decide
 from pipeline.runtime import check_disk, choose_device
 from pipeline.shards import locate, read_manifest, verify
 from pipeline.steps import Reporter, StepContext, StepResult, Workspace, exclusive
-from pipeline.text import (
-    HFCaptionEncoder,
-    check_available,
-    load_caption_encoder,
-)
+from pipeline.text import HFCaptionEncoder, check_available, load_caption_encoder
 from pipeline.tracking import ResolvedModel, RunHandle, RunLogger, Tracker, resolve_model
 
 NEEDED_MB = 2_000
@@ -103,11 +99,11 @@ class Chain:
             name: generation.shape_of_base(config, self.base)
             for name, config in recipe.generators.items()
         }
-        for config in self.candidates.values():
-            generation.check_generator(config)
-        size = recipe.preprocess.image_size
+        for name, config in self.candidates.items():
+            section = f"candidates.{name}" if recipe.candidates else "generator"
+            generation.check_generator(config, section)
         self.tokenizer_config = section = recipe.tokenizer
-        self.tokenizer_source = tokenizer_source(self.base, section, size)
+        self.tokenizer_source = tokenizer_source(self.base, section, recipe.preprocess.image_size)
         self.given_tokenizer: Path | None = self.tokenizer_source
         if section.is_trained(on_base=self.base is not None):
             self.tokenizer_config = tokenizer_shape_of_source(section, self.tokenizer_source)
@@ -118,15 +114,35 @@ class Chain:
             recipe,
             self.manifests,
             self._encoder,
-            generators=[(c, self._language_model(c)) for c in self.candidates.values()],
-            tokenizer=self.tokenizer_config,
-            given_tokenizer=self.given_tokenizer,
+            tokenizer=self.tokenizer_config if self.given_tokenizer is None else None,
             base=self.base,
             cache=self.cache,
         )
+        self._check_networks(self.candidates.values())
         check_disk(home, NEEDED_MB)
         self.tracker = Tracker(home, recipe.tracking.sinks)
         self._workspace: Workspace | None = None
+
+    def check_generator(self, config: GeneratorConfig) -> None:
+        """What making a chain checks of its own generators, of another one.
+
+        Raises:
+            TesseraError: it cannot be trained.
+        """
+        shaped = generation.shape_of_base(config, self.base)
+        generation.check_generator(shaped)
+        self._check_networks([shaped])
+
+    def _check_networks(self, generators: Iterable[GeneratorConfig]) -> None:
+        check_networks(
+            self.recipe,
+            [(config, self._language_model(config)) for config in generators],
+            self.manifests,
+            tokenizer=self.tokenizer_config,
+            given_tokenizer=self.given_tokenizer,
+            base=self.base,
+            encoder=self._encoder,
+        )
 
     @property
     def _encoder(self) -> HFCaptionEncoder:
@@ -287,16 +303,12 @@ class Chain:
         trained = self.workspace.run(
             "aligner",
             lambda context: train_aligner(
-                context,
-                self.pixels,
-                self.captions.path / "data",
-                config,
-                image_size=self.recipe.preprocess.image_size,
-                encoder=self._encoder,
+                context, self.pixels, self.captions.path / "data", config,
+                image_size=self.recipe.preprocess.image_size, encoder=self._encoder,
             ),
             settings={"aligner": config.model_dump(mode="json")},
             inputs={"pixels": self.preprocessed.digest, "captions": self.captions.digest},
-        )
+        )  # fmt: skip
         return trained.path / "bundle"
 
     @cached_property
@@ -337,16 +349,11 @@ class Chain:
     ) -> generation.GeneratorTask:
         """What a worker needs to train a generator of that section."""
         found = set(pq.read_table(self.pixels, columns=["style"])["style"].to_pylist())
-        wanted = set(config.data.styles or found) - set(config.data.exclude_styles)
         language_model = self._language_model(config)
         spec = generation.make_spec(
-            load_tokenizer(self.tokenizer),
-            encoder.width,
-            sorted(found & wanted),
-            self.base,
-            config,
-            language_model,
-        )
+            load_tokenizer(self.tokenizer), encoder.width, config.data.kept(found), self.base,
+            config, language_model,
+        )  # fmt: skip
         on_tokens = generation.reads_of(config) == generation.TOKENS
         return generation.GeneratorTask(
             config=config,
@@ -468,13 +475,9 @@ class Chain:
         decision = decide(found["candidate"], self.champion_report, self.recipe.promote)
         decision = replace(decision, reasons=(*decision.reasons, *self._other_splits()))
         write_card(
-            bundle,
-            self.recipe,
-            found,
-            list(self.manifests.values()),
-            pixels=self.pixels,
-            seconds=self.workspace.cost,
-        )
+            bundle, self.recipe, found, list(self.manifests.values()),
+            pixels=self.pixels, seconds=self.workspace.cost,
+        )  # fmt: skip
         version = self.tracker.register(bundle, model_name=name, handle=parent)
         record = {"promoted": decision.promoted, "reasons": decision.reasons, "version": version}
         if choice:

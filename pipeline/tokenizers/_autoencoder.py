@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.config import TokenizerConfig
+from pipeline.tokenizer_config import ATTENTION_HEADS, TokenizerConfig
 
 
 class Quantizer(Protocol):
@@ -66,12 +66,12 @@ class ResidualBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention over the token grid, so that a token may depend on the whole picture."""
 
-    def __init__(self, width: int, heads: int = 4) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.heads = heads
+        self.heads = ATTENTION_HEADS
         nn.init.zeros_(self.out.weight)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -34,6 +34,10 @@ def home(tmp_path: Path, pretrained_cache: Path) -> Path:
         ("emoji-demo", "tokenizer.patch=2", "tokenizer.patch=2 is not that of the tokenizer in"),
         ("smoke", "aligner.train.policy=frozen", "train.policy='frozen' is not offered"),
         ("emoji-causal", "generator.causal.max_prompt_tokens=5000", "5000 caption tokens.*2048"),
+        ("smoke", "generator.num_styles=1", r"2 styles \(noto, twemoji\) do not fit"),
+        ("smoke", "generator.width=65", "generator.width=65 must be a multiple of .*heads=2"),
+        ("emoji-families", "candidates.causal.width=65", "candidates.causal.width=65 must be"),
+        ("smoke", "tokenizer.train.optimizer=muon", "QuantizedAutoencoder has nothing for muon"),
     ],
 )
 def test_mistakes_are_told_before_any_work(
@@ -47,6 +51,24 @@ def test_a_size_that_the_family_cannot_draw_is_refused(home: Path) -> None:
     settings = ["preprocess.image_size=96", "generator.family=gan"]
     with pytest.raises(RecipeError, match="the gan family doubles"):
         chain("smoke", *settings, home=home)
+
+
+def test_a_width_that_no_heads_share_is_no_mistake(home: Path) -> None:
+    chain("emoji-gan", "generator.width=130", home=home)
+
+
+def test_a_size_that_the_tokens_of_a_source_do_not_fill_is_refused(home: Path) -> None:
+    settings = ["tokenizer.source=asset:base", "preprocess.image_size=68"]
+    with pytest.raises(RecipeError, match=r"image_size=68 must be a multiple of .*downsample=8"):
+        chain("emoji-causal", "tokenizer.freeze=false", *settings, home=home)
+
+
+def test_a_trial_is_checked_as_the_recipe_itself_is(home: Path) -> None:
+    made = chain("emoji-gan", home=home)
+    with pytest.raises(RecipeError, match="the gan family doubles"):
+        made.check_generator(made.recipe.generator.model_copy(
+            update={"gan": made.recipe.generator.gan.model_copy(update={"patch": 3})}
+        ))  # fmt: skip
 
 
 def test_missing_perceptual_features_are_told_at_once(home: Path) -> None:
@@ -77,6 +99,10 @@ def test_idle_sections_are_named(home: Path, caplog: pytest.LogCaptureFixture) -
         chain("emoji-demo", *settings, home=home)
     assert "nothing in this section acts, the one of base=asset:base is taken" in caplog.text
     assert "aligner: embedding is without effect, asset:aligner is taken as it is" in caplog.text
+    with caplog.at_level(logging.WARNING):
+        chain("emoji-gan", "encode.num_views=2", "generator.depth=3", home=home)
+    assert "encode: nothing in this section acts, gan reads no image tokens" in caplog.text
+    assert "generator: depth is without effect on the family gan" in caplog.text
 
 
 def test_the_decoder_of_the_bases_tokenizer_is_trained(

