@@ -17,10 +17,12 @@ def chain(recipe: str, *settings: str, home: Path) -> Chain:
     return Chain(load_recipe(recipe, settings, environment={}), home, None)  # type: ignore[arg-type]
 
 
-@pytest.fixture
-def home(tmp_path: Path, pretrained_cache: Path) -> Path:
-    (tmp_path / "pretrained").symlink_to(pretrained_cache)
-    return tmp_path
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, pretrained_cache: Path) -> Path:
+    """One for all: the caption encoder is loaded once a cache."""
+    path = tmp_path_factory.mktemp("preflight")
+    (path / "pretrained").symlink_to(pretrained_cache)
+    return path
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,7 @@ def test_a_killed_worker_changes_nothing(undisturbed: dict[str, Tensor], tmp_pat
         torch.testing.assert_close(weight, undisturbed[name])
 
 
+@pytest.mark.slow
 def test_what_repeats_is_compiled_where_asked_for(
     undisturbed: dict[str, Tensor], tmp_path: Path
 ) -> None:
