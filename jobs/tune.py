@@ -34,7 +34,7 @@ def run_search(
         TesseraError: something the user can mend; finished trials are kept.
     """
     chain = Chain(recipe, home, reporter)
-    trials = draw_trials(recipe, chain.check_generator)
+    trials = draw_trials(recipe, chain.checked)
     with chain.open(), ray_runtime(debug=debug):
         result = search(chain, trials)
     if out is not None:

@@ -182,7 +182,7 @@ def check_generator(config: GeneratorConfig, section: str = "generator") -> None
         raise RecipeError(
             f"{section}.width={config.width} must be a multiple of {section}.heads={config.heads}"
         )
-    on_tokens = reads_of(config) == TOKENS
+    on_tokens = family.READS == TOKENS
     augment = config.train.augment
     if on_tokens and any(getattr(augment, name) for name in augment.model_fields_set):
         raise RecipeError(

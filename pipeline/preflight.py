@@ -6,7 +6,7 @@ The networks are built on PyTorch's meta device, where they have shapes and no w
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -100,31 +100,26 @@ def _named_styles(recipe: Recipe) -> Iterator[tuple[str, Sequence[str]]]:
 
 def check_networks(
     recipe: Recipe,
-    generators: Iterable[tuple[GeneratorConfig, str | None]],
-    manifests: Mapping[str, Manifest],
     *,
     tokenizer: TokenizerConfig,
     given_tokenizer: Path | None,
-    base: Path | None,
     encoder: HFCaptionEncoder,
-) -> None:
-    """Every network that will be trained can be built, and trained by its policy and optimiser.
+) -> ImageTokenizer:
+    """The tokenizer and the aligner, if they are trained, can be built, and trained by their
+    policies and optimisers.
 
     Args:
-        generators: the sections, with what they take from the base, and where the pretrained
-            language model of each lies, if it has one.
-        manifests: of the shard sets.
         tokenizer: the section, with what it takes from its source.
         given_tokenizer: the directory of one that is taken as it is; None if one is trained.
-        base: the bundle that generators start from.
         encoder: the recipe's caption encoder.
 
+    Returns:
+        The tokenizer; without weights if it is trained.
+
     Raises:
-        RecipeError: sizes, a policy or an optimiser that do not fit, more styles than places.
-        MissingExtraError: lora without its package.
+        RecipeError: sizes, a policy or an optimiser that do not fit.
     """
-    size, width = recipe.preprocess.image_size, encoder.width
-    styles = _styles(manifests)
+    size = recipe.preprocess.image_size
     made: ImageTokenizer | None = (
         None if given_tokenizer is None else load_tokenizer(given_tokenizer)
     )
@@ -134,13 +129,38 @@ def check_networks(
             made = registry.load("tokenizers", tokenizer.name).build(tokenizer, size)
             apply_policy(made, tokenizer.train)
         if recipe.aligner.source is None:
-            aligner = Aligner(recipe.aligner, image_size=size, caption_width=width)
+            aligner = Aligner(recipe.aligner, image_size=size, caption_width=encoder.width)
             apply_policy(aligner, recipe.aligner.train)
-        for config, language_model in generators:
-            family = registry.load("models", config.family)
-            kept = config.data.kept(styles)
-            spec = generation.make_spec(made, width, kept, base, config, language_model)
-            apply_policy(family.build(config, spec), config.train)
+    return made
+
+
+def check_generator_network(
+    config: GeneratorConfig,
+    manifests: Mapping[str, Manifest],
+    *,
+    tokenizer: ImageTokenizer,
+    base: Path | None,
+    encoder: HFCaptionEncoder,
+    language_model: str | None,
+) -> None:
+    """A generator can be built, and trained by its policy and optimiser.
+
+    Args:
+        config: the section, with what it takes from the base.
+        manifests: of the shard sets.
+        tokenizer: whose tokens it draws; its weights do not matter.
+        base: the bundle that it starts from.
+        encoder: the recipe's caption encoder.
+        language_model: where its pretrained one lies, if it has one.
+
+    Raises:
+        RecipeError: sizes, a policy or an optimiser that do not fit, more styles than places.
+        MissingExtraError: lora without its package.
+    """
+    kept = config.data.kept(_styles(manifests))
+    spec = generation.make_spec(tokenizer, encoder.width, kept, base, config, language_model)
+    with torch.device("meta"):
+        apply_policy(registry.load("models", config.family).build(config, spec), config.train)
 
 
 def _idle(recipe: Recipe) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Better settings for a recipe's generator: Ray Tune with ASHA over Ray Train.
 
-    trials = draw_trials(recipe, chain.check_generator)
+    trials = draw_trials(recipe, chain.checked)
     result = search(chain, trials)     # inside Chain.open(), with Ray up
 
 A trial is a Tune function that starts an ordinary training (train.fit) of its own settings, under
@@ -57,7 +57,7 @@ def draw_trials(recipe: Recipe, check: Callable[[GeneratorConfig], object]) -> l
     """All trials of a recipe's search, each checked as a recipe of its own.
 
     Args:
-        check: raises TesseraError for a generator that cannot be trained: Chain.check_generator.
+        check: raises TesseraError for a generator that cannot be trained: Chain.checked.
 
     Raises:
         RecipeError: there is nothing to search, or a combination cannot be trained.

@@ -11,7 +11,7 @@ generator (tokens, captions, base), evaluate (all of these, and the champion), p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -41,7 +41,7 @@ from pipeline.encode import encode_captions, encode_pictures
 from pipeline.evalset import EvalSet
 from pipeline.metrics import ImageNetFeatures
 from pipeline.models._captions import KnownCaptions
-from pipeline.preflight import check_networks, check_recipe
+from pipeline.preflight import check_generator_network, check_networks, check_recipe
 from pipeline.preprocess import preprocess
 from pipeline.pretrained import content_digest, file_digest, find_language_model
 from pipeline.promotion import choose, decide
@@ -95,13 +95,6 @@ class Chain:
         self.recipe, self.home, self.reporter = recipe, home, reporter
         self.cache = home / "pretrained"
         self.base = resolve_model(recipe.base, home=home).path if recipe.base else None
-        self.candidates = {
-            name: generation.shape_of_base(config, self.base)
-            for name, config in recipe.generators.items()
-        }
-        for name, config in self.candidates.items():
-            section = f"candidates.{name}" if recipe.candidates else "generator"
-            generation.check_generator(config, section)
         self.tokenizer_config = section = recipe.tokenizer
         self.tokenizer_source = tokenizer_source(self.base, section, recipe.preprocess.image_size)
         self.given_tokenizer: Path | None = self.tokenizer_source
@@ -118,31 +111,33 @@ class Chain:
             base=self.base,
             cache=self.cache,
         )
-        self._check_networks(self.candidates.values())
+        self._drawn_with = check_networks(
+            recipe,
+            tokenizer=self.tokenizer_config,
+            given_tokenizer=self.given_tokenizer,
+            encoder=self._encoder,
+        )
+        self.candidates = {
+            name: self.checked(config, f"candidates.{name}" if recipe.candidates else "generator")
+            for name, config in recipe.generators.items()
+        }
         check_disk(home, NEEDED_MB)
         self.tracker = Tracker(home, recipe.tracking.sinks)
         self._workspace: Workspace | None = None
 
-    def check_generator(self, config: GeneratorConfig) -> None:
-        """What making a chain checks of its own generators, of another one.
+    def checked(self, config: GeneratorConfig, section: str = "generator") -> GeneratorConfig:
+        """A generator's section with what it takes from the base.
 
         Raises:
             TesseraError: it cannot be trained.
         """
         shaped = generation.shape_of_base(config, self.base)
-        generation.check_generator(shaped)
-        self._check_networks([shaped])
-
-    def _check_networks(self, generators: Iterable[GeneratorConfig]) -> None:
-        check_networks(
-            self.recipe,
-            [(config, self._language_model(config)) for config in generators],
-            self.manifests,
-            tokenizer=self.tokenizer_config,
-            given_tokenizer=self.given_tokenizer,
-            base=self.base,
-            encoder=self._encoder,
-        )
+        generation.check_generator(shaped, section)
+        check_generator_network(
+            shaped, self.manifests, tokenizer=self._drawn_with, base=self.base,
+            encoder=self._encoder, language_model=self._language_model(shaped),
+        )  # fmt: skip
+        return shaped
 
     @property
     def _encoder(self) -> HFCaptionEncoder:

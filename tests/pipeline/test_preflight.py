@@ -68,7 +68,7 @@ def test_a_size_that_the_tokens_of_a_source_do_not_fill_is_refused(home: Path) -
 def test_a_trial_is_checked_as_the_recipe_itself_is(home: Path) -> None:
     made = chain("emoji-gan", home=home)
     with pytest.raises(RecipeError, match="the gan family doubles"):
-        made.check_generator(made.recipe.generator.model_copy(
+        made.checked(made.recipe.generator.model_copy(
             update={"gan": made.recipe.generator.gan.model_copy(update={"patch": 3})}
         ))  # fmt: skip
 
