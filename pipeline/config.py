@@ -78,6 +78,13 @@ class CausalConfig(Config):
         "model; None: a small Llama of the generator's width, depth and heads over UTF-8 bytes",
     )
     max_prompt_tokens: int = Field(48, ge=1, description="longer captions are cut")
+    token_dropout: float = later(
+        0.0,
+        ge=0,
+        le=1,
+        description="largest share of a picture's earlier tokens withheld in training, to each "
+        "picture its own: what cannot be told from them has to be read in the caption",
+    )
     top_k: int = Field(0, ge=0, description="likeliest image tokens to draw from; 0: all")
     top_p: float = Field(1.0, gt=0, le=1, description="probability of those to draw from; 1: all")
 
@@ -382,11 +389,7 @@ def load_recipe(
         raise RecipeError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path} must hold a mapping of settings, not {type(values).__name__}")
-    environment = os.environ if environment is None else environment
-    for name in sorted(environment):
-        if name.startswith(ENVIRONMENT_PREFIX):
-            key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
-            override(values, key, environment[name], origin=name)
+    _override_from(environment, values)
     for given in overrides:
         key, equals, value = given.partition("=")
         if not equals:
@@ -396,6 +399,31 @@ def load_recipe(
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError(f"recipe {path.stem}: {explain(error, Recipe)}") from error
+
+
+def load_serve_section(environment: Mapping[str, str] | None = None) -> ServeConfig:
+    """The section `serve` where there is no recipe: what the environment says, else the defaults.
+
+    Args:
+        environment: TESSERA__SERVE__KEY=value; os.environ unless given.
+
+    Raises:
+        RecipeError: an unknown key or a value of the wrong type.
+    """
+    values: dict[str, Any] = {}
+    _override_from(environment, values)
+    try:
+        return ServeConfig.model_validate(values.get("serve", {}))
+    except ValidationError as error:
+        raise RecipeError(explain(error, Recipe, inside=("serve",))) from error
+
+
+def _override_from(environment: Mapping[str, str] | None, values: dict[str, Any]) -> None:
+    environment = os.environ if environment is None else environment
+    for name in sorted(environment):
+        if name.startswith(ENVIRONMENT_PREFIX):
+            key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
+            override(values, key, environment[name], origin=name)
 
 
 def _find(recipe: str | Path) -> Path:

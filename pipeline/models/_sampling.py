@@ -41,6 +41,16 @@ def random_masks(
     return torch.where(is_rectangle[:, None], _rectangles(count, grid_size), scattered)
 
 
+def token_dropout(tokens: Tensor, largest_rate: float) -> Tensor:
+    """Which tokens (B, N) a sequential model may not look back at in training, bool (B, N).
+
+    Word dropout (Bowman et al. 2016, arXiv 1511.06349, sec. 3.1), at a rate of each picture's own,
+    evenly from 0 to `largest_rate`: whole pictures, as in drawing, are met as well.
+    """
+    rate = largest_rate * torch.rand(len(tokens), 1, device=tokens.device)
+    return torch.rand(tokens.shape, device=tokens.device) < rate
+
+
 def _rectangles(area: Tensor, grid_size: int) -> Tensor:
     """One rectangle a picture of about `area` cells, bool (B, N)."""
     device = area.device

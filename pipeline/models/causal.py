@@ -182,9 +182,15 @@ class CausalTransformer(nn.Module):
         mask: Tensor,
         style: Tensor,
         source: Source | None = None,
+        withheld: Tensor | None = None,
     ) -> Tensor:
-        """int64 (B, N) and the prompt -> logits float (B, N, V), each from what is before it."""
+        """int64 (B, N) and the prompt -> logits float (B, N, V), each from what is before it.
+
+        Of the picture's tokens those `withheld`, bool (B, N), are not seen by the later ones.
+        """
         before, keys = self.prompt(ids, mask, style, source)
+        if withheld is not None:
+            image_tokens = image_tokens.masked_fill(withheld, self.vocabulary.begin)
         picture = self.image_table(image_tokens[:, :-1]).to(before.dtype)
         keys = F.pad(keys, (0, picture.shape[1]), value=True)
         states = self.lm(
@@ -215,15 +221,18 @@ class Objective(nn.Module):
         """ "loss" in nats a token (label-smoothed while training) and "accuracy"."""
         config, model = self.config, self.model
         tokens, mask, style = batch["image_tokens"], batch["caption_mask"], batch["style"]
+        withheld = None
         if self.training:
             mask, style = sampling.drop_conditions(
                 mask, style, config=config, no_style=model.no_style
             )
+            if config.causal.token_dropout:
+                withheld = sampling.token_dropout(tokens, config.causal.token_dropout)
         source, target = None, tokens.flatten()
         if "source_given" in batch:
             source = batch["source_tokens"], batch["source_given"]
             target = target.masked_fill(source[1].flatten(), NO_TARGET)  # nothing to learn there
-        logits = model(tokens, batch["caption_ids"], mask, style, source).flatten(0, 1)
+        logits = model(tokens, batch["caption_ids"], mask, style, source, withheld).flatten(0, 1)
         smoothing = config.label_smoothing if self.training else 0.0
         loss = F.cross_entropy(logits, target, ignore_index=NO_TARGET, label_smoothing=smoothing)
         with torch.no_grad():

@@ -104,6 +104,39 @@ def test_a_picture_sees_its_past_alone() -> None:
     assert not torch.allclose(one[:, 10:], two[:, 10:])
 
 
+def test_withheld_tokens_are_not_seen_by_later_ones() -> None:
+    made = model()
+    ids, mask = CaptionTokenizer(None, 12)(["house"])
+    tokens, withheld = torch.randint(40, (1, 16)), torch.zeros(1, 16, dtype=torch.bool)
+    withheld[:, 3] = True
+    other = torch.where(withheld, (tokens + 1) % 40, tokens)
+    with torch.inference_mode():
+        whole, one, two = (
+            made(t, ids, mask, torch.tensor([0]), withheld=w)
+            for t, w in ((tokens, None), (tokens, withheld), (other, withheld))
+        )
+    assert torch.equal(one, two)
+    torch.testing.assert_close(one[:, :4], whole[:, :4])
+    assert not torch.allclose(one[:, 4:], whole[:, 4:])
+
+
+def test_token_dropout_is_for_training_alone() -> None:
+    made, wholly = model(), replace_causal(token_dropout=1.0)
+    ids, mask = CaptionTokenizer(None, 12)(["house", "红苹果"])
+    batch = {
+        "image_tokens": torch.randint(40, (2, 16)), "caption_ids": ids, "caption_mask": mask,
+        "style": torch.tensor([0, 1]),
+    }  # fmt: skip
+
+    def loss(config: GeneratorConfig, training: bool) -> float:
+        torch.manual_seed(3)
+        objective = causal.Objective(made, config).train(training)
+        return float(objective.losses(batch, "predict")["loss"].detach())
+
+    assert loss(wholly, False) == loss(CONFIG, False)
+    assert loss(wholly, True) != loss(CONFIG, True)
+
+
 def test_truncated_logits() -> None:
     logits = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]]).log()
     kept = sampling.truncated(logits, top_k=2, top_p=1.0).isfinite()
@@ -121,7 +154,7 @@ def test_truncated_logits() -> None:
     assert drawn[0] == drawn[1], "of one token there is no choice"
 
 
-def replace_causal(**changes: int) -> GeneratorConfig:
+def replace_causal(**changes: float) -> GeneratorConfig:
     return CONFIG.model_copy(update={"causal": CONFIG.causal.model_copy(update=changes)})
 
 

@@ -35,6 +35,15 @@ def test_rectangles_are_rectangles() -> None:
         assert torch.equal(mask, rows[:, None] & columns[None, :])
 
 
+def test_token_dropout_has_every_rate_to_the_largest() -> None:
+    torch.manual_seed(0)
+    rates = sampling.token_dropout(torch.zeros(4000, 64), 0.5).float().mean(1)
+    assert rates.mean().item() == pytest.approx(0.25, abs=0.01)
+    for share in (0.1, 0.25, 0.4):
+        assert (rates < share).float().mean().item() == pytest.approx(share / 0.5, abs=0.05)
+    assert not sampling.token_dropout(torch.zeros(9, 64), 0.0).any()
+
+
 def test_guidance_interpolates_and_extrapolates() -> None:
     conditional, unconditional = torch.randn(2, 3, 4, 5)
     scale = torch.tensor([0.0, 1.0, 3.0])
