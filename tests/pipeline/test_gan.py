@@ -18,7 +18,7 @@ from pipeline.contracts import GenerationRequest
 from pipeline.errors import RecipeError, RequestError
 from pipeline.images import to_float
 from pipeline.models import gan
-from pipeline.models._spec import ModelSpec
+from pipeline.models._spec import ModelParts, ModelSpec
 from pipeline.train import Training, fit
 
 SPEC = ModelSpec(
@@ -142,6 +142,22 @@ def test_a_picture_is_looked_at_once_for_both_its_captions() -> None:
         made.discriminator.match(looks, condition),
         made.discriminator(to_float(batch["images"]), condition),
     )
+
+
+def test_pictures_drawn_together_are_those_drawn_alone() -> None:
+    model, batch = objective().model, colour_batch()
+    parts = ModelParts(None, None, torch.device("cpu"))  # type: ignore[arg-type]
+    generator = gan.Generator(model, CONFIG, SPEC, parts)
+    columns = (
+        torch.randn(4, model.noise_width), batch["caption_states"][:4], batch["caption_mask"][:4],
+        batch["style"][:4], torch.tensor([[1.0], [1.0], [2.0], [3.0]]),
+    )  # fmt: skip
+    with torch.inference_mode():
+        together = generator._draw(*columns)
+        singles = zip(*(column.split(1) for column in columns), strict=True)
+        alone = torch.cat([generator._draw(*each) for each in singles])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+    assert (alone[0] - alone[1]).abs().max() > 1e-3
 
 
 def test_a_batch_of_one_group_has_no_mismatched_pair() -> None:
