@@ -222,11 +222,11 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """Serve a model behind the OpenAI images API until Ctrl-C."""
-    from pipeline.config import PromoteConfig, ServeConfig, load_recipe
+    from pipeline.config import PromoteConfig, load_recipe, load_serve_section
     from serve.settings import ServiceConfig, check_exposure, load_service
 
     loaded = load_recipe(recipe) if recipe else None
-    replicas = loaded.serve if loaded else ServeConfig()
+    replicas = loaded.serve if loaded else load_serve_section()
     service = load_service(config) if config else ServiceConfig()
     check_exposure(host, service)  # a mistake is told before anything heavy is imported
     from jobs.generate import default_model

@@ -25,7 +25,11 @@ class ServeConfig(Config):
         64, ge=10, description="pictures; more are answered 429, and one request asks for up to 10"
     )
     num_cpus: float = Field(1.0, ge=0, description="of Ray's logical CPUs, a replica")
-    num_gpus: float = Field(0.0, ge=0, description="a replica; 0 draws on the CPU")
+    num_gpus: float | None = Field(
+        None,
+        ge=0,
+        description="a replica; 0 draws on the CPU; None: 1 where there are GPUs, else 0",
+    )
 
     @model_validator(mode="after")
     def _at_least_one_and_no_fewer_than_kept(self) -> Self:

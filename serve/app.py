@@ -13,12 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
 from pydantic import Field
 from ray import serve
 from ray.serve import Application
 
 from pipeline.bundle import load_generator
 from pipeline.config import Config, ServeConfig
+from pipeline.runtime import choose_device
 from pipeline.tracking import resolve_model
 from serve.api import GENERATOR, api_with
 from serve.front import Address
@@ -49,13 +51,14 @@ def assemble(
         listen: where the ingress replica listens itself, besides being behind Serve's proxies.
     """
     service = service or ServiceConfig()
+    gpus = gpus_of_replica(config)
     logging_config = {
         "encoding": "JSON" if service.log_format == "json" else "TEXT",
         "enable_access_log": False,
     }
     generator = serve.deployment(
         name=GENERATOR,
-        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
+        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": gpus},
         autoscaling_config={
             "min_replicas": config.min_replicas,
             "max_replicas": config.max_replicas,
@@ -103,9 +106,20 @@ def build_app(
     Raises:
         BundleError: there is no such model.
     """
-    find = partial(_find, model, Path(home).absolute(), "cuda" if config.num_gpus else "cpu")
+    device = "cuda" if gpus_of_replica(config) else "cpu"
+    find = partial(_find, model, Path(home).absolute(), device)
     moves = model.startswith("models:/") and "@" in model
     return assemble(find(), config, service, find=find if moves else None, listen=listen)
+
+
+def gpus_of_replica(config: ServeConfig) -> float:
+    """Of a replica: what the config says, or one where Ray, or this machine before Ray is started,
+    has any."""
+    if config.num_gpus is not None:
+        return config.num_gpus
+    if ray.is_initialized():
+        return float(ray.cluster_resources().get("GPU", 0) > 0)  # type: ignore[no-untyped-call]
+    return float(choose_device().type == "cuda")
 
 
 def _find(model: str, home: Path, device: str) -> Found:

@@ -150,7 +150,8 @@ def launch(
 def check_room(config: ServeConfig, resources: Mapping[str, float]) -> None:
     """Raise ResourceError if the replicas to begin with can never be placed: Serve would wait."""
     replicas = max(1, config.min_replicas)
-    for name, each, kind in (("cpus", config.num_cpus, "CPU"), ("gpus", config.num_gpus, "GPU")):
+    wanted = (("cpus", config.num_cpus, "CPU"), ("gpus", config.num_gpus or 0.0, "GPU"))
+    for name, each, kind in wanted:
         have = resources.get(kind, 0)
         if replicas * each > have:
             raise ResourceError(

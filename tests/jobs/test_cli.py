@@ -23,7 +23,7 @@ from jobs import cli
 from jobs.cli import app
 from jobs.console import ConsoleReporter
 from pipeline.config import recipe_names
-from pipeline.errors import MissingExtraError, TesseraError
+from pipeline.errors import MissingExtraError, RecipeError, TesseraError
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -84,6 +84,16 @@ def test_a_mistake_is_one_message(arguments: list[str], said: str, tmp_path: Pat
     assert result.returncode == 1
     assert said in result.stderr and "Traceback" not in result.stderr
     assert "error:" in result.stderr
+
+
+def test_a_service_without_a_recipe_reads_the_environment(tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        app,
+        ["serve", "asset:base", "--home", str(tmp_path)],
+        env={"TESSERA__SERVE__NUM_GPU": "1"},
+    )
+    assert isinstance(result.exception, RecipeError)
+    assert "did you mean 'num_gpus'" in str(result.exception)
 
 
 @pytest.mark.parametrize(

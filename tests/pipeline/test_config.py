@@ -10,8 +10,10 @@ from pipeline.config import (
     AugmentConfig,
     PreprocessConfig,
     Recipe,
+    ServeConfig,
     TrainConfig,
     load_recipe,
+    load_serve_section,
     recipe_names,
 )
 from pipeline.errors import RecipeError
@@ -32,6 +34,16 @@ def test_command_line_wins_over_environment_wins_over_file() -> None:
     assert recipe.generator.train.max_steps == 9
     assert recipe.generator.train.learning_rate == 1e-4
     assert recipe.generator.train.batch_size == 32
+
+
+def test_without_a_recipe_the_service_is_what_the_environment_says() -> None:
+    environment = {"TESSERA__SERVE__MAX_BATCH_SIZE": "32", "TESSERA__GENERATOR__DEPTH": "9"}
+    assert load_serve_section(environment) == ServeConfig(max_batch_size=32)
+    assert load_serve_section({}) == ServeConfig()
+    with pytest.raises(RecipeError, match=r"'serve\.num_gpu'; did you mean 'num_gpus'"):
+        load_serve_section({"TESSERA__SERVE__NUM_GPU": "1"})
+    with pytest.raises(RecipeError, match=r"serve\.min_replicas='two'"):
+        load_serve_section({"TESSERA__SERVE__MIN_REPLICAS": "two"})
 
 
 @pytest.mark.parametrize(

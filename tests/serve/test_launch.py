@@ -9,6 +9,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+import ray
+import torch
 import yaml
 from harness import CONFIG, HashGenerator, Running, no_weights
 from pydantic import ValidationError
@@ -18,7 +20,7 @@ from served import free_port
 
 from pipeline.config import ServeConfig
 from pipeline.errors import BundleError, RecipeError, ResourceError
-from serve.app import assemble
+from serve.app import assemble, gpus_of_replica
 from serve.front import Address
 from serve.launch import check_room, deploy, launch, serve_forever
 from serve.replica import Found
@@ -49,6 +51,16 @@ def test_replicas_that_fit_nowhere_are_refused() -> None:
         check_room(ServeConfig(min_replicas=3, max_replicas=3, num_cpus=4), {"CPU": 8.0})
     with pytest.raises(ValidationError, match=r"max_replicas=2 is less than serve.min_replicas=5"):
         ServeConfig(min_replicas=5)
+
+
+def test_a_replica_takes_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpus_of_replica(ServeConfig()) == float(torch.cuda.is_available())
+    assert gpus_of_replica(ServeConfig(num_gpus=0.5)) == 0.5
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    for have, taken in (({"CPU": 8.0, "GPU": 2.0}, 1.0), ({"CPU": 8.0}, 0.0)):
+        monkeypatch.setattr(ray, "cluster_resources", lambda have=have: have)
+        assert gpus_of_replica(ServeConfig()) == taken
+        assert gpus_of_replica(ServeConfig(num_gpus=0)) == 0
 
 
 def test_a_missing_model_is_named_before_ray_starts(tmp_path: Path) -> None:
