@@ -123,3 +123,8 @@ def _unflatten(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor]) -> 
         state.setdefault(int(index), {})[name] = tensor
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                # as the parameter lies in memory, channels last or not: fused kernels read both so
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -187,16 +187,22 @@ def test_too_few_validation_rows_are_refused() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "rmsprop", "muon"])
-def test_a_checkpoint_restores_everything(optimizer: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_checkpoint_restores_everything(
+    optimizer: str, layout: torch.memory_format, tmp_path: Path
+) -> None:
     config = TrainConfig(optimizer=optimizer)
 
     def made() -> tuple[nn.Module, list[torch.optim.Optimizer], EMA]:
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 2))
+        model = nn.Sequential(
+            nn.Linear(64, 64), nn.LayerNorm(64), nn.Unflatten(1, (4, 4, 4)), nn.Conv2d(4, 8, 3),
+            nn.Flatten(), nn.Linear(32, 2),
+        ).to(memory_format=layout)  # fmt: skip
         return model, build_optimizers(model, config), EMA(model, 0.9)
 
     def step(model: nn.Module, optimizers: list[torch.optim.Optimizer], ema: EMA) -> None:
-        model(torch.ones(3, 64)).square().sum().backward()
+        model(torch.linspace(0, 1, 192).view(3, 64)).square().sum().backward()
         for each in optimizers:
             each.step()
             each.zero_grad()
