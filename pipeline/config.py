@@ -412,6 +412,9 @@ def load_serve_section(environment: Mapping[str, str] | None = None) -> ServeCon
     """
     values: dict[str, Any] = {}
     _override_from(environment, values)
+    if unknown := sorted(values.keys() - Recipe.model_fields.keys()):
+        known = ", ".join(Recipe.model_fields)
+        raise RecipeError(f"unknown key {unknown[0]!r} in the environment; known here: {known}")
     try:
         return ServeConfig.model_validate(values.get("serve", {}))
     except ValidationError as error:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from ray.serve import Application
 
 from pipeline.bundle import load_generator
 from pipeline.config import Config, ServeConfig
-from pipeline.runtime import choose_device
 from pipeline.tracking import resolve_model
 from serve.api import GENERATOR, api_with
 from serve.front import Address
@@ -51,7 +51,7 @@ def assemble(
         listen: where the ingress replica listens itself, besides being behind Serve's proxies.
     """
     service = service or ServiceConfig()
-    gpus = gpus_of_replica(config)
+    gpus = gpus_of_replica(config, cluster_resources())
     logging_config = {
         "encoding": "JSON" if service.log_format == "json" else "TEXT",
         "enable_access_log": False,
@@ -106,20 +106,25 @@ def build_app(
     Raises:
         BundleError: there is no such model.
     """
-    device = "cuda" if gpus_of_replica(config) else "cpu"
+    device = "cuda" if gpus_of_replica(config, cluster_resources()) else "cpu"
     find = partial(_find, model, Path(home).absolute(), device)
     moves = model.startswith("models:/") and "@" in model
     return assemble(find(), config, service, find=find if moves else None, listen=listen)
 
 
-def gpus_of_replica(config: ServeConfig) -> float:
-    """Of a replica: what the config says, or one where Ray, or this machine before Ray is started,
-    has any."""
-    if config.num_gpus is not None:
-        return config.num_gpus
-    if ray.is_initialized():
-        return float(ray.cluster_resources().get("GPU", 0) > 0)  # type: ignore[no-untyped-call]
-    return float(choose_device().type == "cuda")
+def gpus_of_replica(config: ServeConfig, resources: Mapping[str, float]) -> float:
+    """What the config says, or one where the cluster has any."""
+    if config.num_gpus is None:
+        return float(resources.get("GPU", 0) > 0)
+    return config.num_gpus
+
+
+def cluster_resources() -> Mapping[str, float]:
+    """By name; none before Ray is started."""
+    if not ray.is_initialized():
+        return {}
+    found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return found
 
 
 def _find(model: str, home: Path, device: str) -> Found:

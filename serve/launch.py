@@ -20,6 +20,7 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import ray
 from ray import serve
@@ -29,7 +30,8 @@ from ray.serve import Application
 from pipeline.config import ServeConfig
 from pipeline.errors import ResourceError
 from pipeline.runtime import start_ray
-from serve.app import build_app
+from pipeline.tracking import resolve_model
+from serve.app import build_app, cluster_resources, gpus_of_replica
 from serve.errors import last_error
 from serve.front import Address, on_one_machine
 from serve.settings import ServiceConfig, check_exposure
@@ -99,6 +101,7 @@ def serve_forever(
     service = service or ServiceConfig()
     check_exposure(host, service)
     check_port(host, port)
+    resolve_model(model, home=Path(home))  # before Ray is started
     return launch(
         partial(build_app, model, config, service, home=home),
         host=host,
@@ -123,7 +126,6 @@ def launch(
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its progress lines only puzzle
     address = Address(host, port)
     own_door = on_one_machine()
-    app = make(listen=address if own_door else None)
     server = Server(url=address.url, started_ray=start_ray())
     if _serve_runs():
         raise ResourceError(
@@ -132,7 +134,8 @@ def launch(
         )
     try:
         if config is not None:
-            check_room(config, ray.cluster_resources())  # type: ignore[no-untyped-call]
+            check_room(config, cluster_resources())
+        app = make(listen=address if own_door else None)
         _start(address, proxies=not own_door)
         deploy(app)
         _wait_until_ready(server.url, ready_timeout_s)
@@ -150,8 +153,8 @@ def launch(
 def check_room(config: ServeConfig, resources: Mapping[str, float]) -> None:
     """Raise ResourceError if the replicas to begin with can never be placed: Serve would wait."""
     replicas = max(1, config.min_replicas)
-    wanted = (("cpus", config.num_cpus, "CPU"), ("gpus", config.num_gpus or 0.0, "GPU"))
-    for name, each, kind in wanted:
+    gpus = gpus_of_replica(config, resources)
+    for name, each, kind in (("cpus", config.num_cpus, "CPU"), ("gpus", gpus, "GPU")):
         have = resources.get(kind, 0)
         if replicas * each > have:
             raise ResourceError(

@@ -42,6 +42,8 @@ def test_without_a_recipe_the_service_is_what_the_environment_says() -> None:
     assert load_serve_section({}) == ServeConfig()
     with pytest.raises(RecipeError, match=r"'serve\.num_gpu'; did you mean 'num_gpus'"):
         load_serve_section({"TESSERA__SERVE__NUM_GPU": "1"})
+    with pytest.raises(RecipeError, match=r"unknown key 'serv' .*serve, tracking"):
+        load_serve_section({"TESSERA__SERV__NUM_GPUS": "1"})
     with pytest.raises(RecipeError, match=r"serve\.min_replicas='two'"):
         load_serve_section({"TESSERA__SERVE__MIN_REPLICAS": "two"})
 

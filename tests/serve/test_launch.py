@@ -9,8 +9,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-import ray
-import torch
 import yaml
 from harness import CONFIG, HashGenerator, Running, no_weights
 from pydantic import ValidationError
@@ -53,14 +51,14 @@ def test_replicas_that_fit_nowhere_are_refused() -> None:
         ServeConfig(min_replicas=5)
 
 
-def test_a_replica_takes_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert gpus_of_replica(ServeConfig()) == float(torch.cuda.is_available())
-    assert gpus_of_replica(ServeConfig(num_gpus=0.5)) == 0.5
-    monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    for have, taken in (({"CPU": 8.0, "GPU": 2.0}, 1.0), ({"CPU": 8.0}, 0.0)):
-        monkeypatch.setattr(ray, "cluster_resources", lambda have=have: have)
-        assert gpus_of_replica(ServeConfig()) == taken
-        assert gpus_of_replica(ServeConfig(num_gpus=0)) == 0
+def test_a_replica_takes_a_gpu_where_there_is_one() -> None:
+    with_gpus, without = {"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0}
+    assert gpus_of_replica(ServeConfig(), with_gpus) == 1
+    assert gpus_of_replica(ServeConfig(), without) == 0
+    assert gpus_of_replica(ServeConfig(num_gpus=0.5), without) == 0.5
+    assert gpus_of_replica(ServeConfig(num_gpus=0), with_gpus) == 0
+    with pytest.raises(ResourceError, match=r"2 replicas with serve.num_gpus=1 need 2 .* has 1"):
+        check_room(ServeConfig(min_replicas=2, max_replicas=2), with_gpus)
 
 
 def test_a_missing_model_is_named_before_ray_starts(tmp_path: Path) -> None:
