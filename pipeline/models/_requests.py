@@ -31,7 +31,6 @@ def check_requests(
     styles: Sequence[str],
     *,
     guidance_scale: float,
-    negative_prompts: bool = False,
     canvas_size: int | None = None,
     fixed_steps: int | None = None,
 ) -> Settings:
@@ -39,7 +38,6 @@ def check_requests(
 
     Args:
         guidance_scale: the family's default, for a config that has none.
-        negative_prompts: whether the family can be led away from one.
         canvas_size: pixels a side of the canvas it can go on from; None if it cannot.
         fixed_steps: the family's only number of decoding steps; None if a request may choose.
 
@@ -61,7 +59,7 @@ def check_requests(
         settings.guidance_scales.append(guidance)
         settings.temperatures.append(temperature)
         settings.num_steps.append(num_steps)
-        settings.negative_prompts.append(_negative(request.negative_prompt, negative_prompts))
+        settings.negative_prompts.append((request.negative_prompt or "").strip() or None)
         settings.canvases.append(_canvas(request.canvas, canvas_size))
     return settings
 
@@ -89,15 +87,6 @@ def _prompt(request: GenerationRequest) -> str:
     if not request.prompt.strip() and request.canvas is None:
         raise RequestError("the prompt is empty; say what to draw", param="prompt")
     return request.prompt.strip()
-
-
-def _negative(prompt: str | None, able: bool) -> str | None:
-    if prompt is not None and not able:
-        raise RequestError(
-            "this model has no guidance to lead away from a negative_prompt; leave it out",
-            param="negative_prompt",
-        )
-    return prompt.strip() or None if prompt else None
 
 
 def _canvas(canvas: Canvas | None, size: int | None) -> Canvas | None:

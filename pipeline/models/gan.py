@@ -391,7 +391,8 @@ class Generator:
         """See contracts.ImageGenerator.generate.
 
         temperature truncates: the noise is scaled by it. guidance_scale moves the condition away
-        from that of no caption; 1, which is off, is what the network was trained for.
+        from that of no caption or of negative_prompt; 1, which is off, is what the network was
+        trained for.
 
         Raises:
             RequestError: also for num_steps other than 1: there is one pass.
@@ -411,8 +412,11 @@ class Generator:
             for values in (settings.temperatures, settings.guidance_scales)
         )
         states, mask = self.read_captions(settings.prompts)
+        away = [text or "" for text in settings.negative_prompts]
+        away_states, away_mask = self.read_captions(away)
+        away_mask = away_mask & torch.tensor([bool(text) for text in away])[:, None]
         style = torch.tensor([self.model.no_style if s is None else s for s in settings.styles])
-        columns = noise * temperature, states, mask, style, scale
+        columns = noise * temperature, states, mask, away_states, away_mask, style, scale
         # a picture's last bits depend on what else is in a batch, which CPUs promise to hide
         size = 1 if device.type == "cpu" else len(requests)
         with autocast(device):
@@ -423,10 +427,17 @@ class Generator:
         return to_uint8(torch.cat(images)).cpu()
 
     def _draw(
-        self, noise: Tensor, states: Tensor, mask: Tensor, style: Tensor, scale: Tensor
+        self,
+        noise: Tensor,
+        states: Tensor,
+        mask: Tensor,
+        away_states: Tensor,
+        away_mask: Tensor,
+        style: Tensor,
+        scale: Tensor,
     ) -> Tensor:
         with_caption = self.model.caption(states, mask, style)
-        without = self.model.caption(states, torch.zeros_like(mask), style)
+        without = self.model.caption(away_states, away_mask, style)
         drawn: Tensor = self.model(noise, without + scale * (with_caption - without))
         return drawn
 

@@ -363,7 +363,6 @@ class Generator:
             self.config,
             self.styles,
             guidance_scale=GUIDANCE_SCALE,
-            negative_prompts=True,
             canvas_size=self.image_size,
         )
         noise, device = [sampling.noise_of(seed) for seed in settings.seeds], self.parts.device

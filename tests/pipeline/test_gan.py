@@ -150,7 +150,8 @@ def test_pictures_drawn_together_are_those_drawn_alone() -> None:
     generator = gan.Generator(model, CONFIG, SPEC, parts)
     columns = (
         torch.randn(4, model.noise_width), batch["caption_states"][:4], batch["caption_mask"][:4],
-        batch["style"][:4], torch.tensor([[1.0], [1.0], [2.0], [3.0]]),
+        batch["caption_states"][4:8].flip(0), batch["caption_mask"][4:8], batch["style"][:4],
+        torch.tensor([[1.0], [1.0], [2.0], [3.0]]),
     )  # fmt: skip
     with torch.inference_mode():
         together = generator._draw(*columns)

@@ -191,6 +191,12 @@ class TestBundle:
         asked = generator.generate([REQUEST, replace(REQUEST, **change)])
         assert not torch.equal(asked[0], asked[1])
 
+    def test_a_negative_prompt_matters_when_guided(self, generator: ImageGenerator) -> None:
+        for scale, matters in ((4.0, True), (1.0, False)):
+            asked = replace(REQUEST, guidance_scale=scale)
+            plain, led = generator.generate([asked, replace(asked, negative_prompt="a blue dog")])
+            assert torch.equal(plain, led) != matters
+
     def test_steps_are_reported(self, generator: ImageGenerator) -> None:
         seen: list[tuple[int, int]] = []
         generator.generate([REQUEST], on_step=lambda done, total: seen.append((done, total)))

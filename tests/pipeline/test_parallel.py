@@ -74,15 +74,6 @@ def test_a_variation_keeps_a_share_of_the_tokens_and_needs_no_prompt(generator: 
     assert not torch.equal(pictures[0], pictures[1])
 
 
-def test_a_negative_prompt_matters_when_guided(generator: Any) -> None:
-    away = replace(REQUEST, negative_prompt="a blue dog")
-    plain, led = generator.generate([REQUEST, away])
-    assert not torch.equal(plain, led)
-    unguided = [replace(request, guidance_scale=1.0) for request in (REQUEST, away)]
-    plain, led = generator.generate(unguided)
-    assert torch.equal(plain, led)
-
-
 def test_a_rising_guidance_is_another_picture_unless_nothing_guides(generator: Any) -> None:
     requests = [REQUEST, replace(REQUEST, guidance_scale=1.0)]
     plain, config = generator.generate(requests), generator.config
