@@ -96,9 +96,9 @@ def find_language_model(model: str, *, cache: Path) -> str:
                 f"{path} holds no config.json; name a directory written by save_pretrained"
             )
         return str(path)
-    if path.is_absolute() or model.startswith((".", "~")):
+    if path.is_absolute() or model.startswith((".", "~")) or path.suffix == ".gguf":
         raise PretrainedNotFoundError(
-            f"no pretrained model at {path}; name a directory or a hub id"
+            f"no pretrained model at {path}; name a directory, a .gguf file or a hub id"
         )
     packaged = PACKAGED_ENCODERS.get(model)
     return model if packaged is None else _converted(model, packaged, cache) or model

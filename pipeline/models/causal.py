@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     ByT5Tokenizer,
@@ -35,12 +36,12 @@ from transformers import (
 
 from pipeline.config import GeneratorConfig
 from pipeline.contracts import GenerationRequest, OnStep, TokenCount
-from pipeline.errors import RecipeError
+from pipeline.errors import PretrainedNotFoundError, RecipeError
 from pipeline.models import _sampling as sampling
 from pipeline.models._canvas import lay_out
 from pipeline.models._decoding import DecoderMaker, positions_of
 from pipeline.models._drawing import pictures_of
-from pipeline.models._requests import check_requests
+from pipeline.models._requests import Settings, check_requests
 from pipeline.models._sequential import Prompts, SequentialDrawing
 from pipeline.models._spec import ModelParts, ModelSpec
 from pipeline.models._tokens import ImageVocabulary
@@ -50,7 +51,9 @@ from pipeline.tasks import gives_source
 READS = "image_tokens"
 CAPTIONS = "ids"
 GUIDANCE_SCALE = 3.0
-UNREAD = frozenset({"gan", "caption_depth", "rectangle_fraction"})  # of the section `generator`
+UNREAD = frozenset(  # of the section `generator`
+    {"gan", "caption_depth", "rectangle_fraction", "num_steps"}
+)
 NO_TARGET = -100
 
 Source = tuple[Tensor, Tensor]
@@ -61,10 +64,24 @@ def language_model_config(config: GeneratorConfig, source: str | None) -> dict[s
     """The Hugging Face config to build by: a pretrained model's, or of a small Llama on bytes.
 
     Raises:
-        RecipeError: the pretrained model's context is too short for a caption and a picture.
+        PretrainedNotFoundError: there is no such model, here or on the hub.
+        RecipeError: it is of BERT type, whose states know the tokens that they shall predict.
     """
     if source is not None:
-        found: dict[str, Any] = AutoConfig.from_pretrained(source).to_dict()
+        try:
+            pretrained = AutoConfig.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise PretrainedNotFoundError(
+                f"generator.causal.language_model={source}: {str(error).splitlines()[0]} "
+                "Name a directory, a .gguf file or a hub id that can be reached"
+            ) from error
+        if type(pretrained) in MODEL_FOR_MASKED_LM_MAPPING:
+            raise RecipeError(
+                f"generator.causal.language_model={source} is of BERT type "
+                f"({pretrained.model_type}), which reads both ways: take one of GPT type, or the "
+                "family masked with it as caption_encoder.model"
+            )
+        found: dict[str, Any] = pretrained.to_dict()
         return found
     made: dict[str, Any] = LlamaConfig(
         vocab_size=len(ByT5Tokenizer()),
@@ -287,7 +304,8 @@ class Generator:
 
     def count_tokens(self, request: GenerationRequest) -> TokenCount:
         """See contracts.SteppedGenerator.count_tokens."""
-        text = int(self.read_ids([request.prompt])[1].sum())
+        captions = [text for text in (request.prompt, request.negative_prompt) if text]
+        text = int(self.read_ids(captions)[1].sum())
         canvas = self.spec.num_tokens if request.canvas else 0
         return TokenCount(text=text, canvas=canvas, drawn=self.spec.num_tokens)
 
@@ -307,10 +325,9 @@ class Generator:
             canvas_size=self.image_size if sources else None, guidance_scale=GUIDANCE_SCALE,
         )  # fmt: skip
         noise = [sampling.noise_of(seed) for seed in settings.seeds]
-        ids, mask = self.read_ids(settings.prompts)
+        ids, mask = (part.to(device) for part in self._read(settings))
         style = torch.tensor([self.model.no_style if s is None else s for s in settings.styles])
-        ids, style = ids.to(device).repeat(2, 1), style.to(device).repeat(2)
-        mask = torch.cat([mask, torch.zeros_like(mask)]).to(device)
+        style = style.to(device).repeat(2)
         with autocast(device):
             start = lay_out(
                 settings.canvases, self.parts.tokenizer, self.spec.num_tokens, noise, device
@@ -318,6 +335,14 @@ class Generator:
             source = (start.tokens.repeat(2, 1), ~start.hidden.repeat(2, 1)) if sources else None
             inputs, keys = self.model.prompt(ids, mask, style, source)
         return Prompts(pictures_of(start, settings, noise), inputs, keys)
+
+    def _read(self, settings: Settings) -> tuple[Tensor, Tensor]:
+        """Captions, then what guidance leads away from: ids int64 (2 B, L) and mask bool (2 B, L),
+        all False where that is a picture of anything."""
+        away = settings.negative_prompts
+        ids, mask = self.read_ids([*settings.prompts, *(text or "" for text in away)])
+        led = torch.tensor([True] * len(away) + [text is not None for text in away])
+        return ids, mask & led[:, None]
 
 
 @torch.no_grad()

@@ -10,11 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+)  # fmt: skip
 
 from pipeline.config import CausalConfig, GeneratorConfig, TrainConfig
 from pipeline.contracts import GenerationRequest
-from pipeline.errors import RecipeError
+from pipeline.errors import PretrainedNotFoundError, RecipeError
 from pipeline.finetune import apply_policy, build_optimizers
 from pipeline.models import _sampling as sampling
 from pipeline.models import causal
@@ -156,6 +162,18 @@ def test_truncated_logits() -> None:
 
 def replace_causal(**changes: float) -> GeneratorConfig:
     return CONFIG.model_copy(update={"causal": CONFIG.causal.model_copy(update=changes)})
+
+
+def test_a_model_that_reads_both_ways_is_refused(tmp_path: Path) -> None:
+    BertConfig(hidden_size=16, num_attention_heads=2).save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match=r"is of BERT type \(bert\).*GPT type"):
+        causal.language_model_config(CONFIG, str(tmp_path))
+
+
+def test_a_language_model_that_is_nowhere_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(PretrainedNotFoundError, match=r"causal\.language_model=nobody/nothing: "):
+        causal.language_model_config(CONFIG, "nobody/nothing")
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -101,8 +101,9 @@ def test_a_directory_comes_first_and_must_hold_a_model(tmp_path: Path) -> None:
         find_language_model(str(tmp_path), cache=tmp_path)
     (tmp_path / "config.json").write_text("{}")
     assert find_language_model(str(tmp_path), cache=tmp_path) == str(tmp_path)
-    with pytest.raises(PretrainedNotFoundError, match="no pretrained model at"):
-        find_language_model(str(tmp_path / "missing"), cache=tmp_path)
+    for missing in (str(tmp_path / "missing"), "some/model.gguf"):
+        with pytest.raises(PretrainedNotFoundError, match="no pretrained model at"):
+            find_language_model(missing, cache=tmp_path)
 
 
 def test_a_file_of_another_layout_is_refused(tmp_path: Path) -> None:
