@@ -42,6 +42,8 @@ SHAPE_FIELDS = (
     "family", "width", "depth", "heads", "caption_depth", "num_styles",
     "causal.language_model", "gan.channels", "gan.patch", "gan.noise_width",
 )  # fmt: skip
+PRETRAINED_SHAPE = frozenset({"width", "depth", "heads"})
+"""Settings that a pretrained language model has its own of."""
 SAMPLE_PROMPTS = (
     "red apple", "dog face", "house", "fire engine", "rainbow", "pizza", "sailboat", "robot",
     "红苹果", "狗脸", "房子", "消防车", "彩虹", "披萨", "帆船", "机器人",

@@ -21,6 +21,7 @@ from pipeline.finetune import apply_policy
 from pipeline.pretrained import find_vgg
 from pipeline.shards import Manifest, check_one_file_system, open_shards
 from pipeline.text import HFCaptionEncoder, check_encoder
+from pipeline.train_config import ONLY_WITH
 
 logger = logging.getLogger(__name__)
 
@@ -181,8 +182,16 @@ def _idle(recipe: Recipe) -> Iterator[str]:
         yield f"encode: nothing in this section acts, {', '.join(families)} reads no image tokens"
     if not recipe.candidates:  # which share a section that each reads its part of
         generator = recipe.generator
-        if idle := generator.model_fields_set & families[generator.family].UNREAD:
+        family, language_model = families[generator.family], generator.causal.language_model
+        if idle := generator.model_fields_set & family.UNREAD:
             yield f"generator: {_listed(idle)} without effect on the family {generator.family}"
+        own = generator.model_fields_set & generation.PRETRAINED_SHAPE
+        if own and family.CAPTIONS == "ids" and language_model is not None:
+            yield f"generator: {_listed(own)} without effect, the shape is {language_model}'s"
+        for name, (setting, *values) in ONLY_WITH.items():
+            chosen = getattr(generator.train, setting)
+            if name in generator.train.model_fields_set and chosen not in values:
+                yield f"generator.train: {name} is without effect with {setting}={chosen}"
 
 
 def _listed(names: set[str]) -> str:

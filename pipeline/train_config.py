@@ -74,3 +74,14 @@ class TrainConfig(Config):
         "on CPUs it speeds up pretrained language models, and small networks not at all",
     )
     augment: AugmentConfig = AugmentConfig()
+
+
+ONLY_WITH = {
+    "lora_rank": ("policy", "lora"),
+    "lora_alpha": ("policy", "lora"),
+    "muon_learning_rate": ("optimizer", "muon"),
+    "momentum": ("optimizer", "sgd", "rmsprop", "muon"),
+    "betas": ("optimizer", "adamw", "muon"),
+    "final_learning_rate": ("schedule", "cosine"),
+}
+"""Settings of TrainConfig that act with some values of another one alone."""

@@ -33,6 +33,7 @@ from pipeline.progress import OnProgress, Progress
 from pipeline.steps import StepContext
 from pipeline.text import load_caption_encoder
 from pipeline.tracking import RunHandle, RunLogger, Tracker
+from pipeline.train_config import ONLY_WITH
 from pipeline.workflow import Chain
 
 METRIC = "validation_loss"
@@ -88,11 +89,11 @@ def _check_effects(recipe: Recipe) -> None:
         inside = key.removeprefix("generator.")
         if inside.partition(".")[0] in unread:
             raise RecipeError(f"tune.space: {key!r} is not read by the family {config.family}")
-        if config.causal.language_model and inside in ("width", "depth", "heads"):
+        if config.causal.language_model and inside in generation.PRETRAINED_SHAPE:
             raise RecipeError(
                 f"tune.space: {key!r} is that of {config.causal.language_model}, whatever it says"
             )
-        setting, *values = _ONLY_WITH.get(inside, ("",))
+        setting, *values = ONLY_WITH.get(inside.removeprefix("train."), ("",))
         if setting and f"generator.train.{setting}" not in space:
             chosen = getattr(config.train, setting)
             if chosen not in values:
@@ -100,16 +101,6 @@ def _check_effects(recipe: Recipe) -> None:
                     f"tune.space: {key!r} acts with generator.train.{setting}="
                     f"{' or '.join(values)} alone, and it is {chosen}"
                 )
-
-
-_ONLY_WITH = {
-    "train.lora_rank": ("policy", "lora"),
-    "train.lora_alpha": ("policy", "lora"),
-    "train.muon_learning_rate": ("optimizer", "muon"),
-    "train.momentum": ("optimizer", "sgd", "rmsprop", "muon"),
-    "train.betas": ("optimizer", "adamw", "muon"),
-    "train.final_learning_rate": ("schedule", "cosine"),
-}
 
 
 def check_room(config: TuneConfig, trials: Sequence[Trial]) -> None:

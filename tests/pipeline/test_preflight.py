@@ -105,6 +105,10 @@ def test_idle_sections_are_named(home: Path, caplog: pytest.LogCaptureFixture) -
         chain("emoji-gan", "encode.num_views=2", "generator.depth=3", home=home)
     assert "encode: nothing in this section acts, gan reads no image tokens" in caplog.text
     assert "generator: depth is without effect on the family gan" in caplog.text
+    with caplog.at_level(logging.WARNING):
+        chain("emoji-causal", "generator.num_steps=4", "generator.train.lora_rank=2", home=home)
+    assert "generator: num_steps is without effect on the family causal" in caplog.text
+    assert "generator.train: lora_rank is without effect with policy=full" in caplog.text
 
 
 def test_the_decoder_of_the_bases_tokenizer_is_trained(
