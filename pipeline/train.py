@@ -184,6 +184,11 @@ def _first_cause(error: Exception) -> TesseraError:
             if isinstance(cause, TesseraError):
                 return cause
     text = "; ".join(str(f).strip().splitlines()[-1] for f in failures.values()) or str(error)
+    if "out of memory" in text.lower():
+        return TrainingError(
+            f"a worker ran out of memory: {text}. Lower train.batch_size, or raise "
+            "train.accumulate: a batch is computed in so many pieces"
+        )
     return TrainingError(
         f"training failed for good: {text}. The last checkpoint is kept; run the same command "
         "again to go on from it"
@@ -360,8 +365,10 @@ class _Worker:
         """One optimiser step of every phase: its metrics, and gradient norm and loss by phase."""
         config = self.config
         torch.manual_seed(hash((config.seed, step, self.rank)) % 2**63)
-        batch = self._to_device(self._batch(step))
-        seeds, flippable = batch.pop("seeds"), batch.pop("flippable", None)
+        fed = self._batch(step)
+        seeds = fed.pop("seeds")  # read on the CPU: from a GPU they would have to be waited for
+        batch = self._to_device(fed)
+        flippable = batch.pop("flippable", None)
         if "image_tokens" in batch:
             self.tokens_a_picture = batch["image_tokens"].shape[1]
         if "images" in batch:

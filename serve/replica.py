@@ -91,10 +91,17 @@ class Generator:
         )
         self._uploads = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._refused, self._again_at = "", 0.0
+        self._lost: torch.AcceleratorError | None = None
         self._watch = asyncio.get_running_loop().create_task(self._keep_watch()) if find else None
 
     async def card(self) -> Card:
         return self._card
+
+    async def check_health(self) -> None:
+        """Serve asks now and then, and replaces the replica if this raises: a process that a GPU
+        has failed once can use it no more."""
+        if self._lost is not None:
+            raise self._lost
 
     async def draw(self, job: Job) -> Picture | Refusal:
         """Draw one picture, together with whatever else waits."""
@@ -149,6 +156,9 @@ class Generator:
             return Refusal(str(error), error.param)
         except Late:
             return LATE
+        except torch.AcceleratorError as error:
+            self._lost = error
+            raise
         card, began = self._cards[drawn.model], time.monotonic()
         said = describe(request, model=card.name, version=card.version)
         composite = request.canvas is not None

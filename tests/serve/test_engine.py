@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import CONFIG, SLOW_S, STEPS, HashGenerator
+from harness import CONFIG, SLOW_S, STEPS, HashDrawing, HashGenerator
 
 from pipeline.contracts import GenerationRequest
 from pipeline.errors import BundleError
@@ -279,6 +279,33 @@ def test_a_stream_shows_then_finishes_and_leaving_it_frees_the_place(tmp_path: P
         began = time.monotonic()
         await replica.draw(Job(GenerationRequest("cat"), deadline=time.time() + LONG))
         assert time.monotonic() - began < 2.0
+
+    asyncio.run(main())
+
+
+class LostDevice(HashGenerator):
+    """Fails as a GPU does, once and for all."""
+
+    def start(self, requests: Sequence[GenerationRequest]) -> HashDrawing:
+        if any("explode" in request.prompt for request in requests):
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        return super().start(requests)
+
+
+def test_a_replica_whose_gpu_has_failed_is_not_healthy(tmp_path: Path) -> None:
+    async def main() -> None:
+        found = Found("tiny", "1", lambda: LostDevice(tmp_path / "log"))
+        replica = Generator(found, None, CONFIG, ServiceConfig())
+
+        async def draw(prompt: str) -> Any:
+            return await replica.draw(Job(GenerationRequest(prompt), deadline=time.time() + LONG))
+
+        assert isinstance(await draw("refuse"), Refusal)
+        await replica.check_health()
+        with pytest.raises(torch.AcceleratorError):
+            await draw("explode")
+        with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+            await replica.check_health()
 
     asyncio.run(main())
 
