@@ -17,7 +17,8 @@ Both networks work on patches of gan.patch pixels a side; full resolution is rui
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import kornia.augmentation as K
 import torch
@@ -239,13 +240,14 @@ class Objective(nn.Module):
         if phase == "discriminator":
             return self._judge(batch)
         fake, judge = self._draw(batch), self.discriminator
-        condition = self._condition(batch, judge)
-        looks = judge.look(self._changed(fake))
-        parts = {
-            "adversarial": -judge.match(looks, condition).float().mean(),
-            "contrastive_drawn": self._contrastive(looks, condition, batch),
-            "reconstruction": self._reconstruction(fake, batch),
-        }
+        with _still(judge):
+            condition = self._condition(batch, judge)
+            looks = judge.look(self._changed(fake))
+            parts = {
+                "adversarial": -judge.match(looks, condition).float().mean(),
+                "contrastive_drawn": self._contrastive(looks, condition, batch),
+                "reconstruction": self._reconstruction(fake, batch),
+            }
         return {"loss": torch.stack(list(parts.values())).sum(), **parts}
 
     def _judge(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -353,6 +355,16 @@ def _kid(x: Tensor, y: Tensor) -> Tensor:
     from pipeline.metrics import kid  # brings evaluation's networks, which serving does without
 
     return torch.tensor(kid(x.detach().cpu(), y.detach().cpu()), device=x.device)
+
+
+@contextmanager
+def _still(network: nn.Module) -> Iterator[None]:
+    """What is computed inside gives its weights no gradient, which would be thrown away."""
+    network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        network.requires_grad_(True)
 
 
 def _doublings(image_size: int, patch: int) -> int:

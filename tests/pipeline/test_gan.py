@@ -174,6 +174,12 @@ def test_each_phase_moves_its_own_network() -> None:
     assert made.moves("discriminator") is made.discriminator
     made.losses(batch, "discriminator")["loss"].backward()
     assert all(p.grad is None for p in made.model.parameters())
+    assert all(p.grad is not None for p in made.discriminator.parameters())
+    made.zero_grad(set_to_none=True)
+    made.losses(batch, "generator")["loss"].backward()
+    assert all(p.grad is not None for p in made.model.parameters())
+    assert all(p.grad is None for p in made.discriminator.parameters()), "thrown away at once"
+    assert all(p.requires_grad for p in made.discriminator.parameters())
 
 
 def test_a_size_that_does_not_double_is_refused() -> None:
