@@ -3,8 +3,9 @@
     python tests/benchmarks/finetuning.py --home HOME --steps 60 --seeds 0 1 --plot curves.png
 
 One causal language model on the shipped drawings, with the recipe emoji-smollm2 but for equal steps
-for all: pretrained with each policy, and the same architecture from random weights. The arms are candidates of one recipe: each a
-training by Ray Train, all judged on the same pictures. Interrupted, the same command goes on.
+for all: pretrained with each policy, and the same architecture from random weights. The arms are
+candidates of one recipe: each a training by Ray Train, all judged on the same pictures.
+Interrupted, the same command goes on.
 It wants ten steps and two candidates at least. Prints a JSON line an arm and seed, then one an arm
 with the mean and range over seeds; writes the training and validation losses by step as a plot.
 `memory_gb` is a worker's peak.
