@@ -429,7 +429,7 @@ class Generator:
         away_mask = away_mask & torch.tensor([bool(text) for text in away])[:, None]
         style = torch.tensor([self.model.no_style if s is None else s for s in settings.styles])
         columns = noise * temperature, states, mask, away_states, away_mask, style, scale
-        # a picture's last bits depend on what else is in a batch, which CPUs promise to hide
+        # on a CPU one by one: its last bits would depend on the pictures beside it
         size = 1 if device.type == "cpu" else len(requests)
         with autocast(device):
             batches = zip(*(column.to(device).split(size) for column in columns), strict=True)
