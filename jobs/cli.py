@@ -316,8 +316,9 @@ def recipes(as_json: AsJson = False, debug: Debug = False) -> None:
     if as_json:
         typer.echo(json.dumps(known))
         return
+    width = max(map(len, known))
     for name, description in known.items():
-        typer.echo(f"{name:<12} {description}")
+        typer.echo(f"{name:<{width}} {description}")
 
 
 @app.command()
