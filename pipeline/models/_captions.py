@@ -18,6 +18,7 @@ REMEMBERED = 2_048
 
 class CaptionReader:
     """Encodes one caption at a time, padded to the encoder's max_tokens, and remembers the latest.
+    An empty one stands for none: its mask is all False.
 
     Batched encoding pads to the longest neighbour, which moves the last bits of the states: enough
     for another picture. An encoder call a caption is little beside drawing one.
@@ -35,6 +36,7 @@ class CaptionReader:
 
 def _encode(encoder: CaptionEncoder, caption: str) -> tuple[Tensor, Tensor]:
     states, mask = encoder.encode([caption])
+    mask = mask & bool(caption)
     missing = encoder.max_tokens - states.shape[1]
     return F.pad(states[0], (0, 0, 0, missing)), F.pad(mask[0], (0, missing))
 
@@ -66,7 +68,8 @@ class KnownCaptions:
 
 
 class CaptionTokenizer:
-    """Captions as a language model's own token ids, padded on the left to one length.
+    """Captions as a language model's own token ids, padded on the left to one length. An empty one
+    stands for none: its mask is all False.
 
     Args:
         source: a directory or hub id with a tokenizer; None stands for UTF-8 bytes, which need no
@@ -84,7 +87,7 @@ class CaptionTokenizer:
         ids = torch.zeros(len(captions), self.max_tokens, dtype=torch.long)
         mask = torch.zeros(len(captions), self.max_tokens, dtype=torch.bool)
         for row, caption in enumerate(captions):
-            found = self._read(caption)[: self.max_tokens]
+            found = self._read(caption)[: self.max_tokens] if caption else []
             ids[row, self.max_tokens - len(found) :] = torch.tensor(found, dtype=torch.long)
             mask[row, self.max_tokens - len(found) :] = True
         return ids, mask

@@ -13,7 +13,8 @@ from pipeline.errors import RequestError
 
 @dataclass(frozen=True)
 class Settings:
-    """A batch of requests as columns, the model's defaults filled in; styles as ids or None."""
+    """A batch of requests as columns, the model's defaults filled in; styles as ids or None, an
+    empty text for no caption."""
 
     prompts: list[str]
     seeds: list[int]
@@ -21,7 +22,7 @@ class Settings:
     guidance_scales: list[float]
     temperatures: list[float]
     num_steps: list[int]
-    negative_prompts: list[str | None]
+    negative_prompts: list[str]
     canvases: list[Canvas | None]
 
 
@@ -59,7 +60,7 @@ def check_requests(
         settings.guidance_scales.append(guidance)
         settings.temperatures.append(temperature)
         settings.num_steps.append(num_steps)
-        settings.negative_prompts.append((request.negative_prompt or "").strip() or None)
+        settings.negative_prompts.append((request.negative_prompt or "").strip())
         settings.canvases.append(_canvas(request.canvas, canvas_size))
     return settings
 

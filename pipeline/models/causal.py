@@ -41,7 +41,7 @@ from pipeline.models import _sampling as sampling
 from pipeline.models._canvas import lay_out
 from pipeline.models._decoding import DecoderMaker, positions_of
 from pipeline.models._drawing import pictures_of
-from pipeline.models._requests import Settings, check_requests
+from pipeline.models._requests import check_requests
 from pipeline.models._sequential import Prompts, SequentialDrawing
 from pipeline.models._spec import ModelParts, ModelSpec
 from pipeline.models._tokens import ImageVocabulary
@@ -304,8 +304,7 @@ class Generator:
 
     def count_tokens(self, request: GenerationRequest) -> TokenCount:
         """See contracts.SteppedGenerator.count_tokens."""
-        captions = [text for text in (request.prompt, request.negative_prompt) if text]
-        text = int(self.read_ids(captions)[1].sum())
+        text = int(self.read_ids([request.prompt, request.negative_prompt or ""])[1].sum())
         canvas = self.spec.num_tokens if request.canvas else 0
         return TokenCount(text=text, canvas=canvas, drawn=self.spec.num_tokens)
 
@@ -325,7 +324,8 @@ class Generator:
             canvas_size=self.image_size if sources else None, guidance_scale=GUIDANCE_SCALE,
         )  # fmt: skip
         noise = [sampling.noise_of(seed) for seed in settings.seeds]
-        ids, mask = (part.to(device) for part in self._read(settings))
+        captions = self.read_ids([*settings.prompts, *settings.negative_prompts])
+        ids, mask = (part.to(device) for part in captions)
         style = torch.tensor([self.model.no_style if s is None else s for s in settings.styles])
         style = style.to(device).repeat(2)
         with autocast(device):
@@ -335,14 +335,6 @@ class Generator:
             source = (start.tokens.repeat(2, 1), ~start.hidden.repeat(2, 1)) if sources else None
             inputs, keys = self.model.prompt(ids, mask, style, source)
         return Prompts(pictures_of(start, settings, noise), inputs, keys)
-
-    def _read(self, settings: Settings) -> tuple[Tensor, Tensor]:
-        """Captions, then what guidance leads away from: ids int64 (2 B, L) and mask bool (2 B, L),
-        all False where that is a picture of anything."""
-        away = settings.negative_prompts
-        ids, mask = self.read_ids([*settings.prompts, *(text or "" for text in away)])
-        led = torch.tensor([True] * len(away) + [text is not None for text in away])
-        return ids, mask & led[:, None]
 
 
 @torch.no_grad()

@@ -423,12 +423,10 @@ class Generator:
             torch.tensor(values)[:, None]
             for values in (settings.temperatures, settings.guidance_scales)
         )
-        states, mask = self.read_captions(settings.prompts)
-        away = [text or "" for text in settings.negative_prompts]
-        away_states, away_mask = self.read_captions(away)
-        away_mask = away_mask & torch.tensor([bool(text) for text in away])[:, None]
+        captions = self.read_captions(settings.prompts)
+        away = self.read_captions(settings.negative_prompts)
         style = torch.tensor([self.model.no_style if s is None else s for s in settings.styles])
-        columns = noise * temperature, states, mask, away_states, away_mask, style, scale
+        columns = noise * temperature, *captions, *away, style, scale
         # on a CPU one by one: its last bits would depend on the pictures beside it
         size = 1 if device.type == "cpu" else len(requests)
         with autocast(device):

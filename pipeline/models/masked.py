@@ -352,8 +352,8 @@ class Generator:
 
     def count_tokens(self, request: GenerationRequest) -> TokenCount:
         """See contracts.SteppedGenerator.count_tokens."""
-        captions = [text for text in (request.prompt, request.negative_prompt) if text]
-        text = int(self.read_captions(captions)[1].sum()) if captions else 0
+        captions = [request.prompt, request.negative_prompt or ""]
+        text = int(self.read_captions(captions)[1].sum())
         canvas = self.spec.num_tokens if request.canvas else 0
         return TokenCount(text=text, canvas=canvas, drawn=self.spec.num_tokens)
 
@@ -379,8 +379,7 @@ class Generator:
     def _readings(self, settings: Settings) -> list[Reading]:
         """Of every picture its caption and what guidance leads away from, (2, ...)."""
         style_ids = [self.model.no_style if style is None else style for style in settings.styles]
-        away = [caption or "" for caption in settings.negative_prompts]
-        both = zip(settings.prompts, away, style_ids, strict=True)
+        both = zip(settings.prompts, settings.negative_prompts, style_ids, strict=True)
         return [
             tuple(
                 torch.cat(parts)
@@ -393,10 +392,10 @@ class Generator:
 def _read_alone(
     model: MaskedTransformer, read: CaptionReader, device: torch.device, caption: str, style_id: int
 ) -> Reading:
-    """(1, ...), beside no other's; an empty caption stands for none."""
+    """(1, ...), beside no other's."""
     states, mask = (part.to(device) for part in read([caption]))
     style = torch.tensor([style_id], device=device)
-    return model.read(states, mask if caption else torch.zeros_like(mask), style)
+    return model.read(states, mask, style)
 
 
 def build(config: GeneratorConfig, spec: ModelSpec) -> MaskedTransformer:
