@@ -35,7 +35,7 @@ class Load:
     Attributes:
         url: of the server, without /v1.
         duration_s: requests are sent so long; those under way are waited for.
-        prompt, num_pictures, num_steps: of every request; each has a seed of its own.
+        prompt, num_images, num_steps: of every request; each has a seed of its own.
         api_key: sent if given.
         timeout_s: of one request.
         seed: of arrivals and pictures. None: a random one, because a server that was asked for
@@ -45,7 +45,7 @@ class Load:
     url: str
     duration_s: float = 10.0
     prompt: str = "a red apple"
-    num_pictures: int = 1
+    num_images: int = 1
     num_steps: int | None = None
     api_key: str | None = None
     timeout_s: float = 120.0
@@ -130,7 +130,7 @@ class Client:
         seconds, done = time.monotonic() - began, self._tally.latencies
         quantiles = np.quantile(done, (0.5, 0.95, 0.99, 1.0)).tolist() if done else [None] * 4
         return Result(
-            name, len(done), seconds, len(done) * self._load.num_pictures / seconds,
+            name, len(done), seconds, len(done) * self._load.num_images / seconds,
             *quantiles, dict(self._tally.errors),
         )  # fmt: skip
 
@@ -157,7 +157,7 @@ class Client:
         """One request; its latency counts from `due`."""
         body: dict[str, Any] = {
             "prompt": self._load.prompt,
-            "n": self._load.num_pictures,
+            "n": self._load.num_images,
             "seed": self._random.randrange(2**62),
         }
         if self._load.num_steps is not None:

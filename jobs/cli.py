@@ -283,7 +283,7 @@ def generate(
 
     model = model or default_model(home, PromoteConfig().model_name)
     paths = run(
-        prompt, out, home=home, model=model, num_pictures=n, seed=seed,
+        prompt, out, home=home, model=model, num_images=n, seed=seed,
         style=style, guidance_scale=guidance_scale, temperature=temperature, num_steps=num_steps,
     )  # fmt: skip
     names = [str(path) for path in paths]

@@ -23,7 +23,7 @@ from pipeline.captions import BadCaption, clean
 from pipeline.config import AugmentConfig, PreprocessConfig, Recipe
 from pipeline.decoding import parse_record
 from pipeline.errors import DataError
-from pipeline.images import WHITE, BadPicture, decode, grid
+from pipeline.images import WHITE, BadImage, decode, grid
 from pipeline.mirror import may_mirror
 from pipeline.records import record_of
 from pipeline.shards import Manifest, locate, open_shards, read_manifest
@@ -80,7 +80,7 @@ def augmentation_grid(
             record = _record(sample, manifest)
             images.append(decode(sample.picture or b"", recipe.preprocess, key=sample.key))
             flippable.append(may_mirror([caption["text"] for caption in record["captions"]]))
-        except (BadPicture, BadCaption):
+        except (BadImage, BadCaption):
             continue
     if not images:
         raise DataError(f"{uri} has no picture that can be read: see `tessera data show {uri}`")
@@ -145,9 +145,9 @@ def _cell(sample: TarSample, manifest: Manifest) -> tuple[NDArray[np.uint8], str
     try:
         record = _record(sample, manifest)
         if sample.problem or sample.picture is None:
-            raise BadPicture(sample.problem or "no_picture")
+            raise BadImage(sample.problem or "no_picture")
         first = {c["language"]: c["text"] for c in reversed(record["captions"])}
         captions = list(reversed(first.values()))  # a language's first is the shortest
         return decode(sample.picture, config), clean(" | ".join(captions)) or sample.key
-    except (BadPicture, BadCaption) as error:
+    except (BadImage, BadCaption) as error:
         return np.full((3, SIDE, SIDE), WHITE[0] // 2, np.uint8), f"({error.reason})"

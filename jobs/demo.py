@@ -15,7 +15,7 @@ from pipeline.bundle import load_generator
 from pipeline.config import Recipe
 from pipeline.contracts import GenerationRequest
 from pipeline.drawing import comparison_grid
-from pipeline.evalset import EvalSet, PictureSet
+from pipeline.evalset import EvalSet, ImageSet
 from pipeline.tracking import resolve_model
 from pipeline.workflow import Outcome
 
@@ -47,7 +47,7 @@ def first_grid(recipe: Recipe, outcome: Outcome, home: Path) -> Path:
     return path
 
 
-def _prompt(pictures: PictureSet, index: int) -> str:
+def _prompt(pictures: ImageSet, index: int) -> str:
     """Languages take turns."""
     languages = list(pictures.captions)
     return pictures.captions[languages[index % len(languages)]][index]

@@ -29,14 +29,14 @@ def generate(
     *,
     home: Path,
     model: str,
-    num_pictures: int = 1,
+    num_images: int = 1,
     seed: int = 0,
     style: str | None = None,
     guidance_scale: float | None = None,
     temperature: float | None = None,
     num_steps: int | None = None,
 ) -> list[Path]:
-    """Draw `num_pictures` with seeds seed, seed + 1, ...
+    """Draw `num_images` with seeds seed, seed + 1, ...
 
     One picture is written to `out`. Of several, each is written to NAME-1.png, NAME-2.png, ...
     beside it, and `out` shows them all in a row.
@@ -56,7 +56,7 @@ def generate(
     requests = [
         GenerationRequest(prompt, (seed + i) % (MAX_SEED + 1), style, guidance_scale,
                           temperature, num_steps)
-        for i in range(num_pictures)
+        for i in range(num_images)
     ]  # fmt: skip
     images = generator.generate(requests)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -73,7 +73,7 @@ def bench_serve(
     from jobs.bench import Load, bench
 
     load = Load(
-        url.rstrip("/"), duration_s=duration_s, prompt=prompt, num_pictures=n,
+        url.rstrip("/"), duration_s=duration_s, prompt=prompt, num_images=n,
         num_steps=num_steps, api_key=api_key, seed=seed,
     )  # fmt: skip
     concurrencies = concurrency or ([] if rate else [1, 8])

@@ -18,7 +18,7 @@ from pipeline import registry
 from pipeline.bundle import load_tokenizer, save_tokenizer
 from pipeline.checkpoint import best_weights
 from pipeline.config import TokenizerConfig
-from pipeline.feed import PictureDataset
+from pipeline.feed import ImageDataset
 from pipeline.images import gradient_l1, grid, to_float, to_uint8
 from pipeline.perceptual import PerceptualLoss
 from pipeline.steps import StepContext
@@ -148,7 +148,7 @@ def build_training(
         PerceptualLoss(config.perceptual_features, cache) if config.perceptual_weight else None
     )
     train, validation = (
-        PictureDataset.from_parquet(pixels, image_size=image_size, split=split, only=config.data)
+        ImageDataset.from_parquet(pixels, image_size=image_size, split=split, only=config.data)
         for split in ("train", "validation")
     )
     objective = TokenizerObjective(config, image_size, perceptual)

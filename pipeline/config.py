@@ -25,7 +25,7 @@ from pipeline import registry
 from pipeline.data_config import AugmentConfig as AugmentConfig
 from pipeline.data_config import Config as Config
 from pipeline.data_config import DataConfig as DataConfig
-from pipeline.data_config import PictureFilter as PictureFilter
+from pipeline.data_config import ImageFilter as ImageFilter
 from pipeline.data_config import PreprocessConfig as PreprocessConfig
 from pipeline.data_config import check_unmixed, later
 from pipeline.errors import RecipeError
@@ -156,7 +156,7 @@ class GeneratorConfig(Config):
     num_steps: int = Field(12, ge=1, le=MAX_STEPS, description="default at generation")
     causal: CausalConfig = CausalConfig()
     gan: GanConfig = GanConfig()
-    data: PictureFilter = PictureFilter()
+    data: ImageFilter = ImageFilter()
     train: TrainConfig = TrainConfig()
 
 
@@ -179,9 +179,9 @@ class AlignerConfig(Config):
 class EvaluateConfig(Config):
     """What is measured, on how many pictures."""
 
-    num_pictures: int = Field(200, ge=8, description="pictures a set, and captions to choose from")
-    num_other_pictures: int | None = later(
-        None, ge=8, description="as many of the further styles and languages; None: num_pictures"
+    num_images: int = Field(200, ge=8, description="pictures a set, and captions to choose from")
+    num_other_images: int | None = later(
+        None, ge=8, description="as many of the further styles and languages; None: num_images"
     )
     styles: tuple[str, ...] = Field((), description="styles judged, first is the one gated on")
     languages: tuple[str, ...] = Field(

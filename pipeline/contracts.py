@@ -132,7 +132,7 @@ class ImageGenerator(Protocol):
         """
 
 
-class Drawing(Protocol):
+class GenerationBatch(Protocol):
     """A batch in the making, one decoding step at a time; rows are the requests' positions."""
 
     def step(self) -> bool:
@@ -149,7 +149,7 @@ class Drawing(Protocol):
 
 
 @runtime_checkable
-class JoinableDrawing(Drawing, Protocol):
+class ContinuousBatch(GenerationBatch, Protocol):
     """A batch that never closes: requests join, and who is done leaves, between two steps.
 
     `joinable`: False where the model at hand cannot do it.
@@ -177,7 +177,7 @@ class TokenCount:
 class SteppedGenerator(ImageGenerator, Protocol):
     """A generator that can be watched and interrupted between its decoding steps."""
 
-    def start(self, requests: Sequence[GenerationRequest]) -> Drawing:
+    def start(self, requests: Sequence[GenerationRequest]) -> GenerationBatch:
         """Begin what `generate` does in one go; raises as it does."""
 
     def count_tokens(self, request: GenerationRequest) -> TokenCount:

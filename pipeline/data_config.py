@@ -45,7 +45,7 @@ def later(default: Any, **options: Any) -> Any:
     return Field(default, exclude_if=lambda value: value == default, **options)
 
 
-class PictureFilter(Config):
+class ImageFilter(Config):
     """Which pictures of the preprocessed data a step sees, and how often."""
 
     styles: tuple[str, ...] = Field((), description="styles to keep; empty keeps all")

@@ -23,7 +23,7 @@ from pipeline.captions import BadCaption, captions_of, speaks
 from pipeline.config import DataConfig, PreprocessConfig
 from pipeline.contracts import Caption
 from pipeline.errors import ResourceError
-from pipeline.images import BadPicture, decode, to_pil
+from pipeline.images import BadImage, decode, to_pil
 from pipeline.records import TEXTS
 from pipeline.splits import split_of
 
@@ -79,15 +79,15 @@ class Decoder:
         config = self.config
         try:
             if sample["problem"] is not None:
-                raise BadPicture(sample["problem"])
+                raise BadImage(sample["problem"])
             record = parse_record(sample["record"])
             if self.groups is not None and record["group"] not in self.groups:
                 return found | {"outcome": LEFT_OUT}
             captions = self._captions(record.get("captions"))
             if sample["picture"] is None:
-                raise BadPicture("no_picture")
+                raise BadImage("no_picture")
             pixels = decode(sample["picture"], config, key=sample["key"])
-        except (BadCaption, BadPicture) as error:
+        except (BadCaption, BadImage) as error:
             return found | {"outcome": error.reason}
         image = pixels.tobytes()
         return found | {

@@ -17,14 +17,14 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.contracts import GenerationRequest, ImageGenerator, ImageTokenizer
-from pipeline.evalset import PictureSet
+from pipeline.evalset import ImageSet
 from pipeline.images import grid, resized, to_float, to_uint8
 
 GRID_ROWS = 12
 
 
 def requests_for(
-    pictures: PictureSet,
+    pictures: ImageSet,
     language: str,
     styles: Collection[str],
     *,
@@ -67,8 +67,8 @@ def reconstruct(tokenizer: ImageTokenizer, images: Tensor, batch_size: int) -> T
     return torch.cat([to_uint8(tokenizer.decode(tokenizer.encode(to_float(b)))) for b in batches])
 
 
-def picture_grid(
-    pictures: PictureSet, drawn: Mapping[str, Tensor], tokenizer: ImageTokenizer | None = None
+def image_grid(
+    pictures: ImageSet, drawn: Mapping[str, Tensor], tokenizer: ImageTokenizer | None = None
 ) -> Image.Image:
     """The set's first pictures: real | as image tokens | drawn, a column a language."""
     rows = min(GRID_ROWS, *(len(images) for images in drawn.values()))

@@ -3,7 +3,7 @@
 Results come in the order of the pixels (or of the captions' lengths), whatever the number of
 actors, and are written as they come: the driver holds a few thousand rows, and all captions' text.
 
-    encode_pictures(pixels, tokenizer, output, ...)   output/*.parquet: key, group, style, split,
+    encode_images(pixels, tokenizer, output, ...)   output/*.parquet: key, group, style, split,
                                                       captions, image_tokens (uint16, views x N)
     encode_captions(pixels, output, ...)              output/states.npy, offsets.npy, captions.json
                                                       (texts), all in the same order
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from pipeline.augment import Augment
 from pipeline.bundle import load_tokenizer
-from pipeline.config import CaptionEncoderConfig, EncodeConfig, PictureFilter
+from pipeline.config import CaptionEncoderConfig, EncodeConfig, ImageFilter
 from pipeline.errors import DataError
 from pipeline.feed import (
     CaptionedDataset,
@@ -55,7 +55,7 @@ CAPTIONS_A_CALL = 256
 ROWS_A_GROUP = 4_096  # of a Parquet file
 
 
-class _PictureEncoder:
+class _ImageEncoder:
     """Ray Data actor: pixels -> image tokens of the picture and of `num_views - 1` variations."""
 
     def __init__(self, tokenizer: str, config: EncodeConfig, image_size: int, seed: int) -> None:
@@ -135,7 +135,7 @@ def _in_order() -> Iterator[None]:
         yield
 
 
-def encode_pictures(
+def encode_images(
     pixels: Path,
     tokenizer: Path,
     output: Path,
@@ -154,7 +154,7 @@ def encode_pictures(
     with _in_order():
         data = ray.data.read_parquet(str(pixels), columns=[*KEPT, "image"])
         encoded = data.map_batches(
-            _PictureEncoder,
+            _ImageEncoder,
             fn_constructor_args=(str(tokenizer), config, image_size, seed),
             batch_format="pyarrow",
             batch_size=config.batch_size,
@@ -262,7 +262,7 @@ def captioned_dataset(
     split: str | Sequence[str],
     styles: Sequence[str],
     max_tokens: int,
-    only: PictureFilter | None = None,
+    only: ImageFilter | None = None,
     num_tokens: int | None = None,
     image_size: int | None = None,
     caption_tokenizer: CaptionTokenizer | None = None,
@@ -270,7 +270,7 @@ def captioned_dataset(
     """Pictures with their captions' states, or token ids, for training.
 
     Args:
-        rows: `encode_pictures`' output (give num_tokens) or preprocess' pixels (give image_size).
+        rows: `encode_images`' output (give num_tokens) or preprocess' pixels (give image_size).
         captions: `encode_captions`' output.
         split: "train", "validation" or "test", or several of them.
         styles: names by style id.

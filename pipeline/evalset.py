@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pipeline import feed
-from pipeline.config import EvaluateConfig, PictureFilter
+from pipeline.config import EvaluateConfig, ImageFilter
 from pipeline.errors import DataError
 
 SPLITS = {"seen": "train", "unseen": "test"}
@@ -31,7 +31,7 @@ MIN_PICTURES = 8
 
 
 @dataclass(frozen=True)
-class PictureSet:
+class ImageSet:
     """N real pictures of one style, and M >= N captions to choose from.
 
     Attributes:
@@ -62,7 +62,7 @@ class EvalSet:
         languages: the first is the one gated on.
     """
 
-    sets: tuple[PictureSet, ...]
+    sets: tuple[ImageSet, ...]
     training: Mapping[str, Tensor]
     languages: tuple[str, ...]
 
@@ -93,7 +93,7 @@ class EvalSet:
         languages = _languages(list(tables.values()), config.languages)
         sets = []
         for style in styles:
-            enough = config.num_pictures if style == styles[0] else num_other_pictures(config)
+            enough = config.num_images if style == styles[0] else num_other_images(config)
             for name, split in SPLITS.items():
                 others = [t for (s, p), t in tables.items() if s == style and p != split]
                 rng = np.random.default_rng((config.seed, zlib.crc32(f"{style}/{name}".encode())))
@@ -109,7 +109,7 @@ def _styles(directory: Path) -> tuple[str, ...]:
 
 def _read(directory: Path, style: str, split: str) -> pa.Table:
     columns = ["group", "image", "captions"]
-    only = PictureFilter(styles=(style,))
+    only = ImageFilter(styles=(style,))
     return feed.read_table(directory, split=split, only=only, columns=columns, captioned=True)
 
 
@@ -133,14 +133,14 @@ def _languages(tables: Sequence[pa.Table], wanted: Sequence[str]) -> tuple[str, 
     return kept
 
 
-def num_other_pictures(config: EvaluateConfig) -> int:
+def num_other_images(config: EvaluateConfig) -> int:
     """Pictures a set of the further styles, and those asked in the further languages."""
-    return config.num_other_pictures or config.num_pictures
+    return config.num_other_images or config.num_images
 
 
 def _choose(
     table: pa.Table, others: Sequence[pa.Table], name: str, picker: _Picker, image_size: int
-) -> PictureSet:
+) -> ImageSet:
     """As many rows as the picker takes, and distractors if they are fewer than it wants.
 
     Raises:
@@ -156,7 +156,7 @@ def _choose(
     for other in others:
         picker.take(other)
     chosen = table.take(rows)
-    return PictureSet(
+    return ImageSet(
         name=name,
         style=style,
         keys=tuple(chosen["key"].to_pylist()),

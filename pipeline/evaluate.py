@@ -1,6 +1,6 @@
 """How good is a generator? Any `ImageGenerator` in, numbers with intervals and grids out.
 
-    judge = Judge(eval_set, aligner=aligner, features=ImageNetFeatures(), encoder=encoder,
+    judge = Evaluator(eval_set, aligner=aligner, features=ImageNetFeatures(), encoder=encoder,
                   config=recipe.evaluate)
     floors = judge.real(), judge.tokenizer(tokenizer)        # what no generator can beat
     report = judge.generator(generator, "candidate", grids=directory)
@@ -16,7 +16,7 @@ Metrics, by name ("/" parts the style from the metric for all styles but the fir
     retrieval_seen_shuffled         against wrong captions: chance, or the aligner is fooled
     nearest_seen, nearest_unseen    distance to the nearest training picture
     copies_unseen                   share nearer to one than 95 % of new real pictures are
-    seconds_per_picture, latency_s  in batches, and alone
+    seconds_per_image, latency_s  in batches, and alone
     guidance_1/retrieval_seen ...   at the further guidance scales of the configuration
     over_untuned/kid_unseen ...     the gain over another report's subject, the same pictures of
                                     both resampled together: above zero is better
@@ -47,8 +47,8 @@ from pipeline.contracts import (
     ImageTokenizer,
     Interval,
 )
-from pipeline.drawing import draw, picture_grid, reconstruct, requests_for
-from pipeline.evalset import EvalSet, PictureSet, num_other_pictures
+from pipeline.drawing import draw, image_grid, reconstruct, requests_for
+from pipeline.evalset import EvalSet, ImageSet, num_other_images
 from pipeline.text import HFCaptionEncoder, check_encoder
 
 LATENCY_REQUESTS = 3
@@ -66,8 +66,8 @@ def evaluate(
     subject: str,
     grids: Path | None = None,
 ) -> EvalReport:
-    """Judge one generator. To judge several on the same pictures, keep one `Judge`."""
-    judge = Judge(eval_set, aligner=aligner, features=features, encoder=encoder, config=config)
+    """Judge one generator. To judge several on the same pictures, keep one `Evaluator`."""
+    judge = Evaluator(eval_set, aligner=aligner, features=features, encoder=encoder, config=config)
     return judge.generator(generator, subject, grids=grids)
 
 
@@ -80,7 +80,7 @@ class _Findings:
     features: dict[int, Tensor] = field(default_factory=dict)
 
 
-class Judge:
+class Evaluator:
     """One evaluation set with everything about its real pictures and captions computed once.
 
     Args:
@@ -177,16 +177,16 @@ class Judge:
             for language in self._languages(pictures):
                 requests = requests_for(pictures, language, generator.styles, seed=self.config.seed)
                 if language != self.eval_set.languages[0]:
-                    requests = requests[: num_other_pictures(self.config)]
+                    requests = requests[: num_other_images(self.config)]
                 drawn[language], seconds = self._draw(generator, requests)
                 speed.extend(seconds)
                 self._judge(found, index, drawn[language], language)
             if grids is not None:
                 title = f"{pictures.style}-{pictures.name}"
                 paths[title] = str(grids / f"{subject}-{title}.png")
-                picture_grid(pictures, drawn, tokenizer).save(paths[title])
+                image_grid(pictures, drawn, tokenizer).save(paths[title])
         self._guidance(found, generator)
-        found.metrics["seconds_per_picture"] = self._mean(speed)
+        found.metrics["seconds_per_image"] = self._mean(speed)
         found.metrics["latency_s"] = self._mean(self._alone(generator))
         if validation_loss is not None:
             found.metrics["validation_loss"] = Interval(*[validation_loss] * 3)
@@ -254,7 +254,7 @@ class Judge:
 
     # ---- Judging ---------------------------------------------------------------------------------
 
-    def _languages(self, pictures: PictureSet) -> tuple[str, ...]:
+    def _languages(self, pictures: ImageSet) -> tuple[str, ...]:
         """All languages for the gated style, the first alone for the others."""
         languages = self.eval_set.languages
         return languages if pictures.style == self.eval_set.style else languages[:1]
@@ -313,7 +313,7 @@ class Judge:
         real = torch.cat([self.real_features[i] for i in indices])
         return metrics.kid_interval(real, features, **self._resampling)
 
-    def _nearest(self, found: _Findings, pictures: PictureSet, images: Tensor) -> None:
+    def _nearest(self, found: _Findings, pictures: ImageSet, images: Tensor) -> None:
         training = self.eval_set.training[pictures.style]
         distances = metrics.nearest_distance(images, training)
         found.metrics[self._name(pictures, "nearest")] = self._mean(distances)
@@ -332,7 +332,7 @@ class Judge:
     def _prefix(self, style: str) -> str:
         return "" if style == self.eval_set.style else f"{style}/"
 
-    def _name(self, pictures: PictureSet, metric: str, suffix: str = "") -> str:
+    def _name(self, pictures: ImageSet, metric: str, suffix: str = "") -> str:
         return f"{self._prefix(pictures.style)}{metric}_{pictures.name}{suffix}"
 
     # ---- Reporting -------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import pyarrow.dataset as pads
 import torch
 from torch import Tensor
 
-from pipeline.config import PictureFilter
+from pipeline.config import ImageFilter
 from pipeline.errors import DataError
 from pipeline.pixel_store import MappedRows, parquet_files, read_pixels
 
@@ -36,7 +36,7 @@ class RowWeights:
     values: np.ndarray
 
     @classmethod
-    def of(cls, table: pa.Table, only: PictureFilter | None) -> RowWeights | None:
+    def of(cls, table: pa.Table, only: ImageFilter | None) -> RowWeights | None:
         """A group of n rows weighs n ** exponent, in equal shares, and every row by its style too.
 
         Conneau et al. 2020 ("Unsupervised cross-lingual representation learning at scale", section
@@ -138,7 +138,7 @@ def read_table(
     directory: Path,
     *,
     split: str | Sequence[str] | None = None,
-    only: PictureFilter | None = None,
+    only: ImageFilter | None = None,
     columns: Sequence[str] | None = None,
     captioned: bool = False,
 ) -> pa.Table:
@@ -176,7 +176,7 @@ def read_table(
     return table.sort_by("key")
 
 
-def _check_styles(table: pa.Table, only: PictureFilter) -> None:
+def _check_styles(table: pa.Table, only: ImageFilter) -> None:
     styles = pc.unique(table["style"]).to_pylist()
     if unknown := sorted(set(only.style_weights) - set(styles)):
         raise DataError(
@@ -193,7 +193,7 @@ def fixed_width(
     return flat.reshape(len(column), *shape)
 
 
-class PictureDataset:
+class ImageDataset:
     """Pixels alone, for training without captions.
 
     Batches: {"images": uint8 (B, 3, H, W)}.
@@ -206,8 +206,8 @@ class PictureDataset:
 
     @classmethod
     def from_parquet(
-        cls, directory: Path, *, image_size: int, split: str, only: PictureFilter | None = None
-    ) -> PictureDataset:
+        cls, directory: Path, *, image_size: int, split: str, only: ImageFilter | None = None
+    ) -> ImageDataset:
         """The accepted pixels of one split, mapped from disk where they are many."""
         grouped = only is not None and only.group_exponent != 1
         columns = ["group"] if grouped else []  # a text a row, which many rows would feel

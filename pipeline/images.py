@@ -35,7 +35,7 @@ WHITE = (255, 255, 255)
 BAND_PIXELS = 1 << 20  # composited and narrowed at once
 
 
-class BadPicture(ValueError):  # noqa: N818 - a verdict on one row, not a failure of the program
+class BadImage(ValueError):  # noqa: N818 - a verdict on one row, not a failure of the program
     """A picture that cannot be used.
 
     Attributes:
@@ -56,7 +56,7 @@ def decode(encoded: bytes, config: PreprocessConfig, *, key: str = "") -> NDArra
         key: where square="random_crop" cuts depends on it and config.crop_seed alone.
 
     Raises:
-        BadPicture: it cannot be decoded, or breaks one of the config's limits.
+        BadImage: it cannot be decoded, or breaks one of the config's limits.
     """
     image = open_checked(encoded, config)
     where = 0.5
@@ -71,7 +71,7 @@ def open_checked(encoded: bytes, config: PreprocessConfig) -> Image.Image:
     """Open, check the size, only then load the pixels and turn the picture upright.
 
     Raises:
-        BadPicture: as for `decode`.
+        BadImage: as for `decode`.
     """
     with reading(encoded):
         with warnings.catch_warnings():
@@ -85,18 +85,18 @@ def open_checked(encoded: bytes, config: PreprocessConfig) -> Image.Image:
 
 @contextlib.contextmanager
 def reading(encoded: bytes) -> Iterator[None]:
-    """Whatever a damaged file makes Pillow raise in here is a BadPicture: beside OSError and
+    """Whatever a damaged file makes Pillow raise in here is a BadImage: beside OSError and
     ValueError there are struct.error, AssertionError, KeyError and more, and palettes and
     transparency are only looked at when a picture is converted."""
     try:
         yield
-    except (BadPicture, TesseraError, MemoryError):
+    except (BadImage, TesseraError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
-        raise BadPicture("bomb") from error
+        raise BadImage("bomb") from error
     except Exception as error:
         cut = "truncated" in str(error).lower() or _is_cut_webp(encoded)
-        raise BadPicture("truncated" if cut else "undecodable") from error
+        raise BadImage("truncated" if cut else "undecodable") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -131,11 +131,11 @@ def _is_cut_webp(encoded: bytes) -> bool:
 
 def _check_size(width: int, height: int, config: PreprocessConfig) -> None:
     if width * height > config.max_pixels:
-        raise BadPicture("bomb")
+        raise BadImage("bomb")
     if min(width, height) < config.min_side:
-        raise BadPicture("too_small")
+        raise BadImage("too_small")
     if max(width, height) > config.max_aspect * min(width, height):
-        raise BadPicture("extreme_aspect")
+        raise BadImage("extreme_aspect")
 
 
 def on_white(image: Image.Image) -> Image.Image:

@@ -14,7 +14,7 @@ import torch
 from pipeline import generation, registry
 from pipeline.aligner import Aligner
 from pipeline.bundle import load_tokenizer, read_bundle, resolve_path
-from pipeline.config import GeneratorConfig, PictureFilter, Recipe, TokenizerConfig
+from pipeline.config import GeneratorConfig, ImageFilter, Recipe, TokenizerConfig
 from pipeline.contracts import ImageTokenizer
 from pipeline.errors import RecipeError
 from pipeline.finetune import apply_policy
@@ -88,7 +88,7 @@ def _styles(manifests: Mapping[str, Manifest]) -> list[str]:
 
 
 def _named_styles(recipe: Recipe) -> Iterator[tuple[str, Sequence[str]]]:
-    filters: dict[str, PictureFilter] = {"tokenizer.data": recipe.tokenizer.data}
+    filters: dict[str, ImageFilter] = {"tokenizer.data": recipe.tokenizer.data}
     for name, config in recipe.generators.items():
         place = f"candidates.{name}" if recipe.candidates else "generator"
         filters[f"{place}.data"] = config.data

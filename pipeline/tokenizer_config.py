@@ -10,7 +10,7 @@ from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.data_config import Config, PictureFilter, later
+from pipeline.data_config import Config, ImageFilter, later
 from pipeline.errors import RecipeError
 from pipeline.train_config import TrainConfig
 
@@ -55,7 +55,7 @@ class TokenizerConfig(Config):
         "asset:base; None starts from scratch, or with policy head from the recipe's base",
     )
     freeze: bool = Field(False, description="take `source` as it is instead of training on")
-    data: PictureFilter = PictureFilter()
+    data: ImageFilter = ImageFilter()
     train: TrainConfig = Field(
         TrainConfig(),
         description="policy full, or head: the decoder alone, so that image tokens keep their "

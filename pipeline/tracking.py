@@ -229,7 +229,7 @@ class Tracker:
         version = _registered(self.client, model_name, alias=CHAMPION)
         return None if version is None else _download(self.client, version, self.home)
 
-    def crown(self, model_name: str, version: str) -> None:
+    def set_champion(self, model_name: str, version: str) -> None:
         """Move the alias `champion` to a version."""
         self.client.set_registered_model_alias(model_name, CHAMPION, version)
 

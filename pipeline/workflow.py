@@ -37,7 +37,7 @@ from pipeline.bundle import (
 from pipeline.card import write_card
 from pipeline.config import GeneratorConfig, PreprocessConfig, Recipe
 from pipeline.contracts import Decision, EvalReport
-from pipeline.encode import encode_captions, encode_pictures
+from pipeline.encode import encode_captions, encode_images
 from pipeline.evalset import EvalSet
 from pipeline.metrics import ImageNetFeatures
 from pipeline.models._captions import KnownCaptions
@@ -255,7 +255,7 @@ class Chain:
         return self.workspace.run(
             "tokens",
             lambda context: {
-                "pictures": encode_pictures(
+                "pictures": encode_images(
                     self.pixels, self.tokenizer, context.path / "data", config=recipe.encode,
                     image_size=recipe.preprocess.image_size, on_progress=context.on_progress,
                 )
@@ -436,7 +436,7 @@ class Chain:
         eval_set = EvalSet.from_parquet(
             self.pixels, recipe.evaluate, image_size=recipe.preprocess.image_size
         )
-        judge = evaluate.Judge(
+        judge = evaluate.Evaluator(
             eval_set,
             aligner=Aligner.load(self.aligner, device=choose_device()),
             features=ImageNetFeatures(device=choose_device()),
@@ -461,7 +461,7 @@ class Chain:
     def _promote(
         self, bundle: Path, found: Mapping[str, EvalReport], choice: tuple[str, ...]
     ) -> tuple[Decision, str]:
-        """Decide, register the candidate, and crown it if it won; repeated, it changes nothing."""
+        """Decide, register the candidate, and make it champion if it won; idempotent."""
         name, parent = self.recipe.promote.model_name, self.workspace.parent
         champion = self.champion
         if champion is not None and bundle_digest(champion.path) == bundle_digest(bundle):
@@ -479,7 +479,7 @@ class Chain:
             record["choice"] = choice
         self.tracker.log_decision(parent, record)
         if decision.promoted:
-            self.tracker.crown(name, version)
+            self.tracker.set_champion(name, version)
         return decision, version
 
     def _other_splits(self) -> Iterator[str]:

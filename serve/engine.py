@@ -3,7 +3,7 @@
 Pictures wait in line; as many as fit are drawn in one model call, in a thread of their own, while
 the event loop goes on taking requests. Between two decoding steps the thread looks up: a picture
 that nobody waits for any more, or whose time is over, leaves the batch, and previews are handed
-out. Where the model's drawings are joinable (contracts.JoinableDrawing), whoever is done leaves at
+out. Where the model's drawings are joinable (contracts.ContinuousBatch), whoever is done leaves at
 once and the next in line takes the place, so the batch never closes; otherwise it is drawn to its
 end. A generator without steps (contracts.SteppedGenerator) is called once a batch.
 
@@ -27,10 +27,10 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.contracts import (
-    Drawing,
+    ContinuousBatch,
+    GenerationBatch,
     GenerationRequest,
     ImageGenerator,
-    JoinableDrawing,
     SteppedGenerator,
     TokenCount,
 )
@@ -273,7 +273,7 @@ class _Batch:
             self._finish(images, list(self._seats))
             return
         drawing = self._model.start(requests)
-        self.closed = not (isinstance(drawing, JoinableDrawing) and drawing.joinable)
+        self.closed = not (isinstance(drawing, ContinuousBatch) and drawing.joinable)
         while self._seats:
             if not drawing.step():
                 raise RuntimeError("the drawing ended before its pictures did")
@@ -281,7 +281,7 @@ class _Batch:
             if done := [row for row in self._seats if _is_done(drawing, row)]:
                 self._finish(drawing.images(done), done)
             if not self.closed:
-                assert isinstance(drawing, JoinableDrawing)
+                assert isinstance(drawing, ContinuousBatch)
                 drawing.forget([*gone, *done])
                 self._let_in(drawing, self._next_in_line(self._loop, self._model, len(self._seats)))
 
@@ -289,7 +289,7 @@ class _Batch:
         now = time.monotonic()
         self._seats |= {row: (place, now) for row, place in zip(rows, places, strict=True)}
 
-    def _let_in(self, drawing: JoinableDrawing, places: Sequence[Place]) -> None:
+    def _let_in(self, drawing: ContinuousBatch, places: Sequence[Place]) -> None:
         """Join them all at once, or, if that fails, one by one: a failure is nobody else's."""
         try:
             if places:
@@ -301,7 +301,7 @@ class _Batch:
             for place in places:
                 self._let_in(drawing, [place])
 
-    def _look_up(self, drawing: Drawing) -> list[int]:
+    def _look_up(self, drawing: GenerationBatch) -> list[int]:
         """Who left or is late leaves the batch; previews that are due are handed out.
 
         Returns:
@@ -345,7 +345,7 @@ def _nobody(*_: object) -> list[Place]:
     return []
 
 
-def _is_done(drawing: Drawing, row: int) -> bool:
+def _is_done(drawing: GenerationBatch, row: int) -> bool:
     done, steps = drawing.progress(row)
     return done >= steps
 

@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline.config import PreprocessConfig
 from pipeline.contracts import Canvas
 from pipeline.errors import RequestError
-from pipeline.images import BAND_PIXELS, BadPicture, make_square, open_checked, reading
+from pipeline.images import BAND_PIXELS, BadImage, make_square, open_checked, reading
 from pipeline.runtime import return_memory
 from serve.pictures import Upload
 
@@ -59,7 +59,7 @@ def _readable(encoded: bytes, param: str) -> Iterator[None]:
     try:
         with reading(encoded):
             yield
-    except BadPicture as error:
+    except BadImage as error:
         raise RequestError(f"the {param} {_REASONS[error.reason]}", param=param) from error
 
 

@@ -66,7 +66,7 @@ P = TypeVar("P", bound=Picture)
 
 
 class Rows(Generic[P]):
-    """The bookkeeping of a contracts.JoinableDrawing; `step` and `join` are its heirs'.
+    """The bookkeeping of a contracts.ContinuousBatch; `step` and `join` are its heirs'.
 
     Args:
         tokenizer: decodes image tokens.

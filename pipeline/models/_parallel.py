@@ -40,8 +40,8 @@ class ReadPicture(Picture):
     known: Tensor
 
 
-class ParallelDrawing(Rows[ReadPicture]):
-    """contracts.JoinableDrawing.
+class ParallelDecoding(Rows[ReadPicture]):
+    """contracts.ContinuousBatch.
 
     Args:
         begin: requests as pictures; raises RequestError.

@@ -36,8 +36,8 @@ class Prompts:
     keys: Tensor
 
 
-class SequentialDrawing(Rows[Picture]):
-    """contracts.JoinableDrawing.
+class SequentialDecoding(Rows[Picture]):
+    """contracts.ContinuousBatch.
 
     Args:
         decoder: the language model's.

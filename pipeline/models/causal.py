@@ -42,7 +42,7 @@ from pipeline.models._canvas import lay_out
 from pipeline.models._decoding import DecoderMaker, positions_of
 from pipeline.models._drawing import pictures_of
 from pipeline.models._requests import check_requests
-from pipeline.models._sequential import Prompts, SequentialDrawing
+from pipeline.models._sequential import Prompts, SequentialDecoding
 from pipeline.models._spec import ModelParts, ModelSpec
 from pipeline.models._tokens import ImageVocabulary
 from pipeline.runtime import autocast, choose_device
@@ -285,12 +285,12 @@ class Generator:
         """int64 (B, N)."""
         return self._draw(requests, None).tokens(range(len(requests)))
 
-    def start(self, requests: Sequence[GenerationRequest]) -> SequentialDrawing:
+    def start(self, requests: Sequence[GenerationRequest]) -> SequentialDecoding:
         """See contracts.SteppedGenerator.start; more requests may join."""
         causal, sources = self.config.causal, self.model.vocabulary.with_source
         N = self.spec.num_tokens
         length = causal.max_prompt_tokens + 2 + N + (1 + N if sources else 0)
-        drawing = SequentialDrawing(
+        drawing = SequentialDecoding(
             self.make_decoder(length),
             self._begin,
             self.model.image_table,
@@ -310,7 +310,7 @@ class Generator:
 
     def _draw(
         self, requests: Sequence[GenerationRequest], on_step: OnStep | None
-    ) -> SequentialDrawing:
+    ) -> SequentialDecoding:
         drawing = self.start(requests)
         while drawing.step():
             if on_step is not None:

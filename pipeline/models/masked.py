@@ -25,7 +25,7 @@ from pipeline.models._canvas import lay_out
 from pipeline.models._captions import CaptionReader
 from pipeline.models._drawing import pictures_of
 from pipeline.models._packed import Picturewise, has_adapters, with_modules
-from pipeline.models._parallel import Guess, Head, ParallelDrawing, Reading, ReadPicture
+from pipeline.models._parallel import Guess, Head, ParallelDecoding, Reading, ReadPicture
 from pipeline.models._requests import Settings, check_requests
 from pipeline.models._spec import ModelParts, ModelSpec, level_digits
 from pipeline.runtime import autocast, autocast_dtype
@@ -336,10 +336,10 @@ class Generator:
         return partial(drawn, table=table), own(head, N)
 
     @torch.inference_mode()
-    def start(self, requests: Sequence[GenerationRequest]) -> ParallelDrawing:
+    def start(self, requests: Sequence[GenerationRequest]) -> ParallelDecoding:
         """See contracts.SteppedGenerator.start; more requests may join."""
         guess, head = self._network
-        drawing = ParallelDrawing(
+        drawing = ParallelDecoding(
             self._begin,
             guess,
             head,

@@ -1,6 +1,6 @@
 """Picture files of a folder, on any file system pyarrow knows.
 
-for picture in list_pictures(*open_uri("s3://bucket/cats")):
+for picture in list_images(*open_uri("s3://bucket/cats")):
     print(picture.name, picture.stem)       # "tabby/1.jpg", "tabby/1"
 """
 
@@ -27,7 +27,7 @@ READ_AHEAD = 64  # pictures fetched beside each other
 
 
 @dataclass(frozen=True)
-class PictureFile:
+class ImageFile:
     """A picture below a folder.
 
     Attributes:
@@ -65,7 +65,7 @@ def list_files(fs: pyarrow.fs.FileSystem, root: str) -> list[str]:
     return sorted(n for n in names if not any(part.startswith(".") for part in n.split("/")))
 
 
-def pictures_of(names: Iterable[str], where: str) -> list[PictureFile]:
+def pictures_of(names: Iterable[str], where: str) -> list[ImageFile]:
     """The pictures among file names; what is a picture of another format is counted in the log.
 
     Raises:
@@ -76,7 +76,7 @@ def pictures_of(names: Iterable[str], where: str) -> list[PictureFile]:
     others = {suffix: suffixes[suffix] for suffix in sorted(_OTHER_PICTURES & suffixes.keys())}
     if others:
         LOG.warning("%s: left aside, no PNG, JPEG or WebP: %s", where, others)
-    pictures = [PictureFile(n) for n in names if PurePosixPath(n).suffix.lower() in EXTENSIONS]
+    pictures = [ImageFile(n) for n in names if PurePosixPath(n).suffix.lower() in EXTENSIONS]
     if not pictures:
         raise DataError(
             f"{where} holds no .png, .jpg or .webp: it has {dict(suffixes) or 'nothing'}"
@@ -121,7 +121,7 @@ def make_sample(
     )
 
 
-def unique_names(pictures: Iterable[PictureFile]) -> dict[str, str]:
+def unique_names(pictures: Iterable[ImageFile]) -> dict[str, str]:
     """A key's text by picture name: the stem, or the whole name where two pictures share a stem."""
     pictures = list(pictures)
     stems = Counter(picture.stem for picture in pictures)

@@ -44,8 +44,8 @@ from pipeline.augment import Augment
 from pipeline.config import AugmentConfig, DataConfig, PreprocessConfig
 from pipeline.contracts import Sample
 from pipeline.decoding import parse_record
-from pipeline.feed import PictureDataset, training_batch
-from pipeline.images import BadPicture, decode
+from pipeline.feed import ImageDataset, training_batch
+from pipeline.images import BadImage, decode
 from pipeline.preprocess import preprocess
 from pipeline.runtime import available_cpus, start_ray
 from pipeline.shard_writer import write_shards
@@ -98,7 +98,7 @@ def _decode_all(pictures: list[bytes], barrier: Any) -> None:
     for picture in pictures:
         try:
             decode(picture, PICTURE)
-        except BadPicture:
+        except BadImage:
             continue
 
 
@@ -157,7 +157,7 @@ def feed_epoch(pixels: Path) -> tuple[float, int]:
 
 def _rank(pixels: Path, rank: int, world_size: int, queue: Any) -> None:
     torch.set_num_threads(1)
-    data = PictureDataset.from_parquet(pixels, image_size=PICTURE.image_size, split="train")
+    data = ImageDataset.from_parquet(pixels, image_size=PICTURE.image_size, split="train")
     augment, found = Augment(AUGMENT), 0
     for step in range(len(data) // (BATCH * world_size)):
         batch = training_batch(

@@ -107,7 +107,7 @@ def speed(args: argparse.Namespace) -> None:
 
 
 def steps(args: argparse.Namespace) -> None:
-    config = EvaluateConfig(num_pictures=args.pictures, styles=("noto",), languages=("en",))
+    config = EvaluateConfig(num_images=args.pictures, styles=("noto",), languages=("en",))
     eval_set = EvalSet.from_parquet(args.pixels, config, image_size=64)
     encoder = load_caption_encoder(CaptionEncoderConfig(), cache=args.cache)
     aligner = Aligner.load(ASSETS / "aligner", device=choose_device())

@@ -75,8 +75,8 @@ def make_chain(args: argparse.Namespace) -> Chain:
         "generator.train.ema_decay=0",
         f"generator.train.batch_size={args.batch_size}",
         f"generator.train.num_workers={args.workers}",
-        f"evaluate.num_pictures={args.pictures}",
-        "evaluate.num_other_pictures=8",
+        f"evaluate.num_images={args.pictures}",
+        "evaluate.num_other_images=8",
         "evaluate.styles=[noto]",
         "evaluate.languages=[en]",
     ]

@@ -26,7 +26,7 @@ from pipeline.bundle import ASSETS, load_tokenizer
 from pipeline.config import CaptionEncoderConfig, EvaluateConfig, load_recipe
 from pipeline.contracts import ImageTokenizer
 from pipeline.evalset import EvalSet
-from pipeline.evaluate import Judge
+from pipeline.evaluate import Evaluator
 from pipeline.images import to_float
 from pipeline.metrics import ImageNetFeatures
 from pipeline.runtime import choose_device, ray_runtime
@@ -71,12 +71,10 @@ def train(name: str, args: argparse.Namespace, source: Path | None) -> tuple[Cha
     return chain, path, {"memory_gb": run["memory_gb"], "images_per_s": run["images_per_s"]}
 
 
-def make_judge(pixels: Path, image_size: int, args: argparse.Namespace) -> Judge:
+def make_judge(pixels: Path, image_size: int, args: argparse.Namespace) -> Evaluator:
     """Of pictures of two styles, as `tessera evaluate` judges."""
-    config = EvaluateConfig(
-        num_pictures=args.pictures, styles=("noto", "twemoji"), languages=("en",)
-    )
-    return Judge(
+    config = EvaluateConfig(num_images=args.pictures, styles=("noto", "twemoji"), languages=("en",))
+    return Evaluator(
         EvalSet.from_parquet(pixels, config, image_size=image_size),
         aligner=Aligner.load(ASSETS / "aligner", device=choose_device()),
         features=ImageNetFeatures(device=choose_device()),
@@ -85,7 +83,7 @@ def make_judge(pixels: Path, image_size: int, args: argparse.Namespace) -> Judge
     )
 
 
-def measure(judge: Judge, tokenizer: ImageTokenizer) -> dict[str, Any]:
+def measure(judge: Evaluator, tokenizer: ImageTokenizer) -> dict[str, Any]:
     """Of held-out pictures: [value, low, high] by name; and the use of the codebook by all."""
     found = judge.tokenizer(tokenizer).metrics
     return {
@@ -120,7 +118,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=180)
     args = parser.parse_args()
     args.home = args.home.absolute()
-    judge: Judge | None = None
+    judge: Evaluator | None = None
     with ray_runtime():
         for name in args.names:
             source: Path | None = None

@@ -298,7 +298,7 @@ def swap(args: argparse.Namespace) -> None:
     with tracker.run("made") as handle:
         first = tracker.register(resolve_path(BUNDLE), model_name="swapped", handle=handle)
         second = tracker.register(_copy(args.home), model_name="swapped", handle=handle)
-    tracker.crown("swapped", first)
+    tracker.set_champion("swapped", first)
     with served(
         args.home, split(args.replicas), model="models:/swapped@champion", watch_every_s=1
     ) as server:
@@ -306,7 +306,7 @@ def swap(args: argparse.Namespace) -> None:
         for turn in range(args.rounds):
             quiet = load_on(server.url, args.duration_s, 2 * turn, args.users)
             target = second if turn % 2 == 0 else first
-            threading.Timer(2.0, tracker.crown, ("swapped", target)).start()
+            threading.Timer(2.0, tracker.set_champion, ("swapped", target)).start()
             swapped = load_on(server.url, args.duration_s, 2 * turn + 1, args.users)
             now = json.load(urllib.request.urlopen(f"{server.url}/readyz"))["model_version"]
             assert now == target, f"version {now} is served, not {target}"

@@ -27,7 +27,7 @@ RECIPE = {
         "causal": {"family": "causal"},
         "gan": {"family": "gan", "gan": {"channels": 8}, "train": {"max_steps": 10}},
     },
-    "evaluate": {"num_pictures": 8, "styles": ["twemoji"], "bootstrap": 100},
+    "evaluate": {"num_images": 8, "styles": ["twemoji"], "bootstrap": 100},
     "promote": {"model_name": "families"},
 }
 

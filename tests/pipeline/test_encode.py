@@ -12,7 +12,7 @@ from test_preprocess import CONFIG, DATA, sample
 
 from pipeline.bundle import load_tokenizer
 from pipeline.config import AugmentConfig, CaptionEncoderConfig, EncodeConfig
-from pipeline.encode import captioned_dataset, encode_captions, encode_pictures
+from pipeline.encode import captioned_dataset, encode_captions, encode_images
 from pipeline.feed import CaptionStates
 from pipeline.images import to_float
 from pipeline.preprocess import preprocess
@@ -36,9 +36,7 @@ def test_image_tokens_are_the_tokenizers_own_in_the_order_of_the_pixels(
     pixels: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     config = EncodeConfig(num_views=2, batch_size=16, augment=AugmentConfig(flip=1.0))
-    found = encode_pictures(
-        pixels, tiny_bundle / "tokenizer", tmp_path, config=config, image_size=64
-    )
+    found = encode_images(pixels, tiny_bundle / "tokenizer", tmp_path, config=config, image_size=64)
     rows = pq.read_table(pixels)
     assert found == len(rows) == 150 and len(list(pixels.glob("*.parquet"))) > 2
     written = pq.read_table(tmp_path)
@@ -60,7 +58,7 @@ def test_caption_states_are_the_encoders_own_and_rows_find_theirs(
 ) -> None:  # fmt: skip
     config = CaptionEncoderConfig()
     assert encode_captions(pixels, tmp_path / "c", config=config, cache=pretrained_cache) == 300
-    encode_pictures(
+    encode_images(
         pixels, tiny_bundle / "tokenizer", tmp_path / "t", config=EncodeConfig(), image_size=64
     )
     data = captioned_dataset(

@@ -17,14 +17,14 @@ from pipeline.config import AlignerConfig, EvaluateConfig
 from pipeline.contracts import EvalReport, GenerationRequest
 from pipeline.errors import DataError
 from pipeline.evalset import EvalSet
-from pipeline.evaluate import Judge, evaluate
+from pipeline.evaluate import Evaluator, evaluate
 from pipeline.images import to_float, to_uint8
 from pipeline.metrics import ImageNetFeatures
 from pipeline.reports import from_dict, markdown_table, metric_values, to_dict
 from pipeline.text import HFCaptionEncoder
 
 CONFIG = EvaluateConfig(
-    num_pictures=32, styles=("twemoji", "noto"), guidance_scales=(1.0,), bootstrap=100, batch_size=8
+    num_images=32, styles=("twemoji", "noto"), guidance_scales=(1.0,), bootstrap=100, batch_size=8
 )
 
 
@@ -60,8 +60,8 @@ def aligner(icon_images: Tensor, icons: list[dict], encoder: HFCaptionEncoder) -
 
 
 @pytest.fixture(scope="module")
-def judge(eval_set: EvalSet, aligner: Aligner, encoder: HFCaptionEncoder) -> Judge:
-    return Judge(
+def judge(eval_set: EvalSet, aligner: Aligner, encoder: HFCaptionEncoder) -> Evaluator:
+    return Evaluator(
         eval_set, aligner=aligner, features=ImageNetFeatures(64), encoder=encoder, config=CONFIG
     )
 
@@ -126,8 +126,8 @@ def test_sets_are_chosen_by_split_and_have_one_right_answer(
         assert {split[key] for key in pictures.keys} == {wanted}
         assert len({group[key] for key in pictures.keys}) == len(pictures) == len(pictures.images)
         for captions in pictures.captions.values():
-            assert len(set(captions)) == len(captions) == CONFIG.num_pictures
-    assert len(eval_set.sets[1]) < CONFIG.num_pictures, "distractors must have filled it up"
+            assert len(set(captions)) == len(captions) == CONFIG.num_images
+    assert len(eval_set.sets[1]) < CONFIG.num_images, "distractors must have filled it up"
     assert len(eval_set.training["noto"]) == sum(
         key.startswith("noto") and s == "train" for key, s in split.items()
     )
@@ -156,7 +156,7 @@ def test_impossible_sets_are_refused(change: dict, message: str, pixels: Path) -
 
 @pytest.fixture(scope="module")
 def reports(
-    judge: Judge, eval_set: EvalSet, tmp_path_factory: pytest.TempPathFactory
+    judge: Evaluator, eval_set: EvalSet, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, EvalReport]:
     grids = tmp_path_factory.mktemp("grids")
     found = {"real": judge.real(), "tokenizer": judge.tokenizer(Coarse())}
@@ -183,7 +183,7 @@ def test_floors_and_generators_come_in_the_right_order(reports: dict[str, EvalRe
 
 
 def test_a_gain_is_of_the_same_pictures_together(
-    reports: dict[str, EvalReport], judge: Judge
+    reports: dict[str, EvalReport], judge: Evaluator
 ) -> None:
     good, bad = reports["good"].metrics, reports["bad"].metrics
     gains = judge.with_gains(reports["good"], ["bad"]).metrics
@@ -202,7 +202,7 @@ def test_a_gain_is_of_the_same_pictures_together(
 def test_further_styles_and_languages_may_have_fewer_pictures(
     pixels: Path, aligner: Aligner, encoder: HFCaptionEncoder, tmp_path: Path
 ) -> None:
-    config = CONFIG.model_copy(update={"num_other_pictures": 8, "guidance_scales": ()})
+    config = CONFIG.model_copy(update={"num_other_images": 8, "guidance_scales": ()})
     sets = EvalSet.from_parquet(pixels, config, image_size=64)
     assert [len(s.captions["en"]) for s in sets.sets] == [32, 32, 8, 8]
     generator = Oracle(sets)
@@ -227,7 +227,7 @@ class Small(Oracle):
 
 
 def test_a_generator_of_another_size_is_judged_at_that_of_the_pictures(
-    eval_set: EvalSet, judge: Judge, tmp_path: Path
+    eval_set: EvalSet, judge: Evaluator, tmp_path: Path
 ) -> None:
     report = judge.generator(Small(eval_set), "small", grids=tmp_path)
     assert report.metrics["retrieval"].value > 0.7
@@ -244,7 +244,7 @@ def test_guidance_scales_are_reported_beside(reports: dict[str, EvalReport]) -> 
 
 def test_speed_and_validation_loss_are_in_the_report(reports: dict[str, EvalReport]) -> None:
     metrics = reports["good"].metrics
-    assert metrics["seconds_per_picture"].value > 0 and metrics["latency_s"].value > 0
+    assert metrics["seconds_per_image"].value > 0 and metrics["latency_s"].value > 0
     assert metrics["validation_loss"].value == 3.5
 
 
@@ -266,7 +266,7 @@ def test_grids_show_real_tokens_and_every_language(reports: dict[str, EvalReport
 
 
 def test_requests_carry_style_and_seed_and_only_known_styles(
-    judge: Judge, eval_set: EvalSet
+    judge: Evaluator, eval_set: EvalSet
 ) -> None:
     class NotoOnly(Oracle):
         styles = ("noto",)
@@ -292,7 +292,7 @@ class _Same:
 
     width, max_tokens = 384, 24
 
-    def __init__(self, judge: Judge) -> None:
+    def __init__(self, judge: Evaluator) -> None:
         self.width = judge.aligner.caption_width
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:

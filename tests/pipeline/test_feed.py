@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import feed
-from pipeline.config import PictureFilter
+from pipeline.config import ImageFilter
 from pipeline.errors import DataError
 
 
@@ -40,7 +40,7 @@ def test_groups_are_drawn_by_the_power_of_their_size(
     sizes: list[int], exponent: float, seed: int
 ) -> None:
     groups = np.repeat(np.arange(len(sizes)), sizes)
-    weights = feed.RowWeights.of(rows_of(groups), PictureFilter(group_exponent=exponent))
+    weights = feed.RowWeights.of(rows_of(groups), ImageFilter(group_exponent=exponent))
     epoch = feed.global_rows(
         0, length=len(groups), batch_size=len(groups), seed=seed, weights=weights
     )
@@ -56,16 +56,16 @@ def test_groups_are_drawn_by_the_power_of_their_size(
 
 def test_every_group_is_drawn_equally_often_with_exponent_0() -> None:
     groups = np.array([0] * 90 + [1] * 9 + [2])
-    weights = feed.RowWeights.of(rows_of(groups), PictureFilter(group_exponent=0.0))
+    weights = feed.RowWeights.of(rows_of(groups), ImageFilter(group_exponent=0.0))
     shares = np.bincount(groups[thirty_epochs(weights)]) / 3_000
     assert shares == pytest.approx([1 / 3] * 3, abs=0.01)
-    assert feed.RowWeights.of(rows_of(groups), PictureFilter()) is None
+    assert feed.RowWeights.of(rows_of(groups), ImageFilter()) is None
 
 
 def test_styles_are_drawn_by_their_weight() -> None:
     style = np.array(["old"] * 60 + ["new"] * 40)
     table = pa.table({"style": style})
-    weights = feed.RowWeights.of(table, PictureFilter(style_weights={"new": 3.0}))
+    weights = feed.RowWeights.of(table, ImageFilter(style_weights={"new": 3.0}))
     drawn = style[thirty_epochs(weights)]
     assert (drawn == "new").mean() == pytest.approx(120 / 180, abs=0.01)
 
@@ -85,7 +85,7 @@ def rows_of(groups: np.ndarray) -> pa.Table:
 
 @given(world_size=st.sampled_from([1, 2, 4]), step=st.integers(0, 50))
 def test_ranks_share_a_step_without_overlap(world_size: int, step: int) -> None:
-    data = feed.PictureDataset(np.arange(30 * 3 * 4 * 4, dtype=np.uint8).reshape(30, 3, 4, 4))
+    data = feed.ImageDataset(np.arange(30 * 3 * 4 * 4, dtype=np.uint8).reshape(30, 3, 4, 4))
     together = feed.training_batch(data, step, batch_size=8, seed=1, rank=0, world_size=1)["images"]
     shares = [
         feed.training_batch(data, step, batch_size=8, seed=1, rank=rank, world_size=world_size)
@@ -169,16 +169,16 @@ def test_filters_name_what_they_left_nothing_of(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "rows.parquet")
     assert feed.read_table(tmp_path)["key"].to_pylist() == ["a", "b"]
     assert feed.read_table(tmp_path, split="train")["key"].to_pylist() == ["b"]
-    assert feed.read_table(tmp_path, only=PictureFilter(exclude_styles=("x",))).num_rows == 1
+    assert feed.read_table(tmp_path, only=ImageFilter(exclude_styles=("x",))).num_rows == 1
     with pytest.raises(DataError, match=r"style_weights names z, .* the styles are x, y"):
-        feed.read_table(tmp_path, only=PictureFilter(style_weights={"x": 2, "z": 3}))
+        feed.read_table(tmp_path, only=ImageFilter(style_weights={"x": 2, "z": 3}))
     captions = pa.array([[], [{"text": "a", "language": "en"}]])
     pq.write_table(table.append_column("captions", captions), tmp_path / "rows.parquet")
     assert feed.read_table(tmp_path, captioned=True)["key"].to_pylist() == ["a"]
     with pytest.raises(DataError, match=r"split='train'.*and a caption"):
         feed.read_table(tmp_path, split="train", captioned=True)
     with pytest.raises(DataError, match=r"none of the 2 pictures.*split='train'"):
-        feed.read_table(tmp_path, split="train", only=PictureFilter(styles=("y",)))
+        feed.read_table(tmp_path, split="train", only=ImageFilter(styles=("y",)))
 
 
 def test_captions_are_padded_and_views_are_drawn(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from pipeline import images
 from pipeline.config import PreprocessConfig
 from pipeline.images import (
-    BadPicture,
+    BadImage,
     decode,
     encode_png,
     gradient_l1,
@@ -184,7 +184,7 @@ def test_shrinking_is_antialiased() -> None:
     ],
 )
 def test_what_cannot_be_used_says_why(picture: bytes, reason: str) -> None:
-    with pytest.raises(BadPicture) as caught:
+    with pytest.raises(BadImage) as caught:
         decode(picture, CONFIG)
     assert caught.value.reason == reason
 
@@ -197,7 +197,7 @@ def test_damaged_pictures_raise_nothing_but_bad_picture(kind: str, data: st.Data
         picture[data.draw(st.integers(0, len(picture) - 1))] = data.draw(st.integers(0, 255))
     try:
         assert decode(bytes(picture), CONFIG).shape == (3, 32, 32)
-    except BadPicture as bad:
+    except BadImage as bad:
         assert bad.reason in {
             "undecodable",
             "truncated",
@@ -277,7 +277,7 @@ def test_a_palette_that_is_cut_short_is_undecodable() -> None:
     Image.new("P", (64, 64)).save(stream, "PNG", transparency=bytes(200))
     try:
         assert decode(stream.getvalue(), PreprocessConfig()).shape == (3, 64, 64)
-    except BadPicture as error:
+    except BadImage as error:
         assert error.reason == "undecodable"
 
 

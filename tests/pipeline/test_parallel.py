@@ -1,4 +1,4 @@
-"""Drawing step by step: pictures to go on from, what guidance leads away from, rows that leave."""
+"""Decoding step by step: pictures to go on from, what guidance leads away from, rows that leave."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.bundle import load_generator
 from pipeline.config import TrainConfig
-from pipeline.contracts import Canvas, GenerationRequest, JoinableDrawing, SteppedGenerator
+from pipeline.contracts import Canvas, ContinuousBatch, GenerationRequest, SteppedGenerator
 from pipeline.errors import RequestError
 from pipeline.finetune import apply_policy
 from pipeline.models._sampling import touched_cells
@@ -102,7 +102,7 @@ def test_a_picture_does_not_show_when_it_joined(generator: Any) -> None:
     hurried, edit = replace(REQUEST, num_steps=2), replace(REQUEST, seed=8, canvas=canvas())
     alone = [generator.generate([request])[0] for request in (REQUEST, edit, hurried)]
     drawing = generator.start([REQUEST])
-    assert isinstance(drawing, JoinableDrawing) and drawing.joinable
+    assert isinstance(drawing, ContinuousBatch) and drawing.joinable
     drawing.step()
     assert list(drawing.join([edit])) == [1]
     drawing.step()

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from pipeline import pixel_store
-from pipeline.config import PictureFilter
+from pipeline.config import ImageFilter
 from pipeline.errors import DataError
-from pipeline.feed import PictureDataset, training_batch
+from pipeline.feed import ImageDataset, training_batch
 from pipeline.pixel_store import MappedRows, flat_file, read_pixels, read_tokens
 
 
@@ -40,10 +40,10 @@ def write(directory: Path, rows: int, size: int, files: int = 3) -> np.ndarray:
 
 def test_mapped_pixels_are_those_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = write(tmp_path, 200, 8)
-    settings = {"image_size": 8, "split": "train", "only": PictureFilter(styles=("odd",))}
-    here = PictureDataset.from_parquet(tmp_path, **settings)
+    settings = {"image_size": 8, "split": "train", "only": ImageFilter(styles=("odd",))}
+    here = ImageDataset.from_parquet(tmp_path, **settings)
     monkeypatch.setattr(pixel_store, "IN_MEMORY_BYTES", 0)
-    there = PictureDataset.from_parquet(tmp_path, **settings)
+    there = ImageDataset.from_parquet(tmp_path, **settings)
     assert isinstance(there.images, MappedRows) and isinstance(here.images, np.ndarray)
     wanted = images[[i for i in range(200) if i % 2 and i % 5]]
     np.testing.assert_array_equal(here.images, wanted)
@@ -54,7 +54,7 @@ def test_mapped_pixels_are_those_in_memory(tmp_path: Path, monkeypatch: pytest.M
         ]
         assert torch.equal(*batches)
     before = flat_file(tmp_path, "image").stat().st_mtime_ns
-    PictureDataset.from_parquet(tmp_path, **settings)
+    ImageDataset.from_parquet(tmp_path, **settings)
     assert flat_file(tmp_path, "image").stat().st_mtime_ns == before, "written once"
     assert pq.read_table(tmp_path).num_rows == 200, "Parquet readers do not see it"
 
@@ -65,8 +65,8 @@ def test_pictures_of_a_group_share_its_weight(tmp_path: Path) -> None:
         table = pq.read_table(path)
         groups = [key if int(key) % 2 else "one" for key in table["key"].to_pylist()]
         pq.write_table(table.append_column("group", pa.array(groups)), path)
-    only = PictureFilter(group_exponent=0.0)
-    data = PictureDataset.from_parquet(tmp_path, image_size=8, split="train", only=only)
+    only = ImageFilter(group_exponent=0.0)
+    data = ImageDataset.from_parquet(tmp_path, image_size=8, split="train", only=only)
     assert data.weights is not None
     weights = dict(zip((i for i in range(40) if i % 5), data.weights.values, strict=True))
     assert weights[1] == 1 and weights[2] * 16 == pytest.approx(1), "16 even rows train"
@@ -112,14 +112,14 @@ import sys
 from pathlib import Path
 import pyarrow
 from pipeline import pixel_store
-from pipeline.feed import PictureDataset, training_batch
+from pipeline.feed import ImageDataset, training_batch
 
 def anonymous_kb():
     with open("/proc/self/status") as status:
         return int(next(line.split()[1] for line in status if line.startswith("RssAnon")))
 
 def feed(directory):
-    data = PictureDataset.from_parquet(Path(directory), image_size=64, split="train")
+    data = ImageDataset.from_parquet(Path(directory), image_size=64, split="train")
     for step in range(20):
         training_batch(data, step, batch_size=32, seed=0, rank=0, world_size=1)
 

@@ -19,7 +19,7 @@ def test_two_homes_in_one_process_keep_apart(
     first, second = Tracker(tmp_path / "first"), Tracker(tmp_path / "second")
     with second.run("made") as handle:
         version = second.register(tiny_bundles["gan"], model_name="tiny", handle=handle)
-    second.crown("tiny", version)
+    second.set_champion("tiny", version)
     assert "MLFLOW_TRACKING_URI" not in os.environ
     assert first.champion("tiny") is None
     found = resolve_model("models:/tiny@champion", home=tmp_path / "second")

@@ -62,7 +62,7 @@ def served(
     door = Address("127.0.0.1", free_port())
     client = OpenAI(base_url=f"{door.url}/v1", api_key="none", max_retries=0, timeout=120)
     served = Served(client, Tracker(home), door.url)
-    served.tracker.crown("tiny", served.register(tiny_bundles["masked"]))
+    served.tracker.set_champion("tiny", served.register(tiny_bundles["masked"]))
     service = ServiceConfig(watch_every_s=0.5)
     app = build_app("models:/tiny@champion", CONFIG, service, home=str(home), listen=door)
     deploy(app, name="bundle", route_prefix="/bundle")
@@ -121,7 +121,7 @@ def test_a_moved_champion_is_followed_and_a_bad_bundle_refused(
     with ThreadPoolExecutor(1) as users:
         drawing = users.submit(user)
         try:
-            served.tracker.crown("tiny", served.register(tiny_bundles["gan"]))
+            served.tracker.set_champion("tiny", served.register(tiny_bundles["gan"]))
             served.until(lambda ready: ready.get("model_version") == "2")
             served.until(lambda ready: drawing.done() or versions[-1:] == ["2"])
         finally:
@@ -135,7 +135,7 @@ def test_a_moved_champion_is_followed_and_a_bad_bundle_refused(
         (damaged / file.relative_to(tiny_bundles["masked"])).write_bytes(file.read_bytes())
     weights = damaged / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    served.tracker.crown("tiny", served.register(damaged))
+    served.tracker.set_champion("tiny", served.register(damaged))
     served.until(lambda ready: "version 3 is refused" in ready.get("notice", ""))
     assert served.client.images.generate(prompt="a cat").model_version == "2"
     with pytest.raises(openai.BadRequestError) as caught:  # the gan draws, and that is all

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from pipeline.config import CausalConfig, GeneratorConfig
-from pipeline.contracts import GenerationRequest, JoinableDrawing
+from pipeline.contracts import ContinuousBatch, GenerationRequest
 from pipeline.errors import RequestError
 from pipeline.models import causal
 from pipeline.models._captions import CaptionTokenizer
-from pipeline.models._sequential import SequentialDrawing
+from pipeline.models._sequential import SequentialDecoding
 from pipeline.models._spec import ModelParts, ModelSpec
 from serve.engine import Drawn, Engine, Late, Place
 
@@ -70,7 +70,7 @@ REQUESTS = [
 def test_a_picture_does_not_show_when_it_joined(model: causal.Generator) -> None:
     alone = [model.generate([request])[0] for request in REQUESTS]
     drawing = model.start(REQUESTS[:1])
-    assert isinstance(drawing, JoinableDrawing) and drawing.joinable
+    assert isinstance(drawing, ContinuousBatch) and drawing.joinable
     joins = {3: [REQUESTS[1]], 7: REQUESTS[2:]}
     for step in range(3 * TOKENS):
         if step in joins:
@@ -123,14 +123,14 @@ def test_a_refused_request_changes_nothing(model: causal.Generator) -> None:
 def test_the_engine_lets_pictures_in_between_steps(
     model: causal.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, seated = SequentialDrawing.step, []
+    step, seated = SequentialDecoding.step, []
 
-    def slow(self: SequentialDrawing) -> bool:
+    def slow(self: SequentialDecoding) -> bool:
         time.sleep(0.03)
         seated.append(len(self._pictures))
         return step(self)
 
-    monkeypatch.setattr(SequentialDrawing, "step", slow)
+    monkeypatch.setattr(SequentialDecoding, "step", slow)
 
     async def main() -> list[Any]:
         engine = Engine(model, max_batch_size=3, batch_wait_s=0.01)
@@ -172,18 +172,18 @@ def test_nobody_waits_for_who_may_join_later(model: causal.Generator) -> None:
 def test_under_a_load_that_never_ends_who_cannot_be_in_time_is_told_early(
     model: causal.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, join, joined = SequentialDrawing.step, SequentialDrawing.join, list[str]()
+    step, join, joined = SequentialDecoding.step, SequentialDecoding.join, list[str]()
 
-    def slow(self: SequentialDrawing) -> bool:
+    def slow(self: SequentialDecoding) -> bool:
         time.sleep(0.03)
         return step(self)
 
-    def seen(self: SequentialDrawing, requests: Sequence[GenerationRequest]) -> Sequence[int]:
+    def seen(self: SequentialDecoding, requests: Sequence[GenerationRequest]) -> Sequence[int]:
         joined.extend(request.prompt for request in requests)
         return join(self, requests)
 
-    monkeypatch.setattr(SequentialDrawing, "step", slow)
-    monkeypatch.setattr(SequentialDrawing, "join", seen)
+    monkeypatch.setattr(SequentialDecoding, "step", slow)
+    monkeypatch.setattr(SequentialDecoding, "join", seen)
 
     async def main() -> None:
         engine = Engine(model, max_batch_size=3, batch_wait_s=0.01)
