@@ -26,10 +26,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from pipeline.config import CausalConfig, GeneratorConfig
-from pipeline.models import causal
 from pipeline.models._captions import CaptionTokenizer
 from pipeline.models._decoding import DecoderMaker
 from pipeline.models._spec import ModelSpec
+from pipeline.models.networks import causal
 from pipeline.pretrained import find_language_model
 from pipeline.runtime import autocast_dtype, choose_device
 

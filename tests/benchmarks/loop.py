@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from pipeline.config import GeneratorConfig, TrainConfig
 from pipeline.finetune import build_optimizers
-from pipeline.models import masked
 from pipeline.models._spec import ModelSpec
+from pipeline.models.networks import masked
 from pipeline.progress import ProgressBoard
 from pipeline.runtime import autocast, compile_modules, environment, ray_runtime
 from pipeline.train import Training, _Worker, scaling_for

@@ -23,11 +23,11 @@ from pipeline.contracts import GenerationRequest
 from pipeline.errors import PretrainedNotFoundError, RecipeError
 from pipeline.finetune import apply_policy, build_optimizers
 from pipeline.models import _sampling as sampling
-from pipeline.models import causal
 from pipeline.models._captions import CaptionTokenizer
 from pipeline.models._decoding import CacheDecoder, GraphDecoder, LlamaWeights, Room, SlotDecoder
 from pipeline.models._spec import ModelParts, ModelSpec
 from pipeline.models._tokens import ImageVocabulary
+from pipeline.models.networks import causal
 
 CONFIG = GeneratorConfig(
     family="causal", width=32, depth=2, heads=2, dropout=0, num_styles=3,

@@ -17,8 +17,8 @@ from pipeline.config import GanConfig, GeneratorConfig, TrainConfig
 from pipeline.contracts import GenerationRequest
 from pipeline.errors import RecipeError, RequestError
 from pipeline.images import to_float
-from pipeline.models import gan
 from pipeline.models._spec import ModelParts, ModelSpec
+from pipeline.models.networks import gan
 from pipeline.train import Training, fit
 
 SPEC = ModelSpec(

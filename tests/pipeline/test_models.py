@@ -15,8 +15,8 @@ from pipeline.config import GanConfig, GeneratorConfig, TrainConfig
 from pipeline.contracts import GenerationRequest, ImageGenerator
 from pipeline.errors import BundleError, RecipeError, RequestError
 from pipeline.finetune import adapter_weights, apply_policy, merged_weights
-from pipeline.models import masked
 from pipeline.models._spec import ModelSpec
+from pipeline.models.networks import masked
 
 SPEC = ModelSpec(
     image_size=32, codebook_size=60, num_tokens=16, levels=(5, 4, 3), caption_width=24,

@@ -17,9 +17,9 @@ from pipeline.config import AugmentConfig, GeneratorConfig, TrainConfig
 from pipeline.contracts import Canvas, GenerationRequest
 from pipeline.errors import RecipeError, RequestError
 from pipeline.generation import check_generator
-from pipeline.models import causal
 from pipeline.models._captions import CaptionTokenizer
 from pipeline.models._spec import ModelParts
+from pipeline.models.networks import causal
 from pipeline.tasks import gives_source
 from pipeline.tasks._dataset import TaskDataset
 

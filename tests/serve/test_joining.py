@@ -15,10 +15,10 @@ from torch import Tensor
 from pipeline.config import CausalConfig, GeneratorConfig
 from pipeline.contracts import ContinuousBatch, GenerationRequest
 from pipeline.errors import RequestError
-from pipeline.models import causal
 from pipeline.models._captions import CaptionTokenizer
 from pipeline.models._sequential import SequentialDecoding
 from pipeline.models._spec import ModelParts, ModelSpec
+from pipeline.models.networks import causal
 from serve.engine import Drawn, Engine, Late, Place
 
 CONFIG = GeneratorConfig(

@@ -1,0 +1,368 @@
+"""Causal generator (GPT type): a language model goes on from the caption with image tokens.
+
+Any `AutoModelForCausalLM` will do; its vocabulary grows by the image codebook and a few markers,
+kept beside it as a table and a head of their own, so that what is new and what was pretrained can
+be trained apart. `export` joins them into an ordinary Hugging Face model.
+
+Sources: Ramesh et al. 2021, DALL-E (arXiv 2102.12092): caption, then image tokens, one
+cross-entropy; Sun et al. 2024, LlamaGen (arXiv 2406.06525): guidance, top-k and top-p on image
+tokens; Ho and Salimans 2022 (arXiv 2207.12598): classifier-free guidance.
+
+A row reads  [padding] caption  style-marker  begin-marker  image tokens...  (see _tokens.py);
+models whose tasks give a source picture read it, too, between caption and style, holes marked.
+Shapes: B pictures, N image tokens, L caption tokens with padding on the left, D model width, V
+codebook.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    ByT5Tokenizer,
+    LlamaConfig,
+    PreTrainedModel,
+)  # fmt: skip
+
+from pipeline.config import GeneratorConfig
+from pipeline.contracts import GenerationRequest, OnStep, TokenCount
+from pipeline.errors import PretrainedNotFoundError, RecipeError
+from pipeline.models import _sampling as sampling
+from pipeline.models._canvas import lay_out
+from pipeline.models._decoding import DecoderMaker, positions_of
+from pipeline.models._drawing import pictures_of
+from pipeline.models._requests import check_requests
+from pipeline.models._sequential import Prompts, SequentialDecoding
+from pipeline.models._spec import ModelParts, ModelSpec
+from pipeline.models._tokens import ImageVocabulary
+from pipeline.runtime import autocast, choose_device
+from pipeline.tasks import gives_source
+
+READS = "image_tokens"
+CAPTIONS = "ids"
+GUIDANCE_SCALE = 3.0
+UNREAD = frozenset(  # of the section `generator`
+    {"gan", "caption_depth", "rectangle_fraction", "num_steps"}
+)
+NO_TARGET = -100
+
+Source = tuple[Tensor, Tensor]
+"""Source pictures as image tokens int64 (B, N), and which of these are given, bool (B, N)."""
+
+
+def language_model_config(config: GeneratorConfig, source: str | None) -> dict[str, Any]:
+    """The Hugging Face config to build by: a pretrained model's, or of a small Llama on bytes.
+
+    Raises:
+        PretrainedNotFoundError: there is no such model, here or on the hub.
+        RecipeError: it is of BERT type, whose states know the tokens that they shall predict.
+    """
+    if source is not None:
+        try:
+            pretrained = AutoConfig.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise PretrainedNotFoundError(
+                f"generator.causal.language_model={source}: {str(error).splitlines()[0]} "
+                "Name a directory, a .gguf file or a hub id that can be reached"
+            ) from error
+        if type(pretrained) in MODEL_FOR_MASKED_LM_MAPPING:
+            raise RecipeError(
+                f"generator.causal.language_model={source} is of BERT type "
+                f"({pretrained.model_type}), which reads both ways: take one of GPT type, or the "
+                "family masked with it as caption_encoder.model"
+            )
+        found: dict[str, Any] = pretrained.to_dict()
+        return found
+    made: dict[str, Any] = LlamaConfig(
+        vocab_size=len(ByT5Tokenizer()),
+        hidden_size=config.width,
+        intermediate_size=3 * config.width,
+        num_hidden_layers=config.depth,
+        num_attention_heads=config.heads,
+        attention_dropout=config.dropout,
+        max_position_embeddings=2_048,
+        tie_word_embeddings=True,
+    ).to_dict()
+    return made
+
+
+class CausalTransformer(nn.Module):
+    """A language model, a table of new tokens and a head over the image codebook."""
+
+    text_head: Tensor | None
+
+    def __init__(self, config: GeneratorConfig, spec: ModelSpec) -> None:
+        super().__init__()
+        if not spec.language_model:
+            raise RecipeError("a causal model needs spec.language_model, a Hugging Face config")
+        hf = AutoConfig.for_model(**spec.language_model)
+        self.spec, self.no_style = spec, config.num_styles
+        self.vocabulary = ImageVocabulary(
+            hf.vocab_size, spec.codebook_size, config.num_styles, gives_source(config.tasks)
+        )
+        prompt = config.causal.max_prompt_tokens
+        source = 1 + spec.num_tokens if self.vocabulary.with_source else 0
+        needed = prompt + source + 2 + spec.num_tokens
+        context = getattr(hf, "max_position_embeddings", needed)
+        if context < needed:
+            parts = f"{prompt} caption tokens, 2 markers and {spec.num_tokens} image tokens"
+            if source:
+                parts = f"{source} tokens of a source picture, {parts}"
+            raise RecipeError(
+                f"generator.causal: {parts} do not fit the language model's context of {context}; "
+                "lower max_prompt_tokens or take another model"
+            )
+        # two plain products on a CPU, for the reason in _attention.py; None: the model's own choice
+        attention = "eager" if choose_device().type == "cpu" else None
+        whole = AutoModelForCausalLM.from_config(
+            hf, dtype=torch.float32, attn_implementation=attention
+        )
+        self.lm: PreTrainedModel = whole.base_model
+        tied = bool(getattr(hf, "tie_word_embeddings", False))
+        self.register_buffer("text_head", None if tied else whole.lm_head.weight.detach().clone())
+        width = self.lm.get_input_embeddings().embedding_dim
+        self.image_table = nn.Embedding(self.vocabulary.num_new, width)
+        self.image_head = nn.Linear(width, spec.codebook_size, bias=False)
+        for weight in (self.image_table.weight, self.image_head.weight):
+            nn.init.normal_(weight, std=0.02)
+
+    def text_modules(self) -> list[nn.Module]:
+        """What reads the caption: the policy `frozen` leaves the language model alone."""
+        return [self.lm]
+
+    def style_rows(self) -> Tensor:
+        """The styles' vectors, one a row in the order of their ids."""
+        first = self.vocabulary.style(0)
+        return self.image_table.weight[first : first + self.no_style]
+
+    def head_modules(self) -> list[nn.Module]:
+        """What the policy `head` trains: the new tokens' table and head, and the last block."""
+        return [self.image_table, self.image_head, self.layers()[-1]]
+
+    def layers(self) -> nn.ModuleList:
+        """The language model's, whatever it calls them."""
+        return next(m for m in self.lm.modules() if isinstance(m, nn.ModuleList))
+
+    @torch.no_grad()
+    def start_from_language_model(self, source: str) -> None:
+        """Take a pretrained model's weights; new tokens are read as about the mean of the old ones,
+        and are all about equally likely to be drawn: a head as large as the old one would begin
+        with a loss of 25 nats in SmolLM2, whose states are large, instead of ln(codebook) = 8.4."""
+        whole = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        self.lm.load_state_dict(whole.base_model.state_dict())
+        if self.text_head is not None:
+            self.text_head.copy_(whole.lm_head.weight)
+        old = self.lm.get_input_embeddings().weight
+        self.image_table.weight.normal_(std=0.2 * float(old.std())).add_(old.mean(0))
+        self.image_head.weight.normal_(std=0.01 * float(old.std()))
+
+    def prompt(
+        self, ids: Tensor, mask: Tensor, style: Tensor, source: Source | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Everything before the picture.
+
+        Args:
+            ids: int64 (B, L); mask: bool (B, L), padding on the left; all False: no caption.
+            style: int64 (B,), `no_style` leaves it open.
+            source: tokens int64 (B, N), meaningless where not given, and given bool (B, N); a row
+                of which nothing is given has no source. For models that see sources alone.
+
+        Returns:
+            embeddings (B, L + 2, D) and mask bool (B, L + 2); 1 + N more with sources.
+        """
+        text = self.lm.get_input_embeddings()(ids)
+        begin = torch.full_like(style, self.vocabulary.begin)
+        new = torch.stack([self.vocabulary.style(style), begin], 1)
+        if source is not None:
+            tokens, given = source
+            holed = torch.where(given, tokens, self.vocabulary.hole)
+            new = torch.cat([F.pad(holed, (1, 0), value=self.vocabulary.source), new], 1)
+            seen = given.any(1, keepdim=True).expand(-1, 1 + given.shape[1])
+            mask = torch.cat([mask, seen], 1)
+        markers = self.image_table(new)
+        return torch.cat([text, markers.to(text.dtype)], 1), F.pad(mask, (0, 2), value=True)
+
+    def forward(
+        self,
+        image_tokens: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        style: Tensor,
+        source: Source | None = None,
+        withheld: Tensor | None = None,
+    ) -> Tensor:
+        """int64 (B, N) and the prompt -> logits float (B, N, V), each from what is before it.
+
+        Of the picture's tokens those `withheld`, bool (B, N), are not seen by the later ones.
+        """
+        before, keys = self.prompt(ids, mask, style, source)
+        if withheld is not None:
+            image_tokens = image_tokens.masked_fill(withheld, self.vocabulary.begin)
+        picture = self.image_table(image_tokens[:, :-1]).to(before.dtype)
+        keys = F.pad(keys, (0, picture.shape[1]), value=True)
+        states = self.lm(
+            inputs_embeds=torch.cat([before, picture], 1),
+            attention_mask=keys.long(),
+            position_ids=positions_of(keys),
+            use_cache=False,
+        ).last_hidden_state
+        return self.image_head(states[:, -image_tokens.shape[1] :]).float()
+
+
+class Objective(nn.Module):
+    """Cross-entropy over the picture's tokens; captions and styles are dropped for guidance."""
+
+    phases = ("predict",)
+
+    def __init__(self, model: CausalTransformer, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+
+    def compilable(self) -> list[nn.Module]:
+        return list(self.model.layers())
+
+    def forward(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
+        return self.losses(batch, phase)
+
+    def losses(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
+        """ "loss" in nats a token (label-smoothed while training) and "accuracy"."""
+        config, model = self.config, self.model
+        tokens, mask, style = batch["image_tokens"], batch["caption_mask"], batch["style"]
+        withheld = None
+        if self.training:
+            mask, style = sampling.drop_conditions(
+                mask, style, config=config, no_style=model.no_style
+            )
+            if config.causal.token_dropout:
+                withheld = sampling.token_dropout(tokens, config.causal.token_dropout)
+        source, target = None, tokens.flatten()
+        if "source_given" in batch:
+            source = batch["source_tokens"], batch["source_given"]
+            target = target.masked_fill(source[1].flatten(), NO_TARGET)  # nothing to learn there
+        logits = model(tokens, batch["caption_ids"], mask, style, source, withheld).flatten(0, 1)
+        smoothing = config.label_smoothing if self.training else 0.0
+        loss = F.cross_entropy(logits, target, ignore_index=NO_TARGET, label_smoothing=smoothing)
+        with torch.no_grad():
+            accuracy = (logits.argmax(-1) == target).sum() / (target != NO_TARGET).sum()
+        return {"loss": loss, "accuracy": accuracy}
+
+
+class Generator:
+    """contracts.SteppedGenerator: token by token with a cache, guided, image tokens alone."""
+
+    def __init__(
+        self, model: CausalTransformer, config: GeneratorConfig, spec: ModelSpec, parts: ModelParts
+    ) -> None:
+        self.model = model.to(parts.device).eval()
+        self.config, self.spec, self.parts = config, spec, parts
+        assert parts.caption_ids is not None, "the causal family reads captions as token ids"
+        self.read_ids = parts.caption_ids
+        self.styles, self.image_size = spec.styles, spec.image_size
+        self.tasks = frozenset(config.tasks)
+        self.make_decoder = DecoderMaker(self.model.lm, self.model.image_head)
+
+    def generate(
+        self, requests: Sequence[GenerationRequest], *, on_step: OnStep | None = None
+    ) -> Tensor:
+        """See contracts.ImageGenerator.generate; a decoding step is an image token.
+
+        Raises:
+            RequestError: also for num_steps: it is the number of image tokens.
+        """
+        return self._draw(requests, on_step).images(range(len(requests)))
+
+    def draw_tokens(self, requests: Sequence[GenerationRequest]) -> Tensor:
+        """int64 (B, N)."""
+        return self._draw(requests, None).tokens(range(len(requests)))
+
+    def start(self, requests: Sequence[GenerationRequest]) -> SequentialDecoding:
+        """See contracts.SteppedGenerator.start; more requests may join."""
+        causal, sources = self.config.causal, self.model.vocabulary.with_source
+        N = self.spec.num_tokens
+        length = causal.max_prompt_tokens + 2 + N + (1 + N if sources else 0)
+        drawing = SequentialDecoding(
+            self.make_decoder(length),
+            self._begin,
+            self.model.image_table,
+            self.parts.tokenizer,
+            partial(sampling.truncated, top_k=causal.top_k, top_p=causal.top_p),
+            self.parts.device,
+            self.config.guidance_schedule,
+        )
+        drawing.join(requests)
+        return drawing
+
+    def count_tokens(self, request: GenerationRequest) -> TokenCount:
+        """See contracts.SteppedGenerator.count_tokens."""
+        text = int(self.read_ids([request.prompt, request.negative_prompt or ""])[1].sum())
+        canvas = self.spec.num_tokens if request.canvas else 0
+        return TokenCount(text=text, canvas=canvas, drawn=self.spec.num_tokens)
+
+    def _draw(
+        self, requests: Sequence[GenerationRequest], on_step: OnStep | None
+    ) -> SequentialDecoding:
+        drawing = self.start(requests)
+        while drawing.step():
+            if on_step is not None:
+                on_step(*drawing.progress(0))
+        return drawing
+
+    def _begin(self, requests: Sequence[GenerationRequest]) -> Prompts:
+        sources, device = self.model.vocabulary.with_source, self.parts.device
+        settings = check_requests(
+            requests, self.config, self.styles, fixed_steps=self.spec.num_tokens,
+            canvas_size=self.image_size if sources else None, guidance_scale=GUIDANCE_SCALE,
+        )  # fmt: skip
+        noise = [sampling.noise_of(seed) for seed in settings.seeds]
+        captions = self.read_ids([*settings.prompts, *settings.negative_prompts])
+        ids, mask = (part.to(device) for part in captions)
+        style = torch.tensor([self.model.no_style if s is None else s for s in settings.styles])
+        style = style.to(device).repeat(2)
+        with autocast(device):
+            start = lay_out(
+                settings.canvases, self.parts.tokenizer, self.spec.num_tokens, noise, device
+            )
+            source = (start.tokens.repeat(2, 1), ~start.hidden.repeat(2, 1)) if sources else None
+            inputs, keys = self.model.prompt(ids, mask, style, source)
+        return Prompts(pictures_of(start, settings, noise), inputs, keys)
+
+
+@torch.no_grad()
+def export(model: CausalTransformer, directory: Path) -> None:
+    """Write an ordinary Hugging Face model that continues a prompt with image tokens.
+
+    `AutoModelForCausalLM.from_pretrained(directory)` loads it; tessera.json says which ids are
+    image tokens, markers and styles. Its head is untied: text keeps its own rows.
+    """
+    vocabulary, embedding = model.vocabulary, model.lm.get_input_embeddings().weight
+    device = embedding.device
+    settings = dict(model.spec.language_model)
+    settings |= {"vocab_size": vocabulary.size, "tie_word_embeddings": False}
+    whole = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
+    whole.to(device)
+    weights = model.lm.state_dict()
+    name = next(n for n, p in model.lm.named_parameters() if p is embedding)
+    weights[name] = torch.cat([embedding, model.image_table.weight])
+    whole.base_model.load_state_dict(weights)
+    text = embedding if model.text_head is None else model.text_head
+    unused = vocabulary.num_new - vocabulary.codebook_size
+    markers = torch.zeros(unused, embedding.shape[1], device=device)
+    whole.lm_head.weight.copy_(torch.cat([text, model.image_head.weight, markers]))
+    whole.save_pretrained(directory)
+    layout = vocabulary.layout(model.spec.styles) | {"num_tokens": model.spec.num_tokens}
+    (directory / "tessera.json").write_text(json.dumps(layout, indent=2, ensure_ascii=False))
+
+
+def build(config: GeneratorConfig, spec: ModelSpec) -> CausalTransformer:
+    """A freshly initialised network."""
+    return CausalTransformer(config, spec)

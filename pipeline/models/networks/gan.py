@@ -1,0 +1,457 @@
+"""Text-conditional GAN: a caption and noise become a picture in one pass.
+
+Sources: Tao et al. 2022, DF-GAN (arXiv 2008.05865): deep affine fusion of the caption, the
+matching-aware hinge loss and its gradient penalty (equations 1 and 2); Zhang et al. 2021, XMC-GAN
+(arXiv 2101.04702): the discriminator finds each picture's caption among the batch's, and the
+generator makes it findable; Isola et al. 2017, pix2pix (arXiv 1611.07004), section 3.1: a pixel
+loss beside the adversarial one; Karras et al. 2020, StyleGAN2 (arXiv 1912.04958), section 3.1: a
+penalty need not see everything; Zhao et al. 2020, "Differentiable Augmentation for Data-Efficient
+GAN Training" (arXiv 2006.10738); Brock et al. 2019, BigGAN (arXiv 1809.11096): truncation, which a
+request's temperature is here; KID of the validation (Binkowski et al. 2018, arXiv 1801.01401) on
+plain pixels, so that no judge's features are used up.
+
+Shapes: B pictures, H = W = image_size, L caption tokens, C caption width, D condition width.
+Both networks work on patches of gan.patch pixels a side; full resolution is ruinous on CPUs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import kornia.augmentation as K
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.config import GeneratorConfig
+from pipeline.contracts import GenerationRequest, OnStep
+from pipeline.errors import RecipeError
+from pipeline.images import gradient_l1, to_float, to_uint8
+from pipeline.models import _sampling as sampling
+from pipeline.models._captions import CaptionReader
+from pipeline.models._requests import check_requests
+from pipeline.models._spec import ModelParts, ModelSpec
+from pipeline.runtime import autocast
+from pipeline.text import masked_mean, standardise
+
+READS = "images"
+CAPTIONS = "states"
+GUIDANCE_SCALE = 1.0  # off: it is trained without
+UNREAD = frozenset({
+    "causal", "depth", "heads", "caption_depth", "dropout", "label_smoothing", "rectangle_fraction",
+    "guidance_schedule", "num_steps",
+})  # fmt: skip
+SHARPNESS = 10.0  # of the contrastive loss when training begins; its inverse is the temperature
+SMALLEST = 4  # pixels a side where the generator starts and the discriminator ends
+
+
+class CaptionCondition(nn.Module):
+    """A caption's states and a style -> one vector; without a caption a learned one."""
+
+    def __init__(self, spec: ModelSpec, num_styles: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(spec.caption_width)
+        self.read = nn.Linear(spec.caption_width, width)
+        self.no_caption = nn.Parameter(torch.zeros(width))
+        self.style = nn.Embedding(num_styles + 1, width)
+        nn.init.normal_(self.style.weight, std=0.02)
+
+    def forward(self, states: Tensor, mask: Tensor, style: Tensor) -> Tensor:
+        """(B, L, C), bool (B, L), int64 (B,) -> (B, D)."""
+        pooled = self.read(self.norm(masked_mean(states.float(), mask)))
+        given = mask.any(1, keepdim=True)
+        return torch.where(given, pooled, self.no_caption.to(pooled.dtype)) + self.style(style)
+
+
+class FusionBlock(nn.Module):
+    """Twice the resolution; two convolutions, before each of which the condition scales and
+    shifts every channel."""
+
+    def __init__(self, inside: int, outside: int, condition: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(
+            [nn.Conv2d(inside, outside, 3, padding=1), nn.Conv2d(outside, outside, 3, padding=1)]
+        )
+        self.affines = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(condition, condition), nn.SiLU(), nn.Linear(condition, 2 * w)
+            )
+            for w in (inside, outside)
+        )  # fmt: skip
+        self.skip = (
+            nn.Conv2d(inside, outside, 1, bias=False) if inside != outside else nn.Identity()
+        )
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2.0)
+        h = x
+        for affine, conv in zip(self.affines, self.convs, strict=True):
+            scale, shift = affine(condition)[:, :, None, None].chunk(2, 1)
+            h = conv(F.leaky_relu(h * (1 + scale) + shift, 0.2))
+        return self.skip(x) + h
+
+
+class OnePassGenerator(nn.Module):
+    """Noise, caption and style -> picture."""
+
+    def __init__(self, config: GeneratorConfig, spec: ModelSpec) -> None:
+        super().__init__()
+        gan = config.gan
+        widths = _widths(gan.channels, _doublings(spec.image_size, gan.patch))[::-1]
+        self.spec, self.no_style, self.noise_width = spec, config.num_styles, gan.noise_width
+        self.caption = CaptionCondition(spec, config.num_styles, config.width)
+        condition = config.width + gan.noise_width
+        self.first = nn.Linear(gan.noise_width, widths[0] * SMALLEST**2)
+        self.blocks = nn.ModuleList(
+            FusionBlock(inside, outside, condition)
+            for inside, outside in zip(widths, [*widths[1:], widths[-1]], strict=True)
+        )
+        self.last = nn.Conv2d(widths[-1], 3 * gan.patch**2, 3, padding=1)
+        self.to_pixels = nn.PixelShuffle(gan.patch)
+        self.to(memory_format=torch.channels_last)
+
+    def text_modules(self) -> list[nn.Module]:
+        """What reads the caption; the policy `frozen` leaves it alone."""
+        return [self.caption.norm, self.caption.read]
+
+    def style_rows(self) -> Tensor:
+        """The styles' vectors, one a row in the order of their ids."""
+        return self.caption.style.weight
+
+    def head_modules(self) -> list[nn.Module]:
+        """What the policy `head` trains: styles, the last block, the way to colours."""
+        return [self.caption.style, self.blocks[-1], self.last]
+
+    def standardise_captions(self, states: Tensor, mask: Tensor) -> None:
+        """Start from these captions' statistics; states (B, L, C), mask bool (B, L)."""
+        standardise(self.caption.norm, masked_mean(states.float(), mask))
+
+    def forward(self, noise: Tensor, condition: Tensor) -> Tensor:
+        """noise (B, noise_width), condition (B, D) -> float (B, 3, H, W) in [-1, 1]."""
+        x = self.first(noise).view(len(noise), -1, SMALLEST, SMALLEST)
+        both = torch.cat([condition, noise], 1)
+        for block in self.blocks:
+            x = block(x, both)
+        return torch.tanh(self.to_pixels(self.last(F.leaky_relu(x, 0.2))).float())
+
+
+class Discriminator(nn.Module):
+    """Picture and caption -> one number: real and matching, or not."""
+
+    def __init__(self, config: GeneratorConfig, spec: ModelSpec) -> None:
+        super().__init__()
+        gan = config.gan
+        widths = _widths(gan.channels, _doublings(spec.image_size, gan.patch))
+        self.caption = CaptionCondition(spec, config.num_styles, config.width)
+        self.to_patches = nn.PixelUnshuffle(gan.patch)
+        self.first = nn.Conv2d(3 * gan.patch**2, widths[0], 3, padding=1)
+        pairs = zip(widths, [*widths[1:], widths[-1]], strict=True)
+        self.blocks = nn.ModuleList(_DownBlock(inside, outside) for inside, outside in pairs)
+        self.judge = nn.Sequential(
+            nn.Conv2d(widths[-1] + config.width, widths[-1], 3, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(widths[-1], 1, SMALLEST),
+        )
+        self.see = nn.Linear(widths[-1], config.width)
+        self.read = nn.Linear(config.width, config.width)
+        self.sharpness = nn.Parameter(torch.tensor(SHARPNESS).log())
+        self.to(memory_format=torch.channels_last)
+
+    def look(self, images: Tensor) -> Tensor:
+        """float (B, 3, H, W) -> (B, channels, SMALLEST, SMALLEST): what the picture shows."""
+        x: Tensor = self.first(self.to_patches(images))
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def compare(self, looks: Tensor, condition: Tensor) -> Tensor:
+        """look's result, (B, D) -> (B, B): how well every picture (row) fits every condition."""
+        seen = self.see(F.leaky_relu(looks, 0.2).float().mean((2, 3)))
+        read = self.read(condition)
+        cosines = F.normalize(seen.float(), dim=1) @ F.normalize(read.float(), dim=1).T
+        return cosines.float() * self.sharpness.exp()
+
+    def match(self, looks: Tensor, condition: Tensor) -> Tensor:
+        """look's result, (B, D) -> (B,): real, and what the condition says?"""
+        spread = condition[:, :, None, None].expand(-1, -1, SMALLEST, SMALLEST)
+        matched: Tensor = self.judge(torch.cat([looks, spread], 1))
+        return matched.flatten()
+
+    def forward(self, images: Tensor, condition: Tensor) -> Tensor:
+        """float (B, 3, H, W), (B, D) -> (B,)."""
+        return self.match(self.look(images), condition)
+
+
+class _DownBlock(nn.Module):
+    """Half the resolution, residual."""
+
+    def __init__(self, inside: int, outside: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inside, outside, 4, stride=2, padding=1)
+        self.conv2 = nn.Conv2d(outside, outside, 3, padding=1)
+        self.skip = (
+            nn.Conv2d(inside, outside, 1, bias=False) if inside != outside else nn.Identity()
+        )
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv2(F.leaky_relu(self.conv1(F.leaky_relu(x, 0.2)), 0.2))
+        return self.skip(F.avg_pool2d(x, 2)) + self.gate * h
+
+
+class Objective(nn.Module):
+    """Matching-aware hinge losses (DF-GAN, equation 2) and a contrastive one (XMC-GAN, section 4),
+    on differentiably augmented pictures; a pixel loss draws the generator to the caption's own."""
+
+    phases = ("discriminator", "generator")
+    min_validation_rows = 2  # of KID
+
+    def __init__(self, model: OnePassGenerator, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        self.discriminator = Discriminator(config, model.spec)
+        self.discriminator.caption.norm.load_state_dict(model.caption.norm.state_dict())
+        self.learning_rate_ratios = {"discriminator": config.gan.discriminator_learning_rate_ratio}
+        self.augment = K.AugmentationSequential(
+            K.ColorJitter(0.25, 0.25, 0.5, 0.0, p=1.0),
+            K.RandomAffine(0.0, translate=(0.125, 0.125), p=1.0),
+            K.RandomErasing((0.05, 0.2), (0.5, 2.0), p=0.5),
+            data_keys=["input"],
+        ) if config.gan.augment else nn.Identity()  # fmt: skip
+
+    def moves(self, phase: str) -> nn.Module:
+        """See contracts.Objective."""
+        return self.discriminator if phase == "discriminator" else self.model
+
+    def forward(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
+        return self.losses(batch, phase)
+
+    def losses(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
+        """ "loss" of the phase and its parts; both networks see the same captions and styles, some
+        dropped while training."""
+        if self.training:
+            mask, style = sampling.drop_conditions(
+                batch["caption_mask"], batch["style"],
+                config=self.config, no_style=self.model.no_style,
+            )  # fmt: skip
+            batch = {**batch, "caption_mask": mask, "style": style}
+        if phase == "discriminator":
+            return self._judge(batch)
+        fake, judge = self._draw(batch), self.discriminator
+        with _still(judge):
+            condition = self._condition(batch, judge)
+            looks = judge.look(self._changed(fake))
+            parts = {
+                "adversarial": -judge.match(looks, condition).float().mean(),
+                "contrastive_drawn": self._contrastive(looks, condition, batch),
+                "reconstruction": self._reconstruction(fake, batch),
+            }
+        return {"loss": torch.stack(list(parts.values())).sum(), **parts}
+
+    def _judge(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        judge, images = self.discriminator, to_float(batch["images"])
+        with torch.no_grad():
+            fake = self._draw(batch)
+        condition = self._condition(batch, judge)
+        other = _of_other_groups(batch["group"])
+        differ = batch["group"][other] != batch["group"]
+        wrongly = differ & batch["caption_mask"].any(1)[other]  # no caption fits every picture
+        looks = judge.look(self._changed(images))
+        real = judge.match(looks, condition).float()
+        wrong = judge.match(looks, condition[other]).float()
+        penalised = math.ceil(self.config.gan.penalty_fraction * len(images))
+        drawn = judge(self._changed(fake), condition).float()
+        parts = {
+            "real": F.relu(1 - real).mean(),
+            "mismatched": _mean_where(wrongly, F.relu(1 + wrong)) / 2,
+            "fake": F.relu(1 + drawn).mean() / 2,
+            "penalty": self._penalty(images[:penalised], condition[:penalised]),
+            "contrastive_real": self._contrastive(looks, condition, batch),
+        }
+        return {"loss": torch.stack(list(parts.values())).sum(), **parts}
+
+    def _contrastive(self, looks: Tensor, condition: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Cross-entropy of finding every picture's caption among the batch's, and every caption's
+        picture; other pictures of a group are neither right nor wrong, and none has no caption."""
+        given, group = batch["caption_mask"].any(1), batch["group"]
+        own = torch.arange(len(group), device=group.device)
+        alike = (group[:, None] == group) & (own[:, None] != own)
+        fits = self.discriminator.compare(looks, condition)
+        fits = fits.masked_fill(alike | ~given | ~given[:, None], -1e4)
+        lost = sum(F.cross_entropy(x, own, reduction="none") for x in (fits, fits.T)) / 2
+        return self.config.gan.contrastive_weight * _mean_where(given, lost)
+
+    def _reconstruction(self, fake: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """L1 of pixels and of image gradients to the picture that the caption is of."""
+        given, weight = batch["caption_mask"].any(1), self.config.gan.reconstruction_weight
+        drawn, real = fake.float(), to_float(batch["images"])
+        lost = (drawn - real).abs().mean((1, 2, 3)) + gradient_l1(drawn, real)
+        return weight * _mean_where(given, lost)
+
+    def _penalty(self, images: Tensor, condition: Tensor) -> Tensor:
+        """weight * |gradient of D at real, matching pairs| ** power (DF-GAN, equation 1)."""
+        gan = self.config.gan
+        images = images.detach().requires_grad_()
+        condition = condition.float()
+        with torch.autocast(images.device.type, enabled=False):
+            said = self.discriminator(images, condition)
+            gradients = torch.autograd.grad(said.sum(), (images, condition), create_graph=True)
+        squared = sum(g.flatten(1).square().sum(1) for g in gradients)
+        assert isinstance(squared, Tensor)
+        return gan.penalty_weight * ((squared + 1e-12) ** (gan.penalty_power / 2)).mean()
+
+    def validate(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """ "loss" is the KID of drawn against real pictures, on pixels shrunk to 16 x 16."""
+        small = [
+            F.adaptive_avg_pool2d(x.float(), 16).flatten(1)
+            for x in (to_float(batch["images"]), self._draw(batch))
+        ]
+        return {"loss": _kid(*small)}
+
+    def _draw(self, batch: Mapping[str, Tensor]) -> Tensor:
+        condition = self._condition(batch, self.model)
+        noise = torch.randn(len(condition), self.model.noise_width, device=condition.device)
+        drawn: Tensor = self.model(noise, condition)
+        return drawn
+
+    @staticmethod
+    def _condition(
+        batch: Mapping[str, Tensor], network: OnePassGenerator | Discriminator
+    ) -> Tensor:
+        condition: Tensor = network.caption(
+            batch["caption_states"], batch["caption_mask"], batch["style"]
+        )
+        return condition
+
+    def _changed(self, images: Tensor) -> Tensor:
+        if not self.training:
+            return images
+        changed: Tensor = self.augment((images.float() + 1) / 2)
+        return changed * 2 - 1
+
+
+def _mean_where(chosen: Tensor, values: Tensor) -> Tensor:
+    """Mean of the chosen values, 0 if there are none; bool (B,), (B,) -> ()."""
+    return (values * chosen).sum() / chosen.sum().clamp_min(1)
+
+
+def _of_other_groups(group: Tensor) -> Tensor:
+    """For each row one of another group, if there is any; int64 (B,) both."""
+    B = len(group)
+    other = torch.arange(B, device=group.device)
+    for shift in range(1, B):
+        rolled = (torch.arange(B, device=group.device) + shift) % B
+        same = group[other] == group
+        other = torch.where(same, rolled, other)
+        if not bool((group[other] == group).any()):
+            break
+    return other
+
+
+def _kid(x: Tensor, y: Tensor) -> Tensor:
+    """metrics.kid of (B, d) and (B, d) as a tensor ()."""
+    from pipeline.metrics import kid  # brings evaluation's networks, which serving does without
+
+    return torch.tensor(kid(x.detach().cpu(), y.detach().cpu()), device=x.device)
+
+
+@contextmanager
+def _still(network: nn.Module) -> Iterator[None]:
+    """What is computed inside gives its weights no gradient, which would be thrown away."""
+    network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        network.requires_grad_(True)
+
+
+def _doublings(image_size: int, patch: int) -> int:
+    doublings = (image_size // (SMALLEST * patch)).bit_length() - 1
+    if doublings < 1 or SMALLEST * 2**doublings * patch != image_size:
+        raise RecipeError(
+            f"preprocess.image_size={image_size}: the gan family doubles from {SMALLEST} patches a "
+            f"side, of generator.gan.patch={patch} pixels, so the size must be "
+            f"{2 * SMALLEST * patch}, {4 * SMALLEST * patch}, {8 * SMALLEST * patch} and so on"
+        )
+    return doublings
+
+
+def _widths(channels: int, doublings: int) -> list[int]:
+    """Channels from the finest grid to the coarsest: doubling, at most eightfold."""
+    return [channels * min(2**i, 8) for i in range(doublings)]
+
+
+class Generator:
+    """contracts.ImageGenerator in one pass."""
+
+    tasks = frozenset({"text_to_image"})
+
+    def __init__(
+        self, model: OnePassGenerator, config: GeneratorConfig, spec: ModelSpec, parts: ModelParts
+    ) -> None:
+        self.model = model.to(parts.device).eval()
+        self.config, self.spec, self.parts = config, spec, parts
+        self.read_captions = CaptionReader(parts.encoder)
+        self.styles, self.image_size = spec.styles, spec.image_size
+
+    @torch.inference_mode()
+    def generate(
+        self, requests: Sequence[GenerationRequest], *, on_step: OnStep | None = None
+    ) -> Tensor:
+        """See contracts.ImageGenerator.generate.
+
+        temperature truncates: the noise is scaled by it. guidance_scale moves the condition away
+        from that of no caption or of negative_prompt; 1, which is off, is what the network was
+        trained for.
+
+        Raises:
+            RequestError: also for num_steps other than 1: there is one pass.
+        """
+        settings = check_requests(
+            requests, self.config, self.styles, fixed_steps=1, guidance_scale=GUIDANCE_SCALE
+        )
+        device = self.parts.device
+        noise = torch.stack(
+            [
+                torch.randn(self.model.noise_width, generator=sampling.noise_of(seed))
+                for seed in settings.seeds
+            ]
+        )
+        temperature, scale = (
+            torch.tensor(values)[:, None]
+            for values in (settings.temperatures, settings.guidance_scales)
+        )
+        captions = self.read_captions(settings.prompts)
+        away = self.read_captions(settings.negative_prompts)
+        style = torch.tensor([self.model.no_style if s is None else s for s in settings.styles])
+        columns = noise * temperature, *captions, *away, style, scale
+        # on a CPU one by one: its last bits would depend on the pictures beside it
+        size = 1 if device.type == "cpu" else len(requests)
+        with autocast(device):
+            batches = zip(*(column.to(device).split(size) for column in columns), strict=True)
+            images = [self._draw(*batch) for batch in batches]
+        if on_step is not None:
+            on_step(1, 1)
+        return to_uint8(torch.cat(images)).cpu()
+
+    def _draw(
+        self,
+        noise: Tensor,
+        states: Tensor,
+        mask: Tensor,
+        away_states: Tensor,
+        away_mask: Tensor,
+        style: Tensor,
+        scale: Tensor,
+    ) -> Tensor:
+        with_caption = self.model.caption(states, mask, style)
+        without = self.model.caption(away_states, away_mask, style)
+        drawn: Tensor = self.model(noise, without + scale * (with_caption - without))
+        return drawn
+
+
+def build(config: GeneratorConfig, spec: ModelSpec) -> OnePassGenerator:
+    """A freshly initialised network."""
+    return OnePassGenerator(config, spec)

@@ -1,0 +1,403 @@
+"""Masked generator (BERT type): a bidirectional transformer fills in hidden image tokens.
+
+Sources: Chang et al. 2022, MaskGIT (arXiv 2202.04200): training masks and parallel decoding;
+Chang et al. 2023, Muse (arXiv 2301.00704): text conditioning and guidance; Saharia et al. 2022,
+Imagen (arXiv 2205.11487): caption states joined to the keys and values of self-attention; Chen et
+al. 2023, PixArt-alpha (arXiv 2310.00426): one modulation shared by all blocks.
+
+Shapes: B pictures, N image tokens, L caption tokens, C caption width, D model width, V codebook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache, partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.config import GeneratorConfig
+from pipeline.contracts import GenerationRequest, OnStep, TokenCount
+from pipeline.models import _sampling as sampling
+from pipeline.models._attention import attention
+from pipeline.models._canvas import lay_out
+from pipeline.models._captions import CaptionReader
+from pipeline.models._drawing import pictures_of
+from pipeline.models._packed import Picturewise, has_adapters, with_modules
+from pipeline.models._parallel import Guess, Head, ParallelDecoding, Reading, ReadPicture
+from pipeline.models._requests import Settings, check_requests
+from pipeline.models._spec import ModelParts, ModelSpec, level_digits
+from pipeline.runtime import autocast, autocast_dtype
+from pipeline.text import masked_mean, standardise
+
+READS = "image_tokens"
+CAPTIONS = "states"
+GUIDANCE_SCALE = 3.0
+UNREAD = frozenset({"causal", "gan"})  # of the section `generator`
+
+READINGS = 256  # of captions are remembered
+ROWS = 512  # logits are made for a multiple of so many tokens
+NO_TARGET = -100
+
+
+class TokenTable(nn.Module):
+    """One vector a token: its own, plus one for the level of each of its FSQ dimensions.
+
+    Neighbouring codes share their levels, so they start close together and learn from each other.
+    """
+
+    digits: Tensor | None
+
+    def __init__(self, spec: ModelSpec, width: int) -> None:
+        super().__init__()
+        self.own = nn.Embedding(spec.codebook_size, width)
+        nn.init.normal_(self.own.weight, std=0.02)
+        digits = level_digits(spec)
+        self.register_buffer("digits", digits, persistent=False)
+        self.levels = nn.ModuleList(nn.Embedding(n, width) for n in spec.levels)
+        for level in self.levels:
+            nn.init.normal_(level.weight, std=0.02)
+
+    def forward(self) -> Tensor:
+        """(V, D)."""
+        table = self.own.weight
+        for dimension, level in enumerate(self.levels):
+            assert self.digits is not None
+            table = table + level(self.digits[:, dimension])
+        return table
+
+
+class Block(nn.Module):
+    """Attention to image and caption tokens, then an MLP; both modulated by the condition."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.caption_kv = nn.Linear(width, 2 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.expand = nn.Linear(width, 4 * width, bias=False)
+        self.activation = nn.GELU(approximate="tanh")
+        self.contract = nn.Linear(4 * width, width, bias=False)
+        self.modulation = nn.Parameter(torch.zeros(6, width))
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.contract.weight)
+
+    def forward(self, x: Tensor, caption: Tensor, mask: Tensor, condition: Tensor) -> Tensor:
+        """x (B, N, D), caption (B, L, D), mask bool (B, 1, 1, N + L), condition (B, 6, D)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            (condition + self.modulation).unsqueeze(2).unbind(1)
+        )
+        x = x + (1 + gate1) * self._drop(
+            self._attend(_norm(x) * (1 + scale1) + shift1, caption, mask)
+        )
+        h = self.activation(self.expand(_norm(x) * (1 + scale2) + shift2))
+        return x + (1 + gate2) * self._drop(self.contract(h))
+
+    def _attend(self, x: Tensor, caption: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = self._split(self.qkv(x), 3)
+        caption_k, caption_v = self._split(self.caption_kv(caption), 2)
+        k, v = torch.cat([k, caption_k], 2), torch.cat([v, caption_v], 2)
+        mixed = attention(_norm(q), _norm(k), v, mask)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """(B, T, parts * D) -> parts of (B, heads, T, D / heads)."""
+        B, T, _ = x.shape
+        return x.view(B, T, parts, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+def _norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:])
+
+
+class MaskedTransformer(nn.Module):
+    """Image tokens with holes, a caption and a style -> logits of the hidden tokens."""
+
+    def __init__(self, config: GeneratorConfig, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec, width = spec, config.width
+        self.no_style = config.num_styles
+        self.table = TokenTable(spec, width)
+        self.hidden = nn.Parameter(torch.randn(width) * 0.02)
+        self.position = nn.Parameter(torch.randn(spec.num_tokens, width) * 0.02)
+        self.style = nn.Embedding(config.num_styles + 1, width)
+        nn.init.normal_(self.style.weight, std=0.02)
+        self.no_caption = nn.Parameter(torch.zeros(width))
+        self.token_norm = nn.LayerNorm(spec.caption_width)
+        self.pooled_norm = nn.LayerNorm(spec.caption_width)
+        self.read_caption = nn.Linear(spec.caption_width, width)
+        self.pool_caption = nn.Linear(spec.caption_width, width)
+        layer = [
+            nn.TransformerEncoderLayer(
+                width,
+                config.heads,
+                2 * width,
+                config.dropout,
+                "gelu",
+                batch_first=True,
+                norm_first=True,
+                bias=False,
+            )
+            for _ in range(config.caption_depth)
+        ]
+        self.caption_blocks = nn.ModuleList(layer)
+        self.condition = nn.Sequential(
+            nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 6 * width)
+        )
+        nn.init.zeros_(self.condition[-1].weight)
+        self.blocks = nn.ModuleList(
+            Block(width, config.heads, config.dropout) for _ in range(config.depth)
+        )
+        self.to_table = nn.Linear(width, width)
+        self.bias = nn.Parameter(torch.zeros(spec.codebook_size))
+
+    def text_modules(self) -> list[nn.Module]:
+        """What reads the caption; the policy `frozen` leaves it alone."""
+        return [
+            self.token_norm, self.pooled_norm,
+            self.read_caption, self.pool_caption, self.caption_blocks,
+        ]  # fmt: skip
+
+    def style_rows(self) -> Tensor:
+        """The styles' vectors, one a row in the order of their ids."""
+        return self.style.weight
+
+    def head_modules(self) -> list[nn.Module]:
+        """What the policy `head` trains: token table, styles, condition, output, last block."""
+        return [self.table, self.style, self.condition, self.to_table, self.blocks[-1]]
+
+    def standardise_captions(self, states: Tensor, mask: Tensor) -> None:
+        """Start from these captions' statistics; states (B, L, C), mask bool (B, L)."""
+        standardise(self.token_norm, states.float()[mask])
+        standardise(self.pooled_norm, masked_mean(states.float(), mask))
+
+    def read(self, states: Tensor, mask: Tensor, style: Tensor) -> Reading:
+        """Caption and style once a picture, whatever the number of decoding steps.
+
+        Args:
+            states: (B, L, C); mask: bool (B, L), all False stands for no caption.
+            style: int64 (B,), `no_style` leaves it open.
+
+        Returns:
+            caption (B, L, D), mask bool (B, 1, 1, N + L), condition (B, 6, D).
+        """
+        states = states.float()
+        caption = self.read_caption(self.token_norm(states))
+        given = mask.any(1, keepdim=True)
+        if len(self.caption_blocks):
+            padding = ~(mask | ~given)  # a row without a caption must not be all padding
+            for block in self.caption_blocks:
+                caption = block(caption, src_key_padding_mask=padding)
+        pooled = self.pool_caption(self.pooled_norm(masked_mean(states, mask)))
+        pooled = torch.where(given, pooled, self.no_caption.to(pooled.dtype))
+        condition = self.condition(pooled + self.style(style))
+        image_keys = mask.new_ones(len(mask), self.spec.num_tokens)
+        keys = torch.cat([image_keys, mask], 1)[:, None, None, :]
+        return caption, keys, condition.view(len(mask), 6, -1)
+
+    def forward(
+        self,
+        reading: Reading,
+        image_tokens: Tensor,
+        hidden: Tensor,
+        table: Tensor,
+    ) -> Tensor:
+        """`read`'s result, tokens int64 (B, N), hidden bool (B, N), `table()` -> (B, N, D)."""
+        x = F.embedding(image_tokens, table)
+        x = torch.where(hidden[:, :, None], self.hidden.to(x.dtype), x) + self.position
+        for block in self.blocks:
+            x = block(x, *reading)
+        features: Tensor = self.to_table(_norm(x))
+        return features
+
+    def logits(self, features: Tensor, table: Tensor) -> Tensor:
+        """features (..., D), table (V, D) -> float (..., V)."""
+        return F.linear(features, table, self.bias).float()
+
+
+class Objective(nn.Module):
+    """Cross-entropy over hidden image tokens; captions and styles are dropped for guidance."""
+
+    phases = ("predict",)
+
+    def __init__(self, model: MaskedTransformer, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        self.grid_size = round(model.spec.num_tokens**0.5)
+
+    def compilable(self) -> list[nn.Module]:
+        return [*self.model.blocks, *self.model.caption_blocks]
+
+    def forward(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
+        return self.losses(batch, phase)
+
+    def losses(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
+        """ "loss" in nats a token (label-smoothed while training) and "accuracy"."""
+        config, model = self.config, self.model
+        tokens, mask, style = batch["image_tokens"], batch["caption_mask"], batch["style"]
+        if self.training:
+            mask, style = sampling.drop_conditions(
+                mask, style, config=config, no_style=model.no_style
+            )
+        hidden = sampling.random_masks(
+            len(tokens),
+            self.grid_size,
+            rectangle_fraction=config.rectangle_fraction,
+            device=tokens.device,
+        )
+        if "source_given" in batch:  # what is given is seen, and nothing to learn
+            given = batch["source_given"]
+            hidden = torch.where((hidden & ~given).any(1, keepdim=True), hidden, True) & ~given
+            tokens = torch.where(given, batch["source_tokens"], tokens)
+        reading = model.read(batch["caption_states"], mask, style)
+        table = model.table()
+        features = model(reading, tokens, hidden, table)
+        rows, target = _rows_to_guess(tokens, hidden)
+        logits = model.logits(features.flatten(0, 1)[rows], table)
+        smoothing = config.label_smoothing if self.training else 0.0
+        loss = F.cross_entropy(logits, target, ignore_index=NO_TARGET, label_smoothing=smoothing)
+        with torch.no_grad():
+            accuracy = (logits.argmax(-1) == target).sum() / hidden.sum()
+        return {"loss": loss, "accuracy": accuracy}
+
+
+def _rows_to_guess(tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the B * N features to turn into logits, and their targets: int64 (R,) both.
+
+    R is a multiple of ROWS, filled up with rows whose target is NO_TARGET: kernels that are made
+    and kept for every shape they meet (oneDNN's are) then meet few.
+    """
+    rows = hidden.flatten().nonzero()[:, 0]
+    missing = -len(rows) % ROWS
+    target = F.pad(tokens.flatten()[rows], (0, missing), value=NO_TARGET)
+    return F.pad(rows, (0, missing)), target
+
+
+class Generator:
+    """contracts.SteppedGenerator: parallel decoding with classifier-free guidance."""
+
+    tasks = frozenset({"text_to_image", "completion"})
+
+    def __init__(
+        self, model: MaskedTransformer, config: GeneratorConfig, spec: ModelSpec, parts: ModelParts
+    ) -> None:
+        self.model = model.to(parts.device).eval()
+        self.config, self.spec, self.parts = config, spec, parts
+        self.read_captions = CaptionReader(parts.encoder)
+        read = partial(_read_alone, self.model, self.read_captions, parts.device)
+        self._read = lru_cache(READINGS)(read)
+        self.styles = spec.styles
+        self.image_size = parts.tokenizer.image_size
+
+    def generate(
+        self, requests: Sequence[GenerationRequest], *, on_step: OnStep | None = None
+    ) -> Tensor:
+        """See contracts.ImageGenerator.generate."""
+        drawing = self.start(requests)
+        rows = range(len(requests))
+        while drawing.step():
+            if on_step is not None:
+                slowest = max(rows, key=lambda row: drawing.progress(row)[1])
+                on_step(*drawing.progress(slowest))
+        return drawing.images(rows)
+
+    @cached_property
+    def _network(self) -> tuple[Guess, Head]:
+        """The model as it draws, with the weights that it has at the first picture; on a CPU every
+        picture's products are its own."""
+        model, device = self.model, self.parts.device
+        with autocast(device):
+            table = model.table()
+        if device.type != "cpu" or has_adapters(model):
+            return partial(model, table=table), partial(model.logits, table=table)
+        dtype = autocast_dtype(device) or torch.float32
+
+        N, L = self.spec.num_tokens, self.parts.encoder.max_tokens
+
+        def own(layer: nn.Linear, rows: int = 2 * N, *, gelu: bool = False) -> Picturewise:
+            return Picturewise(layer, dtype, rows, gelu=gelu)  # with the caption and without
+
+        blocks = [
+            with_modules(
+                block, qkv=own(block.qkv), caption_kv=own(block.caption_kv, 2 * L),
+                out=own(block.out), expand=own(block.expand, gelu=True), activation=nn.Identity(),
+                contract=own(block.contract),
+            )
+            for block in model.blocks
+        ]  # fmt: skip
+        drawn = with_modules(model, blocks=nn.ModuleList(blocks), to_table=own(model.to_table))
+        head = nn.Linear(*table.shape[::-1], device="meta")
+        head.weight, head.bias = nn.Parameter(table), model.bias
+        return partial(drawn, table=table), own(head, N)
+
+    @torch.inference_mode()
+    def start(self, requests: Sequence[GenerationRequest]) -> ParallelDecoding:
+        """See contracts.SteppedGenerator.start; more requests may join."""
+        guess, head = self._network
+        drawing = ParallelDecoding(
+            self._begin,
+            guess,
+            head,
+            self.parts.tokenizer,
+            self.parts.device,
+            self.config.guidance_schedule,
+        )
+        drawing.join(requests)
+        return drawing
+
+    def count_tokens(self, request: GenerationRequest) -> TokenCount:
+        """See contracts.SteppedGenerator.count_tokens."""
+        captions = [request.prompt, request.negative_prompt or ""]
+        text = int(self.read_captions(captions)[1].sum())
+        canvas = self.spec.num_tokens if request.canvas else 0
+        return TokenCount(text=text, canvas=canvas, drawn=self.spec.num_tokens)
+
+    def _begin(self, requests: Sequence[GenerationRequest]) -> list[ReadPicture]:
+        settings = check_requests(
+            requests,
+            self.config,
+            self.styles,
+            guidance_scale=GUIDANCE_SCALE,
+            canvas_size=self.image_size,
+        )
+        noise, device = [sampling.noise_of(seed) for seed in settings.seeds], self.parts.device
+        with autocast(device):
+            start = lay_out(
+                settings.canvases, self.parts.tokenizer, self.spec.num_tokens, noise, device
+            )
+            readings = self._readings(settings)
+        return [
+            ReadPicture(**vars(picture), known=~picture.hidden, reading=reading)
+            for picture, reading in zip(pictures_of(start, settings, noise), readings, strict=True)
+        ]
+
+    def _readings(self, settings: Settings) -> list[Reading]:
+        """Of every picture its caption and what guidance leads away from, (2, ...)."""
+        style_ids = [self.model.no_style if style is None else style for style in settings.styles]
+        both = zip(settings.prompts, settings.negative_prompts, style_ids, strict=True)
+        return [
+            tuple(
+                torch.cat(parts)
+                for parts in zip(self._read(caption, style), self._read(led, style), strict=True)
+            )
+            for caption, led, style in both
+        ]
+
+
+def _read_alone(
+    model: MaskedTransformer, read: CaptionReader, device: torch.device, caption: str, style_id: int
+) -> Reading:
+    """(1, ...), beside no other's."""
+    states, mask = (part.to(device) for part in read([caption]))
+    style = torch.tensor([style_id], device=device)
+    return model.read(states, mask, style)
+
+
+def build(config: GeneratorConfig, spec: ModelSpec) -> MaskedTransformer:
+    """A freshly initialised network."""
+    return MaskedTransformer(config, spec)
