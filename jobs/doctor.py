@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.bundle import ASSETS
+from pipeline.artifacts import ASSETS
 from pipeline.config import CaptionEncoderConfig
 from pipeline.errors import TesseraError
 from pipeline.runtime import autocast_dtype, available_cpus, can_compile, choose_device

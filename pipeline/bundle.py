@@ -15,7 +15,6 @@ Weights are safetensors alone: nothing in a bundle can execute.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -30,19 +29,17 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from pipeline import registry
+from pipeline.artifacts import WEIGHTS, bundle_digest, file_digest, resolve_path
 from pipeline.config import CaptionEncoderConfig, Config, GeneratorConfig, TokenizerConfig
 from pipeline.contracts import ImageGenerator
 from pipeline.errors import BundleError, RecipeError
 from pipeline.models._captions import CaptionTokenizer
 from pipeline.models._spec import ModelParts, ModelSpec
 from pipeline.overrides import shaped_like
-from pipeline.pretrained import file_digest
 from pipeline.runtime import cast_weights, choose_device
 from pipeline.text import EncoderIdentity, check_encoder, load_caption_encoder
 
 FORMAT = 1
-ASSETS = Path(__file__).parent / "assets"
-WEIGHTS = "model.safetensors"
 TEXT_TOKENIZER = "text_tokenizer"
 TOKENIZER_SHAPE = (
     "name", "levels", "codebook_size", "code_width", "downsample", "patch", "widths",
@@ -90,19 +87,6 @@ class Bundle:
     model: nn.Module
     tokenizer: Any
     digest: str
-
-
-def resolve_path(bundle: str | Path) -> Path:
-    """A directory, or asset:NAME for one that ships with Tessera.
-
-    Raises:
-        BundleError: there is no bundle at that place.
-    """
-    text = str(bundle)
-    path = ASSETS / text.removeprefix("asset:") if text.startswith("asset:") else Path(text)
-    if not (path / "config.json").is_file():
-        raise BundleError(f"no bundle at {bundle}: {path / 'config.json'} does not exist")
-    return path
 
 
 def resolve_tokenizer(source: str | Path) -> Path:
@@ -284,16 +268,6 @@ def text_tokenizer_of(bundle: Path) -> str | None:
     """A bundle's tokenizer of its language model; None if it reads bytes, or encoder states."""
     directory = bundle / TEXT_TOKENIZER
     return str(directory) if directory.is_dir() else None
-
-
-def bundle_digest(bundle: str | Path) -> str:
-    """sha256 over a bundle's manifests and weights (also a tokenizer's or an aligner's)."""
-    path = resolve_path(bundle)
-    digest = hashlib.sha256()
-    for name in ("config.json", WEIGHTS, "tokenizer/config.json", f"tokenizer/{WEIGHTS}"):
-        if (path / name).is_file():
-            digest.update(file_digest(path / name).encode())
-    return digest.hexdigest()
 
 
 M = TypeVar("M", bound=Config)

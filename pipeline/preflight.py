@@ -13,7 +13,8 @@ import torch
 
 from pipeline import generation, registry
 from pipeline.aligner import Aligner
-from pipeline.bundle import load_tokenizer, read_bundle, resolve_path
+from pipeline.artifacts import resolve_path
+from pipeline.bundle import load_tokenizer, read_bundle
 from pipeline.config import GeneratorConfig, ImageFilter, Recipe, TokenizerConfig
 from pipeline.contracts import ImageTokenizer
 from pipeline.errors import RecipeError

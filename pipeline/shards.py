@@ -21,6 +21,7 @@ from typing import Literal
 import pyarrow.fs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pipeline.artifacts import ASSETS
 from pipeline.errors import DataError
 from pipeline.records import Credits
 from pipeline.storage import open_patiently
@@ -29,7 +30,6 @@ from pipeline.tars import TAR_SUFFIXES
 SCHEMA_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 SHARD_NAME = r"^\d{5}-[0-9a-f]{12}\.tar(\.gz)?$"
-ASSETS = Path(__file__).parent / "assets"
 CHUNK = 1 << 20  # bytes read at once
 CHECKED_AT_ONCE = 8  # shards, when a set is verified
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Self
 
-from pipeline.bundle import bundle_digest, resolve_path
+from pipeline.artifacts import bundle_digest, resolve_path
 from pipeline.errors import BundleError, ResourceError
 from pipeline.sinks import Sink, SinkAddress, check_sinks, open_sinks
 

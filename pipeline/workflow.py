@@ -24,16 +24,15 @@ from pipeline import evaluate, generation, registry, reports
 from pipeline.accounting import check_fraction
 from pipeline.aligner import Aligner
 from pipeline.aligning import train_aligner
+from pipeline.artifacts import bundle_digest, file_digest, resolve_path
 from pipeline.autoencoding import train_tokenizer
 from pipeline.bundle import (
-    bundle_digest,
     load_tokenizer,
     read_bundle,
-    resolve_path,
     text_tokenizer_of,
     tokenizer_shape_of_source,
     tokenizer_source,
-)  # fmt: skip
+)
 from pipeline.card import write_card
 from pipeline.config import GeneratorConfig, PreprocessConfig, Recipe
 from pipeline.contracts import Decision, EvalReport
@@ -43,7 +42,7 @@ from pipeline.metrics import ImageNetFeatures
 from pipeline.models._captions import KnownCaptions
 from pipeline.preflight import check_generator_network, check_networks, check_recipe
 from pipeline.preprocess import preprocess
-from pipeline.pretrained import content_digest, file_digest, find_language_model
+from pipeline.pretrained import content_digest, find_language_model
 from pipeline.promotion import choose, decide
 from pipeline.runtime import check_disk, choose_device
 from pipeline.shards import locate, read_manifest, verify

@@ -24,7 +24,8 @@ import torch
 
 from pipeline import registry
 from pipeline.aligner import Aligner
-from pipeline.bundle import ASSETS, load_bundle, load_generator, load_tokenizer, resolve_path
+from pipeline.artifacts import ASSETS, resolve_path
+from pipeline.bundle import load_bundle, load_generator, load_tokenizer
 from pipeline.config import CaptionEncoderConfig, EvaluateConfig, load_recipe
 from pipeline.contracts import GenerationRequest
 from pipeline.drawing import draw, requests_for

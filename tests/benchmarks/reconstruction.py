@@ -22,7 +22,8 @@ from torch import Tensor
 
 from jobs.console import ConsoleReporter
 from pipeline.aligner import Aligner
-from pipeline.bundle import ASSETS, load_tokenizer
+from pipeline.artifacts import ASSETS
+from pipeline.bundle import load_tokenizer
 from pipeline.config import CaptionEncoderConfig, EvaluateConfig, load_recipe
 from pipeline.contracts import ImageTokenizer
 from pipeline.evalset import EvalSet

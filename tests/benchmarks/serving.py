@@ -47,7 +47,8 @@ from ray import serve
 from ray.serve import Application
 
 from jobs.bench import Load, Result, bench
-from pipeline.bundle import load_generator, resolve_path
+from pipeline.artifacts import resolve_path
+from pipeline.bundle import load_generator
 from pipeline.config import ServeConfig
 from pipeline.contracts import GenerationRequest
 from pipeline.tracking import Tracker

@@ -19,7 +19,8 @@ from openai import OpenAI
 from PIL import Image
 from served import TESSERA, tessera_serve
 
-from pipeline.bundle import ASSETS, load_bundle, load_tokenizer
+from pipeline.artifacts import ASSETS
+from pipeline.bundle import load_bundle, load_tokenizer
 from pipeline.config import load_recipe
 from pipeline.errors import BundleError
 from pipeline.progress import Progress

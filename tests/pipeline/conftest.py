@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.artifacts import ASSETS
 from pipeline.config import PreprocessConfig
 from pipeline.images import decode
-from pipeline.shards import ASSETS
 
 SUBJECTS = 64
 

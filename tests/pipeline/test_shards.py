@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipeline.artifacts import ASSETS
 from pipeline.contracts import Caption, Sample
 from pipeline.errors import DataError
 from pipeline.shard_writer import write_shards
-from pipeline.shards import ASSETS, locate, read_manifest, verify
+from pipeline.shards import locate, read_manifest, verify
 from pipeline.splits import hash_fraction, split_of
 from pipeline.tars import read_samples
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from pipeline import registry
+from pipeline.artifacts import resolve_path
 from pipeline.autoencoding import TokenizerObjective
 from pipeline.bundle import (
     TOKENIZER_SHAPE,
     load_tokenizer,
-    resolve_path,
     save_tokenizer,
     tokenizer_shape_of_source,
     tokenizer_source,
