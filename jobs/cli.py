@@ -1,6 +1,8 @@
-"""The `tessera` command: one function a command, each over one job.
+"""The `tessera` command: one function per command, each a thin layer over one job of jobs/.
 
-Results go to standard output (as JSON with --json), everything else to standard error.
+Results go to standard output (as JSON with --json); progress, tables of times and errors go to
+standard error. Docstrings and help texts here are what `--help` shows and what jobs/README.md
+holds: after changing one, run `python -m jobs.cli_docs`.
 """
 
 from __future__ import annotations
@@ -27,27 +29,37 @@ app = typer.Typer(
     name="tessera",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Captioned pictures in, an autoscaled text-to-image API out. Start with `tessera demo`.",
+    help="Train a text-to-image model on captioned pictures, judge it, and serve it as an "
+    "autoscaled image API. Start with `tessera demo`.",
 )
 app.add_typer(ingest_app, name="ingest")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.command()(key)
 console = Console(stderr=True, emoji=False)
-INTERRUPTED = 130  # what Typer ends with after Ctrl-C
+INTERRUPTED = 130  # exit status after Ctrl-C, as Typer sets it
 
 
 @app.command()
 def demo(
     home: Home = DEFAULT_HOME,
-    recipe: Annotated[str, typer.Option(help="The recipe to show.")] = "emoji-demo",
-    serve: Annotated[bool, typer.Option(help="Stay up and answer requests afterwards.")] = True,
-    port: Annotated[int, typer.Option(help="The server's port.")] = 8000,
+    recipe: Annotated[
+        str, typer.Option(help="The recipe to run, shipped or a YAML file.")
+    ] = "emoji-demo",
+    serve: Annotated[
+        bool, typer.Option(help="Serve the champion afterwards, until Ctrl-C.")
+    ] = True,
+    port: Annotated[
+        int, typer.Option(help="Port of the server, which listens on this machine alone.")
+    ] = 8000,
     debug: Debug = False,
 ) -> None:
-    """Fine-tune the shipped base, test before against after, promote, draw a grid, serve.
+    """Fine-tune the shipped base model, evaluate it before and after, promote it, serve it.
 
-    Takes at most 15 minutes on 2 CPU cores. Interrupted, it goes on where it stopped.
+    Reads the emoji pictures and the base that ship with Tessera; writes everything below --home.
+    Prints the path of a picture grid: before, after and real pictures, side by side. The decision
+    with its reasons goes to standard error. Takes at most 15 minutes on 2 CPU cores. Interrupted,
+    the same command goes on where it stopped.
     """
     from pipeline.config import load_recipe
 
@@ -77,9 +89,14 @@ def retrain(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Run a recipe's whole chain: preprocess, train, evaluate, decide, promote.
+    """Run a recipe's whole chain: preprocess, train, evaluate, promote what measurably wins.
 
-    Steps that were done before with the same data and settings are skipped.
+    Reads the recipe's shard sets; writes each step's results, MLflow's runs and the registered
+    model below --home (or to the tracking server that MLFLOW_TRACKING_URI names). Steps that were
+    done before with the same data and settings are skipped.
+
+    Prints the evaluation as a Markdown table and the directory of the candidate's bundle; with
+    --json one object: bundle, decision with reasons, registered version, metrics, seconds per step.
     """
     from pipeline.config import load_recipe
 
@@ -129,13 +146,23 @@ def preprocess(
     overrides: Overrides = None,
     max_bad_fraction: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Quarantined / promised; above it the job fails."),
+        typer.Option(
+            min=0,
+            max=1,
+            help="The job fails if a larger share of the samples is quarantined; replaces the "
+            "recipe's preprocess.max_bad_fraction.",
+        ),
     ] = None,
     home: Home = DEFAULT_HOME,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Shards to pixels: check, decode, square, resize, quarantine."""
+    """Turn a recipe's shards into pixels: check, decode, square and resize every picture.
+
+    Writes Parquet files below --home: pixels/ (uint8 pictures with captions, style, licence and
+    split), quarantine/ (samples that cannot be used, with the reason) and report.json (counts).
+    Prints the path of pixels/; with --json also the counts.
+    """
     settings = list(overrides or ())
     if max_bad_fraction is not None:
         settings.append(f"preprocess.max_bad_fraction={max_bad_fraction}")
@@ -157,12 +184,40 @@ def _run_step(
     typer.echo(json.dumps(result) if as_json else result["path"])
 
 
-_step_command("pretrain", "Train a recipe's image tokenizer on pictures alone.")
-_step_command("align", "Train a recipe's aligner, which evaluation retrieves captions with.")
 _step_command(
-    "train", "Train a recipe's generator, or its candidates; print the best bundle's path."
+    "pretrain",
+    """Train a recipe's image tokenizer on its pictures alone, after preprocessing them.
+
+    The tokenizer is the autoencoder between pictures and image tokens. Prints its directory, which
+    tokenizer.source of another recipe takes. A recipe that takes a trained tokenizer trains none.
+    """,
 )
-_step_command("evaluate", "Judge the candidate against champion, untuned base and floors.")
+_step_command(
+    "align",
+    """Train a recipe's aligner on its pictures and captions, after preprocessing them.
+
+    The aligner embeds pictures and captions in one space (contrastive, as CLIP); evaluation
+    retrieves captions with it. Prints its directory, which aligner.source of another recipe takes.
+    """,
+)
+_step_command(
+    "train",
+    """Train a recipe's generator, after all the steps that it needs.
+
+    Prints the directory of its bundle, which `tessera serve` and `tessera generate` take. Of a
+    recipe with several candidates all are trained and evaluated, and the best one's bundle is
+    printed; why it is the best goes to standard error.
+    """,
+)
+_step_command(
+    "evaluate",
+    """Evaluate a recipe's generator beside the champion and the untuned base, after training it.
+
+    Real pictures and the tokenizer's reconstructions are measured too, as floors. Writes report.md
+    (metrics with bootstrap intervals) and grids/ (pictures) and prints report.md's path; with
+    --json the metrics as well. Nothing is promoted: `tessera retrain` does that.
+    """,
+)
 
 
 @app.command(name="tune")
@@ -170,16 +225,18 @@ def tune_command(
     recipe: RecipeName,
     overrides: Overrides = None,
     out: Annotated[
-        Path | None, typer.Option(help="Write the best recipe here too, ready for `train`.")
+        Path | None, typer.Option(help="Copy the best recipe to this file, for `tessera train`.")
     ] = None,
     home: Home = DEFAULT_HOME,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Search better settings for a recipe's generator, over its section `tune`.
+    """Search better settings for a recipe's generator, as the recipe's section `tune` says.
 
-    Ray Tune draws trials from tune.space and trains them; ASHA stops the worse ones early. Prints
-    the path of the best recipe. Interrupted, the same command goes on where it stopped.
+    Ray Tune trains trials with settings drawn from tune.space; ASHA stops the worse ones early by
+    their validation loss. Writes the best trial's settings as a recipe and prints its path, for
+    `tessera train`; the table of trials goes to standard error, with --json to the result.
+    Interrupted, the same command goes on where it stopped.
     """
     from pipeline.config import load_recipe
 
@@ -200,28 +257,37 @@ def serve(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="models:/NAME@ALIAS, a bundle directory or asset:base. Default: the "
-            "champion, or the shipped base while there is none."
+            help="models:/NAME@ALIAS or models:/NAME/VERSION of the registry, a bundle's "
+            "directory, or asset:base. Default: the champion; the shipped base while there is none."
         ),
     ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="Take this recipe's serve section, and its champion if MODEL is left out."
+            help="Recipe whose section `serve` says how many replicas there are; its champion is "
+            "served if MODEL is left out."
         ),
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="YAML with keys, limits and safety; serve/README.md lists them."),
+        typer.Option(
+            help="YAML file with API keys, limits and safety; serve/README.md lists its settings."
+        ),
     ] = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; others than this machine's want keys.")
+        str,
+        typer.Option(help="Address to listen on. One that other machines reach requires API keys."),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
     home: Home = DEFAULT_HOME,
     debug: Debug = False,
 ) -> None:
-    """Serve a model behind the OpenAI images API until Ctrl-C."""
+    """Serve a model with OpenAI's images API until Ctrl-C, on replicas of Ray Serve.
+
+    Prints the address and a curl command to standard error. A model named by alias is followed:
+    when the alias moves to another version, replicas change over without a restart.
+    serve/README.md describes the API.
+    """
     from pipeline.config import PromoteConfig, load_recipe, load_serve_section
     from serve.settings import ServiceConfig, check_exposure, load_service
 
@@ -261,22 +327,64 @@ def _serve(model: str, config: Any, home: Path, host: str, port: int, service: A
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to draw, in English, Chinese, ...")],
-    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("picture.png"),
-    n: Annotated[int, typer.Option(min=1, max=64, help="How many pictures.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first picture.")] = 0,
-    style: Annotated[str | None, typer.Option(help="One of the model's styles.")] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option(help="1 to 20; higher: more literal.")
+    prompt: Annotated[
+        str,
+        typer.Argument(
+            help="What to draw, in English, Chinese or another language of the "
+            "model's caption encoder."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="PNG file to write. With --n above 1 it shows all pictures in a row, and each is "
+            "also written beside it: NAME-1.png, NAME-2.png, ..."
+        ),
+    ] = Path("picture.png"),
+    n: Annotated[int, typer.Option(min=1, max=64, help="Number of pictures.")] = 1,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Seed of the first picture; the following ones use seed + 1, seed + 2, ..."
+        ),
+    ] = 0,
+    style: Annotated[
+        str | None,
+        typer.Option(
+            help="One of the styles that the model was trained on. Default: whichever it prefers."
+        ),
     ] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 to 4; lower: less varied.")] = None,
-    num_steps: Annotated[int | None, typer.Option(help="1 to 64 decoding steps.")] = None,
-    model: Annotated[str | None, typer.Option(help="As in `tessera serve`.")] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(
+            help="Classifier-free guidance, 1 (off) to 20; higher follows the prompt more "
+            "literally. Default: the model's."
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="Sampling temperature, 0 (greedy) to 4; lower varies less. Default: the model's."
+        ),
+    ] = None,
+    num_steps: Annotated[
+        int | None, typer.Option(help="Decoding steps, 1 to 64. Default: the model's.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Model to draw with, named as for `tessera serve`. Default: the champion; the "
+            "shipped base while there is none."
+        ),
+    ] = None,
     home: Home = DEFAULT_HOME,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Draw pictures without a server."""
+    """Draw pictures of a prompt and write them as PNG, without a server.
+
+    Prints the paths of the files written, --out first.
+    """
     from jobs.generate import default_model
     from jobs.generate import generate as run
     from pipeline.config import PromoteConfig
@@ -292,15 +400,17 @@ def generate(
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="A model of the causal family, as in `serve`.")],
-    out: Annotated[Path, typer.Option(help="The directory to make.")],
+    model: Annotated[
+        str, typer.Argument(help="Model of the causal family, named as for `tessera serve`.")
+    ],
+    out: Annotated[Path, typer.Option(help="Directory to create; it must not exist.")],
     home: Home = DEFAULT_HOME,
     debug: Debug = False,
 ) -> None:
-    """Write a causal model as an ordinary Hugging Face directory.
+    """Write a causal model as an ordinary Hugging Face model directory, and print its path.
 
-    `AutoModelForCausalLM.from_pretrained` loads it; tessera.json in it says which of its ids are
-    image tokens.
+    `AutoModelForCausalLM.from_pretrained` loads it; tessera.json in it says which of its token ids
+    are image tokens.
     """
     from jobs.export import export as run
 
@@ -309,7 +419,10 @@ def export(
 
 @app.command()
 def recipes(as_json: AsJson = False, debug: Debug = False) -> None:
-    """The recipes that ship with Tessera."""
+    """List the recipes that ship with Tessera: name and description, one per line.
+
+    With --json one object of descriptions by name.
+    """
     from pipeline.config import load_recipe, recipe_names
 
     known = {name: load_recipe(name, environment={}).description for name in recipe_names()}
@@ -323,7 +436,12 @@ def recipes(as_json: AsJson = False, debug: Debug = False) -> None:
 
 @app.command()
 def doctor(home: Home = DEFAULT_HOME, as_json: AsJson = False, debug: Debug = False) -> None:
-    """What this machine has and lacks. Exits with 1 if something is missing."""
+    """Check whether this machine can run Tessera; exits with 1 if something is missing.
+
+    Looks at Python, CPU cores, memory, disk space below --home, the device, Ray, MLflow, the
+    caption encoder and the shipped assets. Prints one line per finding, with the remedy where one
+    is needed.
+    """
     from jobs.doctor import as_json as to_json
     from jobs.doctor import examine
 
@@ -332,7 +450,7 @@ def doctor(home: Home = DEFAULT_HOME, as_json: AsJson = False, debug: Debug = Fa
         typer.echo(json.dumps(to_json(findings)))
     else:
         for item in findings:
-            mark = "ok  " if item.fine else "LACK"
+            mark = "ok  " if item.fine else "FAIL"
             typer.echo(
                 f"{mark} {item.what}: {item.found}" + ("" if item.fine else f" ({item.remedy})")
             )
@@ -341,7 +459,12 @@ def doctor(home: Home = DEFAULT_HOME, as_json: AsJson = False, debug: Debug = Fa
 
 
 def main() -> None:
-    """Entry point: one clear message for what a user can mend, a traceback with --debug alone."""
+    """Run the command line.
+
+    An error is told in one message, with a traceback only if --debug is given. Exit status: 1 for
+    an error that the user can mend, 2 for an unexpected one and for a mistake in the arguments,
+    130 after Ctrl-C.
+    """
     set_environment()
     debug = "--debug" in sys.argv
     logging.basicConfig(

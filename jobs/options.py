@@ -12,7 +12,11 @@ from pipeline.errors import ResourceError
 
 
 def _on_a_file_system(home: Path) -> Path:
-    """Raises ResourceError for a URI, of which Path would make a folder's name."""
+    """The home directory, which must not be a URI: Path would take that for a relative directory.
+
+    Raises:
+        ResourceError: `home` is a URI.
+    """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(home)):
         raise ResourceError(
             f"--home={home}: the home directory must lie on a file system (on a cluster a shared "
@@ -26,17 +30,26 @@ Home = Annotated[
     typer.Option(
         "--home",
         envvar="TESSERA_HOME",
-        help="Everything a run writes lies here.",
+        help="Directory below which everything is written and found again: MLflow's database, step "
+        "results, bundles, converted language models.",
         callback=_on_a_file_system,
     ),
 ]
 RecipeName = Annotated[
-    str, typer.Argument(help="A shipped recipe (`tessera recipes`) or a YAML file.")
+    str,
+    typer.Argument(help="Name of a shipped recipe (see `tessera recipes`) or path of a YAML file."),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="Settings to change, e.g. generator.train.learning_rate=3e-4"),
+    typer.Argument(
+        help="Settings of the recipe to change, as generator.train.learning_rate=3e-4; may be "
+        "repeated."
+    ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show logs, and tracebacks of errors.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON on standard output.")
+]
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show log messages, and tracebacks of errors.")
+]
 DEFAULT_HOME = Path(".tessera")
