@@ -15,13 +15,13 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from pipeline import registry
-from pipeline.bundle import load_tokenizer, save_tokenizer
 from pipeline.checkpoint import best_weights
 from pipeline.config import TokenizerConfig
 from pipeline.feed import ImageDataset
 from pipeline.images import gradient_l1, grid, to_float, to_uint8
 from pipeline.perceptual import PerceptualLoss
 from pipeline.steps import StepContext
+from pipeline.tokenizers._saved import load_tokenizer, save_tokenizer
 from pipeline.train import Training, fit
 
 

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from pipeline.augment import Augment
-from pipeline.bundle import load_tokenizer
 from pipeline.config import CaptionEncoderConfig, EncodeConfig, ImageFilter
 from pipeline.errors import DataError
 from pipeline.feed import (
@@ -49,6 +48,7 @@ from pipeline.pixel_store import parquet_files, read_pixels, read_tokens
 from pipeline.progress import OnProgress, Progress
 from pipeline.runtime import autocast, choose_device, task_slots
 from pipeline.text import load_caption_encoder
+from pipeline.tokenizers._saved import load_tokenizer
 
 KEPT = ("key", "group", "style", "split", "captions")
 CAPTIONS_A_CALL = 256

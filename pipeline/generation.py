@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from pipeline import registry
-from pipeline.bundle import load_bundle, load_tokenizer, read_bundle, save_bundle
+from pipeline.bundle import load_bundle, read_bundle, save_bundle
 from pipeline.checkpoint import best_weights
 from pipeline.config import CaptionEncoderConfig, GeneratorConfig
 from pipeline.contracts import GenerationRequest, ImageTokenizer
@@ -35,6 +35,7 @@ from pipeline.steps import StepContext
 from pipeline.tasks import gives_source
 from pipeline.tasks._dataset import TaskDataset
 from pipeline.text import HFCaptionEncoder, identify
+from pipeline.tokenizers._saved import load_tokenizer
 from pipeline.train import Training, fit
 
 TOKENS = "image_tokens"

@@ -14,7 +14,7 @@ import torch
 from pipeline import generation, registry
 from pipeline.aligner import Aligner
 from pipeline.artifacts import resolve_path
-from pipeline.bundle import load_tokenizer, read_bundle
+from pipeline.bundle import read_bundle
 from pipeline.config import GeneratorConfig, ImageFilter, Recipe, TokenizerConfig
 from pipeline.contracts import ImageTokenizer
 from pipeline.errors import RecipeError
@@ -22,6 +22,7 @@ from pipeline.finetune import apply_policy
 from pipeline.pretrained import find_vgg
 from pipeline.shards import Manifest, check_one_file_system, open_shards
 from pipeline.text import HFCaptionEncoder, check_encoder
+from pipeline.tokenizers._saved import load_tokenizer
 from pipeline.train_config import ONLY_WITH
 
 logger = logging.getLogger(__name__)

@@ -26,13 +26,7 @@ from pipeline.aligner import Aligner
 from pipeline.aligning import train_aligner
 from pipeline.artifacts import bundle_digest, file_digest, resolve_path
 from pipeline.autoencoding import train_tokenizer
-from pipeline.bundle import (
-    load_tokenizer,
-    read_bundle,
-    text_tokenizer_of,
-    tokenizer_shape_of_source,
-    tokenizer_source,
-)
+from pipeline.bundle import read_bundle, text_tokenizer_of
 from pipeline.card import write_card
 from pipeline.config import GeneratorConfig, PreprocessConfig, Recipe
 from pipeline.contracts import Decision, EvalReport
@@ -48,6 +42,7 @@ from pipeline.runtime import check_disk, choose_device
 from pipeline.shards import locate, read_manifest, verify
 from pipeline.steps import Reporter, StepContext, StepResult, Workspace, exclusive
 from pipeline.text import HFCaptionEncoder, check_available, load_caption_encoder
+from pipeline.tokenizers._saved import load_tokenizer, tokenizer_shape_of_source, tokenizer_source
 from pipeline.tracking import ResolvedModel, RunHandle, RunLogger, Tracker, resolve_model
 
 NEEDED_MB = 2_000

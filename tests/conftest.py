@@ -18,12 +18,13 @@ import torch
 from hypothesis import settings
 
 from pipeline import registry
-from pipeline.bundle import save_bundle, save_tokenizer
+from pipeline.bundle import save_bundle
 from pipeline.config import CaptionEncoderConfig, GanConfig, GeneratorConfig, TokenizerConfig
 from pipeline.models._spec import ModelSpec
 from pipeline.runtime import start_ray
 from pipeline.text import HFCaptionEncoder, identify, load_caption_encoder
 from pipeline.tokenizers import fsq
+from pipeline.tokenizers._saved import save_tokenizer
 
 settings.register_profile("shared-machine", deadline=None, max_examples=50)
 settings.load_profile("shared-machine")

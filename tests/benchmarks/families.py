@@ -25,7 +25,7 @@ import torch
 from pipeline import registry
 from pipeline.aligner import Aligner
 from pipeline.artifacts import ASSETS, resolve_path
-from pipeline.bundle import load_bundle, load_generator, load_tokenizer
+from pipeline.bundle import load_bundle, load_generator
 from pipeline.config import CaptionEncoderConfig, EvaluateConfig, load_recipe
 from pipeline.contracts import GenerationRequest
 from pipeline.drawing import draw, requests_for
@@ -35,6 +35,7 @@ from pipeline.models._captions import CaptionTokenizer
 from pipeline.models._spec import ModelParts
 from pipeline.runtime import choose_device
 from pipeline.text import load_caption_encoder
+from pipeline.tokenizers._saved import load_tokenizer
 
 CONTENDERS = {
     "masked, 8 steps": ("emoji-demo", 8),

@@ -23,7 +23,6 @@ from torch import Tensor
 from jobs.console import ConsoleReporter
 from pipeline.aligner import Aligner
 from pipeline.artifacts import ASSETS
-from pipeline.bundle import load_tokenizer
 from pipeline.config import CaptionEncoderConfig, EvaluateConfig, load_recipe
 from pipeline.contracts import ImageTokenizer
 from pipeline.evalset import EvalSet
@@ -32,6 +31,7 @@ from pipeline.images import to_float
 from pipeline.metrics import ImageNetFeatures
 from pipeline.runtime import choose_device, ray_runtime
 from pipeline.text import load_caption_encoder
+from pipeline.tokenizers._saved import load_tokenizer
 from pipeline.workflow import Chain
 
 CODEBOOK = 4_375

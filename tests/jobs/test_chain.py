@@ -20,11 +20,12 @@ from PIL import Image
 from served import TESSERA, tessera_serve
 
 from pipeline.artifacts import ASSETS
-from pipeline.bundle import load_bundle, load_tokenizer
+from pipeline.bundle import load_bundle
 from pipeline.config import load_recipe
 from pipeline.errors import BundleError
 from pipeline.progress import Progress
 from pipeline.steps import exclusive
+from pipeline.tokenizers._saved import load_tokenizer
 from pipeline.workflow import Chain, Outcome
 
 CHAMPION = "models:/tessera-smoke@champion"

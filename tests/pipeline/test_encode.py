@@ -10,7 +10,6 @@ import pytest
 import torch
 from test_preprocess import CONFIG, DATA, sample
 
-from pipeline.bundle import load_tokenizer
 from pipeline.config import AugmentConfig, CaptionEncoderConfig, EncodeConfig
 from pipeline.encode import captioned_dataset, encode_captions, encode_images
 from pipeline.feed import CaptionStates
@@ -18,6 +17,7 @@ from pipeline.images import to_float
 from pipeline.preprocess import preprocess
 from pipeline.shard_writer import write_shards
 from pipeline.text import HFCaptionEncoder
+from pipeline.tokenizers._saved import load_tokenizer
 
 pytestmark = pytest.mark.slow
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from pipeline import generation, registry
-from pipeline.bundle import load_bundle, resolve_tokenizer
+from pipeline.bundle import load_bundle
 from pipeline.config import GanConfig, GeneratorConfig
 from pipeline.errors import BundleError, RecipeError
 from pipeline.generation import make_spec, mixed_with_start, shape_of_base, start_from
+from pipeline.tokenizers._saved import resolve_tokenizer
 
 
 def test_the_shape_comes_from_the_base(tiny_bundle: Path) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.bundle import load_tokenizer
 from pipeline.config import load_recipe
 from pipeline.errors import DataError, RecipeError, TesseraError
+from pipeline.tokenizers._saved import load_tokenizer
 from pipeline.workflow import Chain
 
 

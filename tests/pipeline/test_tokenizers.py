@@ -11,18 +11,18 @@ import torch
 from pipeline import registry
 from pipeline.artifacts import resolve_path
 from pipeline.autoencoding import TokenizerObjective
-from pipeline.bundle import (
+from pipeline.config import TokenizerConfig, TrainConfig, load_recipe
+from pipeline.contracts import ImageTokenizer
+from pipeline.errors import RecipeError
+from pipeline.finetune import apply_policy
+from pipeline.images import to_float
+from pipeline.tokenizers._saved import (
     TOKENIZER_SHAPE,
     load_tokenizer,
     save_tokenizer,
     tokenizer_shape_of_source,
     tokenizer_source,
 )
-from pipeline.config import TokenizerConfig, TrainConfig, load_recipe
-from pipeline.contracts import ImageTokenizer
-from pipeline.errors import RecipeError
-from pipeline.finetune import apply_policy
-from pipeline.images import to_float
 from pipeline.tokenizers.fsq import FSQ
 from pipeline.tokenizers.vq import CosineVQ
 
