@@ -30,7 +30,7 @@ from pipeline.errors import BundleError
 from pipeline.images import to_float
 from pipeline.runtime import autocast
 from pipeline.text import EncoderIdentity, masked_mean, standardise
-from pipeline.tokenizers._autoencoder import ChannelNorm, ResidualBlock
+from pipeline.tokenizers._blocks import ChannelNorm, ResidualBlock
 
 PATCH = 4
 MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5

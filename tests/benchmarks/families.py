@@ -30,7 +30,8 @@ from pipeline.config import CaptionEncoderConfig, EvaluateConfig, load_recipe
 from pipeline.contracts import GenerationRequest
 from pipeline.drawing import draw, requests_for
 from pipeline.evalset import EvalSet
-from pipeline.metrics import ImageNetFeatures, kid_interval, mean_interval, retrieval_at_1
+from pipeline.features import ImageNetFeatures
+from pipeline.metrics import kid_interval, mean_interval, retrieval_at_1
 from pipeline.models._captions import CaptionTokenizer
 from pipeline.models._spec import ModelParts
 from pipeline.runtime import choose_device

@@ -27,8 +27,8 @@ from pipeline.config import CaptionEncoderConfig, EvaluateConfig, load_recipe
 from pipeline.contracts import ImageTokenizer
 from pipeline.evalset import EvalSet
 from pipeline.evaluate import Evaluator
+from pipeline.features import ImageNetFeatures
 from pipeline.images import to_float
-from pipeline.metrics import ImageNetFeatures
 from pipeline.runtime import choose_device, ray_runtime
 from pipeline.text import load_caption_encoder
 from pipeline.tokenizers._saved import load_tokenizer

@@ -18,8 +18,8 @@ from pipeline.contracts import EvalReport, GenerationRequest
 from pipeline.errors import DataError
 from pipeline.evalset import EvalSet
 from pipeline.evaluate import Evaluator, evaluate
+from pipeline.features import ImageNetFeatures
 from pipeline.images import to_float, to_uint8
-from pipeline.metrics import ImageNetFeatures
 from pipeline.reports import from_dict, markdown_table, metric_values, to_dict
 from pipeline.text import HFCaptionEncoder
 

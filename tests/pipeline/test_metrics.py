@@ -12,8 +12,8 @@ from torch import Tensor
 from torchmetrics.image.kid import poly_mmd
 
 from pipeline.contracts import Interval
+from pipeline.features import ImageNetFeatures
 from pipeline.metrics import (
-    ImageNetFeatures,
     _Kernels,
     _kid,
     kid,
