@@ -17,6 +17,10 @@ class DataError(TesseraError, ValueError):
     """Shards, pictures or captions that are missing, altered or unusable."""
 
 
+class PluginError(TesseraError, ValueError):
+    """A plugin directory or file (see pipeline/registry.py) that cannot be used."""
+
+
 class BundleError(TesseraError, ValueError):
     """A model directory that is missing, damaged or of a kind this version does not load."""
 

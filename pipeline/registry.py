@@ -1,32 +1,92 @@
-"""A file's name is its registration: `load("models", "masked")` imports pipeline/models/masked.py.
+"""One registry for every kind of part: a file's name is its registration.
 
-To add a model family, a tokenizer, a source or a task, add a file to its folder. Names that start
-with an underscore are helpers, not registrations.
+    registry.names("sources")               # ["coco", "emoji", "folder", ...]
+    registry.load("models", "masked")       # the module pipeline/models/masked.py
+    registry.summary("sources", "coco")     # what the file says of itself, without importing it
+
+To add a model family, a tokenizer, a task or a source, add one file to the folder of its kind.
+Names that start with an underscore are helpers, not registrations.
+
+The file may also lie outside Tessera. The environment variable TESSERA_PLUGINS lists directories,
+separated as in PATH; each holds one or more of the folders models/, tokenizers/, tasks/, sources/:
+
+    export TESSERA_PLUGINS=/opt/plugins          # with the file sources/reddit.py in it
+    tessera ingest reddit --help
+
+A plugin file is code, and Tessera runs it with your rights: list only directories that nobody else
+can write to. It is imported as a module of its kind's package (pipeline.sources.reddit), so what it
+defines can be sent to Ray's workers, and a helper file beside it is imported in the same way
+(pipeline.sources._reddit_api). A local Ray hands the variable on to its workers; on a cluster, set
+it on every node. A name that is taken is an error, never an override.
 """
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
+import os
 from pathlib import Path
 from types import ModuleType
 
-from pipeline.errors import RecipeError
+from pipeline.errors import PluginError, RecipeError
 
-_ROOT = Path(__file__).parent
+PACKAGES = {
+    "models": "pipeline.models",
+    "tokenizers": "pipeline.tokenizers",
+    "tasks": "pipeline.tasks",
+    "sources": "pipeline.sources",
+}
+"""The package of each kind. A plugin directory's folders are called like the kinds."""
+
+PLUGINS = "TESSERA_PLUGINS"
+_ROOT = Path(__file__).parents[1]
 
 
 def names(kind: str) -> list[str]:
-    """Everything registered under `kind`, sorted."""
-    return sorted(p.stem for p in (_ROOT / kind).glob("*.py") if not p.stem.startswith("_"))
+    """Everything registered under `kind`, sorted.
+
+    Raises:
+        PluginError: TESSERA_PLUGINS is wrong, or two files have the same name.
+    """
+    return sorted(name for name in _files(kind) if not name.startswith("_"))
 
 
 def load(kind: str, name: str) -> ModuleType:
-    """Import `pipeline.<kind>.<name>`.
+    """Import the file that is registered as `name`.
 
     Raises:
         RecipeError: nothing of that name exists; the message lists what does.
+        PluginError: TESSERA_PLUGINS is wrong, or two files have the same name.
     """
+    _path(kind, name)
+    package = importlib.import_module(PACKAGES[kind])
+    package.__path__ = search_path(package.__name__)
+    return importlib.import_module(f"{package.__name__}.{name}")
+
+
+def summary(kind: str, name: str) -> str:
+    """The first paragraph of a file's docstring, in one line; the file is parsed, not imported.
+
+    Raises:
+        RecipeError: nothing of that name exists; the message lists what does.
+        PluginError: the file is not Python, or `names` raises it.
+    """
+    path = _path(kind, name)
+    try:
+        docstring = ast.get_docstring(ast.parse(path.read_bytes(), str(path)))
+    except (SyntaxError, ValueError) as error:
+        raise PluginError(f"{path} is not Python: {error}") from error
+    return " ".join((docstring or "").partition("\n\n")[0].split())
+
+
+def search_path(package: str) -> list[str]:
+    """The `__path__` of a kind's package: its own folder, then those of the plugin directories."""
+    (kind,) = (kind for kind, known in PACKAGES.items() if known == package)
+    return [str(folder) for folder in _folders(kind)]
+
+
+def _path(kind: str, name: str) -> Path:
     known = names(kind)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
@@ -34,4 +94,35 @@ def load(kind: str, name: str) -> ModuleType:
         raise RecipeError(
             f"no {kind.rstrip('s')} is called {name!r}; there are: {', '.join(known)}.{hint}"
         )
-    return importlib.import_module(f"pipeline.{kind}.{name}")
+    return _files(kind)[name]
+
+
+def _files(kind: str) -> dict[str, Path]:
+    """Every module of a kind by its name, helpers included."""
+    found: dict[str, Path] = {}
+    for folder in _folders(kind):
+        for path in folder.glob("*.py"):
+            other = found.setdefault(path.stem, path)
+            if other != path and path.stem != "__init__":
+                raise PluginError(f"{other} and {path} have the same name: rename one")
+    del found["__init__"]
+    return found
+
+
+def _folders(kind: str) -> list[Path]:
+    own = _ROOT.joinpath(*PACKAGES[kind].split("."))
+    return [own, *(d / kind for d in _plugin_directories() if (d / kind).is_dir())]
+
+
+def _plugin_directories() -> list[Path]:
+    directories = list(map(Path, filter(None, os.environ.get(PLUGINS, "").split(os.pathsep))))
+    for directory in directories:
+        if not directory.is_absolute() or not directory.is_dir():
+            raise PluginError(
+                f"{PLUGINS} names {directory}, which is not the absolute path of a directory"
+            )
+        if not any((directory / kind).is_dir() for kind in PACKAGES):
+            raise PluginError(
+                f"{PLUGINS} names {directory}, which has none of the folders {', '.join(PACKAGES)}"
+            )
+    return directories

@@ -6,3 +6,7 @@ A file defines
     Generator(model, config, spec, parts)               contracts.ImageGenerator over it
 where `spec` and `parts` are models/_spec.py's.
 """
+
+from pipeline import registry
+
+__path__ = registry.search_path(__name__)

@@ -18,6 +18,8 @@ import numpy as np
 
 from pipeline import registry
 
+__path__ = registry.search_path(__name__)
+
 
 @dataclass(frozen=True)
 class Example:
