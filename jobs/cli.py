@@ -35,7 +35,6 @@ app = typer.Typer(
 app.add_typer(ingest_app, name="ingest")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
-app.command()(key)
 console = Console(stderr=True, emoji=False)
 INTERRUPTED = 130  # exit status after Ctrl-C, as Typer sets it
 
@@ -54,7 +53,7 @@ def demo(
     ] = 8000,
     debug: Debug = False,
 ) -> None:
-    """Fine-tune the shipped base model, evaluate it before and after, promote it, serve it.
+    """Fine-tune the shipped base model, evaluate it before and after, promote, serve.
 
     Reads the emoji pictures and the base that ship with Tessera; writes everything below --home.
     Prints the path of a picture grid: before, after and real pictures, side by side. The decision
@@ -89,7 +88,7 @@ def retrain(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Run a recipe's whole chain: preprocess, train, evaluate, promote what measurably wins.
+    """Run a recipe's whole chain: preprocess, train, evaluate, promote what wins.
 
     Reads the recipe's shard sets; writes each step's results, MLflow's runs and the registered
     model below --home (or to the tracking server that MLFLOW_TRACKING_URI names). Steps that were
@@ -211,11 +210,12 @@ _step_command(
 )
 _step_command(
     "evaluate",
-    """Evaluate a recipe's generator beside the champion and the untuned base, after training it.
+    """Evaluate a recipe's generator beside the champion and the untuned base.
 
-    Real pictures and the tokenizer's reconstructions are measured too, as floors. Writes report.md
-    (metrics with bootstrap intervals) and grids/ (pictures) and prints report.md's path; with
-    --json the metrics as well. Nothing is promoted: `tessera retrain` does that.
+    Trains it first if that was not done before. Real pictures and the tokenizer's reconstructions
+    are measured beside them, as floors. Writes report.md (metrics with bootstrap intervals) and
+    grids/ (pictures) and prints report.md's path; with --json the metrics as well. Nothing is
+    promoted: `tessera retrain` does that.
     """,
 )
 
@@ -231,7 +231,7 @@ def tune_command(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Search better settings for a recipe's generator, as the recipe's section `tune` says.
+    """Search better settings for a recipe's generator, over the section `tune`.
 
     Ray Tune trains trials with settings drawn from tune.space; ASHA stops the worse ones early by
     their validation loss. Writes the best trial's settings as a recipe and prints its path, for
@@ -325,6 +325,9 @@ def _serve(model: str, config: Any, home: Path, host: str, port: int, service: A
         server.close()
 
 
+app.command()(key)
+
+
 @app.command()
 def generate(
     prompt: Annotated[
@@ -407,10 +410,10 @@ def export(
     home: Home = DEFAULT_HOME,
     debug: Debug = False,
 ) -> None:
-    """Write a causal model as an ordinary Hugging Face model directory, and print its path.
+    """Write a causal model as an ordinary Hugging Face model directory.
 
-    `AutoModelForCausalLM.from_pretrained` loads it; tessera.json in it says which of its token ids
-    are image tokens.
+    Prints the directory. `AutoModelForCausalLM.from_pretrained` loads it; tessera.json in it says
+    which of its token ids are image tokens.
     """
     from jobs.export import export as run
 

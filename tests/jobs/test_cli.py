@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
-import shlex
 import signal
 import socket
 import subprocess
@@ -35,18 +33,6 @@ def test_every_command_explains_itself_and_stands_in_the_readme(command: str) ->
     shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "100"})
     assert shown.exit_code == 0 and len(shown.output.split()) > 20
     assert f"`tessera {command}" in README or f"`{command}`" in README
-
-
-def test_every_command_line_of_the_readme_parses() -> None:
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
-    lines = [line.split("tessera ", 1)[1] for block in blocks for line in block.splitlines()
-             if re.search(r"(^|/|\d )tessera ", line)]  # fmt: skip
-    assert len(lines) >= 4
-    group = typer.main.get_command(app)
-    for line in lines:
-        name, *arguments = shlex.split(line)
-        command = group.commands[name]  # type: ignore[attr-defined]
-        command.make_context(name, arguments, resilient_parsing=False)
 
 
 def test_every_recipe_stands_in_the_readme() -> None:
