@@ -23,7 +23,9 @@ from pipeline.captions import BadCaption, clean
 from pipeline.config import AugmentConfig, PreprocessConfig, Recipe
 from pipeline.decoding import parse_record
 from pipeline.errors import DataError
-from pipeline.images import WHITE, BadImage, decode, grid
+from pipeline.image_decode import BadImage, decode
+from pipeline.image_grid import grid
+from pipeline.images import WHITE
 from pipeline.mirror import may_mirror
 from pipeline.records import record_of
 from pipeline.shards import Manifest, locate, open_shards, read_manifest

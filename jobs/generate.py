@@ -11,7 +11,8 @@ from pathlib import Path
 from pipeline.bundle import load_generator
 from pipeline.contracts import MAX_SEED, GenerationRequest
 from pipeline.errors import ResourceError
-from pipeline.images import encode_png, grid
+from pipeline.image_grid import grid
+from pipeline.images import encode_png
 from pipeline.provenance import describe
 from pipeline.tracking import CHAMPION, has_champion, resolve_model
 

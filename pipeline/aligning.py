@@ -12,8 +12,8 @@ from pathlib import Path
 from pipeline.aligner import AlignerObjective
 from pipeline.checkpoint import best_weights
 from pipeline.config import AlignerConfig
-from pipeline.encode import captioned_dataset, sample_captions
-from pipeline.feed import read_table
+from pipeline.datasets import captioned_dataset, sample_captions
+from pipeline.pixel_store import read_table
 from pipeline.steps import StepContext
 from pipeline.text import HFCaptionEncoder, identify
 from pipeline.train import Training, fit

@@ -17,8 +17,9 @@ from torch.nn.utils.parametrizations import spectral_norm
 from pipeline import registry
 from pipeline.checkpoint import best_weights
 from pipeline.config import TokenizerConfig
-from pipeline.feed import ImageDataset
-from pipeline.images import gradient_l1, grid, to_float, to_uint8
+from pipeline.datasets import ImageDataset
+from pipeline.image_grid import grid
+from pipeline.images import gradient_l1, to_float, to_uint8
 from pipeline.perceptual import PerceptualLoss
 from pipeline.steps import StepContext
 from pipeline.tokenizers._saved import load_tokenizer, save_tokenizer

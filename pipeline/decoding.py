@@ -23,7 +23,8 @@ from pipeline.captions import BadCaption, captions_of, speaks
 from pipeline.config import DataConfig, PreprocessConfig
 from pipeline.contracts import Caption
 from pipeline.errors import ResourceError
-from pipeline.images import BadImage, decode, to_pil
+from pipeline.image_decode import BadImage, decode
+from pipeline.images import to_pil
 from pipeline.records import TEXTS
 from pipeline.splits import split_of
 

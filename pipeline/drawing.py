@@ -18,7 +18,8 @@ from torch import Tensor
 
 from pipeline.contracts import GenerationRequest, ImageGenerator, ImageTokenizer
 from pipeline.evalset import ImageSet
-from pipeline.images import grid, resized, to_float, to_uint8
+from pipeline.image_grid import grid
+from pipeline.images import resized, to_float, to_uint8
 
 GRID_ROWS = 12
 

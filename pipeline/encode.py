@@ -8,43 +8,30 @@ actors, and are written as they come: the driver holds a few thousand rows, and 
     encode_captions(pixels, output, ...)              output/states.npy, offsets.npy, captions.json
                                                       (texts), all in the same order
 
-`captioned_dataset` puts both together for training.
+`datasets.captioned_dataset` puts both together for training.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
 import torch
-from torch import Tensor
 
 from pipeline.augment import Augment
-from pipeline.config import CaptionEncoderConfig, EncodeConfig, ImageFilter
+from pipeline.config import CaptionEncoderConfig, EncodeConfig
 from pipeline.errors import DataError
-from pipeline.feed import (
-    CaptionedDataset,
-    CaptionIds,
-    CaptionStates,
-    Ragged,
-    RowWeights,
-    fixed_width,
-    read_table,
-    spread,
-)  # fmt: skip
 from pipeline.images import to_float
 from pipeline.mirror import may_mirror
-from pipeline.models._captions import CaptionTokenizer
-from pipeline.pixel_store import parquet_files, read_pixels, read_tokens
+from pipeline.pixel_store import fixed_width, parquet_files
 from pipeline.progress import OnProgress, Progress
 from pipeline.runtime import autocast, choose_device, task_slots
 from pipeline.text import load_caption_encoder
@@ -253,80 +240,3 @@ def _distinct_texts(pixels: Path) -> set[str]:
 def _tell(on_progress: OnProgress | None, done: int, total: int) -> None:
     if on_progress is not None:
         on_progress(Progress(share=done / max(1, total), step=done))
-
-
-def captioned_dataset(
-    rows: Path,
-    captions: Path,
-    *,
-    split: str | Sequence[str],
-    styles: Sequence[str],
-    max_tokens: int,
-    only: ImageFilter | None = None,
-    num_tokens: int | None = None,
-    image_size: int | None = None,
-    caption_tokenizer: CaptionTokenizer | None = None,
-) -> CaptionedDataset:
-    """Pictures with their captions' states, or token ids, for training.
-
-    Args:
-        rows: `encode_images`' output (give num_tokens) or preprocess' pixels (give image_size).
-        captions: `encode_captions`' output.
-        split: "train", "validation" or "test", or several of them.
-        styles: names by style id.
-        caption_tokenizer: gives captions as its token ids instead of the encoder's states.
-
-    Raises:
-        DataError: no picture is left after filtering.
-    """
-    table = read_table(rows, split=split, only=only, columns=KEPT, captioned=True)
-    places = table["place"].to_numpy()
-    texts = json.loads((captions / "captions.json").read_text(encoding="utf-8"))
-    if num_tokens:
-        arrays = {"image_tokens": read_tokens(rows, places, num_tokens=num_tokens)}
-        viewed = frozenset({"image_tokens"})
-    else:
-        assert image_size is not None
-        flippable = np.fromiter(map(may_mirror, _said(table["captions"])), bool, len(table))
-        pixels = read_pixels(rows, places, image_size=image_size)
-        arrays, viewed = {"images": pixels, "flippable": flippable}, frozenset()
-    return CaptionedDataset(
-        arrays=arrays,
-        viewed=viewed,
-        caption_ids=_caption_ids(table["captions"], texts),
-        captions=(
-            CaptionStates(captions, max_tokens=max_tokens)
-            if caption_tokenizer is None
-            else CaptionIds(texts, caption_tokenizer)
-        ),
-        style=_known(table["style"], styles),
-        group=pc.rank(table["group"], tiebreaker="dense").to_numpy().astype(np.int64) - 1,
-        weights=RowWeights.of(table, only),
-    )
-
-
-def _said(captions: pa.ChunkedArray) -> Iterator[list[str]]:
-    """Every row's texts, a few rows in memory at a time."""
-    for start in range(0, len(captions), ROWS_A_GROUP):
-        for row in captions.slice(start, ROWS_A_GROUP).to_pylist():
-            yield [caption["text"] for caption in row]
-
-
-def _caption_ids(captions: pa.ChunkedArray, texts: Sequence[str]) -> Ragged:
-    """Places in `texts` of every row's captions."""
-    said = [chunk.flatten().field("text") for chunk in captions.chunks]
-    lengths = pc.list_value_length(captions).to_numpy()
-    return Ragged(_known(pa.chunked_array(said, pa.string()), texts), lengths)
-
-
-def _known(column: pa.ChunkedArray, names: Sequence[str]) -> np.ndarray:
-    """The places in `names` of a column's values, int64."""
-    found = pc.index_in(column, pa.array(names, pa.string()))
-    assert not found.null_count, "the step before named every one"
-    return found.to_numpy().astype(np.int64)
-
-
-def sample_captions(dataset: CaptionedDataset, count: int = 1_024) -> tuple[Tensor, Tensor]:
-    """States float (count, L, C) and mask bool (count, L) of captions spread over the rows."""
-    batch = dataset.batch(spread(len(dataset), count), None)
-    return batch["caption_states"], batch["caption_mask"]

@@ -22,9 +22,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline import feed
 from pipeline.config import EvaluateConfig, ImageFilter
 from pipeline.errors import DataError
+from pipeline.pixel_store import fixed_width, read_table
 
 SPLITS = {"seen": "train", "unseen": "test"}
 MIN_PICTURES = 8
@@ -104,13 +104,13 @@ class EvalSet:
 
 
 def _styles(directory: Path) -> tuple[str, ...]:
-    return tuple(sorted(set(feed.read_table(directory, columns=["style"])["style"].to_pylist())))
+    return tuple(sorted(set(read_table(directory, columns=["style"])["style"].to_pylist())))
 
 
 def _read(directory: Path, style: str, split: str) -> pa.Table:
     columns = ["group", "image", "captions"]
     only = ImageFilter(styles=(style,))
-    return feed.read_table(directory, split=split, only=only, columns=columns, captioned=True)
+    return read_table(directory, split=split, only=only, columns=columns, captioned=True)
 
 
 def _languages(tables: Sequence[pa.Table], wanted: Sequence[str]) -> tuple[str, ...]:
@@ -202,4 +202,4 @@ class _Picker:
 
 def _pixels(table: pa.Table, image_size: int) -> Tensor:
     shape = (3, image_size, image_size)
-    return torch.from_numpy(feed.fixed_width(table["image"], np.uint8, shape).copy())
+    return torch.from_numpy(fixed_width(table["image"], np.uint8, shape).copy())

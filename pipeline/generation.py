@@ -24,10 +24,10 @@ from pipeline.checkpoint import best_weights
 from pipeline.config import CaptionEncoderConfig, GeneratorConfig
 from pipeline.contracts import GenerationRequest, ImageTokenizer
 from pipeline.data_config import check_unmixed
-from pipeline.encode import captioned_dataset, sample_captions
+from pipeline.datasets import captioned_dataset, sample_captions
 from pipeline.errors import RecipeError
 from pipeline.finetune import adapter_weights, merged_weights
-from pipeline.images import grid
+from pipeline.image_grid import grid
 from pipeline.models._captions import CaptionTokenizer, KnownCaptions
 from pipeline.models._spec import ModelParts, ModelSpec
 from pipeline.overrides import shaped_like

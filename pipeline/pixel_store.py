@@ -13,15 +13,18 @@ from __future__ import annotations
 import fcntl
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.config import ImageFilter
 from pipeline.errors import DataError
 
 IN_MEMORY_BYTES = 1 << 30  # of a column; more are mapped
@@ -53,6 +56,65 @@ class MappedRows:
 def parquet_files(directory: Path) -> list[Path]:
     """The Parquet files of a folder, in the order that places count in."""
     return sorted(directory.glob("*.parquet"))
+
+
+def read_table(
+    directory: Path,
+    *,
+    split: str | Sequence[str] | None = None,
+    only: ImageFilter | None = None,
+    columns: Sequence[str] | None = None,
+    captioned: bool = False,
+) -> pa.Table:
+    """Rows of a Parquet directory, filtered by split and style, sorted by key.
+
+    With `captioned`, which needs that column, rows without a caption are left out. The column
+    "place" counts the rows as `read_pixels` does.
+
+    Raises:
+        DataError: nothing is left, or `only` weighs a style that no picture has.
+    """
+    wanted = None if columns is None else sorted({*columns, "key", "split", "style"})
+    files = [str(path) for path in parquet_files(directory)]
+    if not files:
+        raise DataError(f"there are no Parquet files in {directory}: run the step that writes them")
+    table = pads.dataset(files).to_table(wanted)
+    found = table.num_rows
+    table = table.append_column("place", pa.array(np.arange(found)))
+    if only is not None and only.style_weights:
+        _check_styles(table, only)
+    if split is not None:
+        splits = pa.array([split] if isinstance(split, str) else split)
+        table = table.filter(pc.is_in(table["split"], splits))
+    if only is not None and only.styles:
+        table = table.filter(pc.is_in(table["style"], pa.array(only.styles)))
+    if only is not None and only.exclude_styles:
+        table = table.filter(pc.invert(pc.is_in(table["style"], pa.array(only.exclude_styles))))
+    if captioned:
+        table = table.filter(pc.greater(pc.list_value_length(table["captions"]), 0))
+    if not table.num_rows:
+        raise DataError(
+            f"none of the {found} pictures in {directory} has split={split!r}, styles {only}"
+            f"{' and a caption' if captioned else ''}: check the recipe's data and filter sections"
+        )
+    return table.sort_by("key")
+
+
+def _check_styles(table: pa.Table, only: ImageFilter) -> None:
+    styles = pc.unique(table["style"]).to_pylist()
+    if unknown := sorted(set(only.style_weights) - set(styles)):
+        raise DataError(
+            f"style_weights names {', '.join(unknown)}, which no picture has; the styles are "
+            f"{', '.join(sorted(styles))}"
+        )
+
+
+def fixed_width(
+    column: pa.ChunkedArray, dtype: np.dtype | type, shape: tuple[int, ...]
+) -> np.ndarray:
+    """A binary column of equal lengths as one array (rows, *shape)."""
+    flat = np.frombuffer(b"".join(column.to_pylist()), dtype=dtype)
+    return flat.reshape(len(column), *shape)
 
 
 def read_pixels(

@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline.config import PreprocessConfig
 from pipeline.contracts import Canvas
 from pipeline.errors import RequestError
-from pipeline.images import BAND_PIXELS, BadImage, make_square, open_checked, reading
+from pipeline.image_decode import BAND_PIXELS, BadImage, make_square, open_checked, reading
 from pipeline.runtime import return_memory
 from serve.pictures import Upload
 
@@ -90,7 +90,7 @@ def _editable(upload: Upload, image: Image.Image, image_size: int) -> NDArray[np
 
 def _shrink(mask: Image.Image, size: int) -> NDArray[np.uint8]:
     """uint8 (size, size), 255 where any pixel of the square mask beneath is fully transparent; a
-    band of rows at a time, as in images.make_square."""
+    band of rows at a time, as in image_decode.make_square."""
     narrow = Image.new("F", (size, mask.height))
     rows = max(1, BAND_PIXELS // mask.width)
     for first in range(0, mask.height, rows):

@@ -11,7 +11,7 @@ times over, on all cores:
     preprocess  pipeline/preprocess.py in a Ray session just started, its workers not yet
     feed        an epoch of training batches from what it wrote, augmented, a rank a core
 
-All decode with pipeline/images.py and augment with pipeline/augment.py. The start of Ray and
+All decode with pipeline/image_decode.py and augment with pipeline/augment.py. The start of Ray and
 Python's imports in this process count nowhere, those in workers everywhere. `memory` gives the
 peaks of preprocessing and of an epoch for the sets and for --times copies of them under new keys:
 heaps and shared memory, and beside them what counts mapped files, too. Both print JSON.
@@ -43,9 +43,10 @@ from torch.utils.data import DataLoader
 from pipeline.augment import Augment
 from pipeline.config import AugmentConfig, DataConfig, PreprocessConfig
 from pipeline.contracts import Sample
+from pipeline.datasets import ImageDataset
 from pipeline.decoding import parse_record
-from pipeline.feed import ImageDataset, training_batch
-from pipeline.images import BadImage, decode
+from pipeline.feed import training_batch
+from pipeline.image_decode import BadImage, decode
 from pipeline.preprocess import preprocess
 from pipeline.runtime import available_cpus, start_ray
 from pipeline.shard_writer import write_shards

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.artifacts import ASSETS
 from pipeline.config import PreprocessConfig
-from pipeline.images import decode
+from pipeline.image_decode import decode
 
 SUBJECTS = 64
 

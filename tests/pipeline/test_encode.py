@@ -11,8 +11,8 @@ import torch
 from test_preprocess import CONFIG, DATA, sample
 
 from pipeline.config import AugmentConfig, CaptionEncoderConfig, EncodeConfig
-from pipeline.encode import captioned_dataset, encode_captions, encode_images
-from pipeline.feed import CaptionStates
+from pipeline.datasets import CaptionStates, captioned_dataset
+from pipeline.encode import encode_captions, encode_images
 from pipeline.images import to_float
 from pipeline.preprocess import preprocess
 from pipeline.shard_writer import write_shards

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
@@ -14,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline import feed
 from pipeline.config import ImageFilter
-from pipeline.errors import DataError
+from pipeline.datasets import CaptionedDataset, CaptionStates, ImageDataset
 
 
 @given(
@@ -85,7 +82,7 @@ def rows_of(groups: np.ndarray) -> pa.Table:
 
 @given(world_size=st.sampled_from([1, 2, 4]), step=st.integers(0, 50))
 def test_ranks_share_a_step_without_overlap(world_size: int, step: int) -> None:
-    data = feed.ImageDataset(np.arange(30 * 3 * 4 * 4, dtype=np.uint8).reshape(30, 3, 4, 4))
+    data = ImageDataset(np.arange(30 * 3 * 4 * 4, dtype=np.uint8).reshape(30, 3, 4, 4))
     together = feed.training_batch(data, step, batch_size=8, seed=1, rank=0, world_size=1)["images"]
     shares = [
         feed.training_batch(data, step, batch_size=8, seed=1, rank=rank, world_size=world_size)
@@ -97,7 +94,7 @@ def test_ranks_share_a_step_without_overlap(world_size: int, step: int) -> None:
 
 @given(world_size=st.sampled_from([2, 4]), step=st.integers(0, 20))
 def test_captions_views_and_seeds_do_not_depend_on_the_number_of_workers(
-    world_size: int, step: int, captioned: feed.CaptionedDataset
+    world_size: int, step: int, captioned: CaptionedDataset
 ) -> None:
     def batches(workers: int) -> list[dict[str, torch.Tensor]]:
         return [
@@ -117,22 +114,22 @@ def test_captions_views_and_seeds_do_not_depend_on_the_number_of_workers(
 
 
 @pytest.fixture(scope="module")
-def captioned(tmp_path_factory: pytest.TempPathFactory) -> feed.CaptionedDataset:
+def captioned(tmp_path_factory: pytest.TempPathFactory) -> CaptionedDataset:
     """Ten rows of three views and three captions."""
     folder = tmp_path_factory.mktemp("captions")
     np.save(folder / "states.npy", np.arange(60, dtype=np.float16).reshape(30, 2))
     np.save(folder / "offsets.npy", np.arange(31))
-    return feed.CaptionedDataset(
+    return CaptionedDataset(
         arrays={"image_tokens": np.arange(10 * 3 * 4, dtype=np.uint16).reshape(10, 3, 4)},
         viewed=frozenset({"image_tokens"}),
         caption_ids=[np.arange(3 * i, 3 * i + 3) for i in range(10)],
-        captions=feed.CaptionStates(folder, max_tokens=2),
+        captions=CaptionStates(folder, max_tokens=2),
         style=np.zeros(10, np.int64), group=np.arange(10),
     )  # fmt: skip
 
 
 def test_a_training_that_resumes_repeats_and_skips_nothing(
-    captioned: feed.CaptionedDataset,
+    captioned: CaptionedDataset,
 ) -> None:
     def step(k: int, workers: int) -> list[int]:
         groups = [
@@ -162,39 +159,3 @@ def test_validation_rows_are_fixed_and_split(
     assert max(sizes) - min(sizes) <= 2
     rows = np.concatenate([batch for share in shares for batch in share])
     assert len(rows) == min(length, 16 * num_batches) == len(set(rows.tolist()))
-
-
-def test_filters_name_what_they_left_nothing_of(tmp_path: Path) -> None:
-    table = pa.table({"key": ["b", "a"], "split": ["train", "test"], "style": ["x", "y"]})
-    pq.write_table(table, tmp_path / "rows.parquet")
-    assert feed.read_table(tmp_path)["key"].to_pylist() == ["a", "b"]
-    assert feed.read_table(tmp_path, split="train")["key"].to_pylist() == ["b"]
-    assert feed.read_table(tmp_path, only=ImageFilter(exclude_styles=("x",))).num_rows == 1
-    with pytest.raises(DataError, match=r"style_weights names z, .* the styles are x, y"):
-        feed.read_table(tmp_path, only=ImageFilter(style_weights={"x": 2, "z": 3}))
-    captions = pa.array([[], [{"text": "a", "language": "en"}]])
-    pq.write_table(table.append_column("captions", captions), tmp_path / "rows.parquet")
-    assert feed.read_table(tmp_path, captioned=True)["key"].to_pylist() == ["a"]
-    with pytest.raises(DataError, match=r"split='train'.*and a caption"):
-        feed.read_table(tmp_path, split="train", captioned=True)
-    with pytest.raises(DataError, match=r"none of the 2 pictures.*split='train'"):
-        feed.read_table(tmp_path, split="train", only=ImageFilter(styles=("y",)))
-
-
-def test_captions_are_padded_and_views_are_drawn(tmp_path: Path) -> None:
-    np.save(tmp_path / "states.npy", np.arange(10, dtype=np.float16).reshape(5, 2))
-    np.save(tmp_path / "offsets.npy", np.array([0, 2, 5]))
-    captions = feed.CaptionStates(tmp_path, max_tokens=4)
-    tokens = np.arange(2 * 3 * 4, dtype=np.uint16).reshape(2, 3, 4)
-    data = feed.CaptionedDataset(
-        arrays={"image_tokens": tokens}, viewed=frozenset({"image_tokens"}),
-        caption_ids=[np.array([0]), np.array([1, 0])], captions=captions,
-        style=np.array([0, 1]), group=np.array([0, 1]),
-    )  # fmt: skip
-    first = data.batch(np.array([0, 1]), None)
-    assert first["image_tokens"].tolist() == tokens[:, 0].tolist()
-    assert first["caption_mask"].tolist() == [[True, True, False, False], [True, True, True, False]]
-    assert first["caption_states"][0, 2:].abs().sum() == 0
-    drawn = [data.batch(np.array([1]), np.random.default_rng(i).random((1, 2))) for i in range(40)]
-    assert {tuple(d["image_tokens"][0].tolist()) for d in drawn} == set(map(tuple, tokens[1]))
-    assert {int(d["caption_mask"].sum()) for d in drawn} == {2, 3}

@@ -15,9 +15,10 @@ import torch
 
 from pipeline import pixel_store
 from pipeline.config import ImageFilter
+from pipeline.datasets import ImageDataset
 from pipeline.errors import DataError
-from pipeline.feed import ImageDataset, training_batch
-from pipeline.pixel_store import MappedRows, flat_file, read_pixels, read_tokens
+from pipeline.feed import training_batch
+from pipeline.pixel_store import MappedRows, flat_file, read_pixels, read_table, read_tokens
 
 
 def write(directory: Path, rows: int, size: int, files: int = 3) -> np.ndarray:
@@ -107,12 +108,30 @@ def test_mapped_tokens_are_those_in_memory(tmp_path: Path, monkeypatch: pytest.M
         read_tokens(tmp_path, places, num_tokens=8)
 
 
+def test_filters_name_what_they_left_nothing_of(tmp_path: Path) -> None:
+    table = pa.table({"key": ["b", "a"], "split": ["train", "test"], "style": ["x", "y"]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    assert read_table(tmp_path)["key"].to_pylist() == ["a", "b"]
+    assert read_table(tmp_path, split="train")["key"].to_pylist() == ["b"]
+    assert read_table(tmp_path, only=ImageFilter(exclude_styles=("x",))).num_rows == 1
+    with pytest.raises(DataError, match=r"style_weights names z, .* the styles are x, y"):
+        read_table(tmp_path, only=ImageFilter(style_weights={"x": 2, "z": 3}))
+    captions = pa.array([[], [{"text": "a", "language": "en"}]])
+    pq.write_table(table.append_column("captions", captions), tmp_path / "rows.parquet")
+    assert read_table(tmp_path, captioned=True)["key"].to_pylist() == ["a"]
+    with pytest.raises(DataError, match=r"split='train'.*and a caption"):
+        read_table(tmp_path, split="train", captioned=True)
+    with pytest.raises(DataError, match=r"none of the 2 pictures.*split='train'"):
+        read_table(tmp_path, split="train", only=ImageFilter(styles=("y",)))
+
+
 PROBE = """
 import sys
 from pathlib import Path
 import pyarrow
 from pipeline import pixel_store
-from pipeline.feed import ImageDataset, training_batch
+from pipeline.datasets import ImageDataset
+from pipeline.feed import training_batch
 
 def anonymous_kb():
     with open("/proc/self/status") as status:

@@ -27,7 +27,7 @@ from pipeline.config import DataConfig, PreprocessConfig
 from pipeline.contracts import Caption, Sample
 from pipeline.decoding import PIXELS, Decoder, perceptual_hash
 from pipeline.errors import DataError, ResourceError
-from pipeline.images import decode
+from pipeline.image_decode import decode
 from pipeline.preprocess import _plan, preprocess
 from pipeline.records import Credits
 from pipeline.shard_writer import write_index, write_shards

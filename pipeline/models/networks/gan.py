@@ -20,11 +20,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import kornia.augmentation as K
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.augment import differentiable_augmentation
 from pipeline.config import GeneratorConfig
 from pipeline.contracts import GenerationRequest, OnStep
 from pipeline.errors import RecipeError
@@ -214,12 +214,7 @@ class Objective(nn.Module):
         self.discriminator = Discriminator(config, model.spec)
         self.discriminator.caption.norm.load_state_dict(model.caption.norm.state_dict())
         self.learning_rate_ratios = {"discriminator": config.gan.discriminator_learning_rate_ratio}
-        self.augment = K.AugmentationSequential(
-            K.ColorJitter(0.25, 0.25, 0.5, 0.0, p=1.0),
-            K.RandomAffine(0.0, translate=(0.125, 0.125), p=1.0),
-            K.RandomErasing((0.05, 0.2), (0.5, 2.0), p=0.5),
-            data_keys=["input"],
-        ) if config.gan.augment else nn.Identity()  # fmt: skip
+        self.augment = differentiable_augmentation() if config.gan.augment else nn.Identity()
 
     def moves(self, phase: str) -> nn.Module:
         """See contracts.Objective."""
