@@ -1,18 +1,34 @@
-"""Files that Tessera makes or ships: where they lie, and what tells one content from another.
+"""Files that Tessera makes or ships: where they lie, what tells one content from another, and how
+they are published so that nobody ever sees half of one under its final name.
 
-path = resolve_path("asset:base")  # or a directory
-digest = bundle_digest(path)
+    path = resolve_path("asset:base")  # or a directory
+    digest = bundle_digest(path)
+
+    publish_once(cache / "encoder", convert)        # convert(path) writes a file or a directory
+    with publishing(folder / "DONE.json") as path:  # a file; the latest one stays
+        path.write_text(record)
+
+What is being written lies in a hidden folder beside its final name, .NAME.new, which is locked: of
+several processes, on any machines that share the disk, one writes and the others wait. The lock
+dies with its process, and the next to publish the same name clears away what a killed one left.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from pipeline.errors import BundleError
 
 ASSETS = Path(__file__).parent / "assets"
 WEIGHTS = "model.safetensors"
+LOCK = ".lock"  # in the folder of what is being written
 
 
 def resolve_path(bundle: str | Path) -> Path:
@@ -47,3 +63,105 @@ def file_digest(path: Path) -> str:
     """sha256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- Publishing ----------------------------------------------------------------------------------
+
+
+def publish_once(
+    target: Path,
+    make: Callable[[Path], object],
+    *,
+    is_done: Callable[[Path], bool] = Path.exists,
+) -> Path:
+    """Make a file or a directory unless it is there: of several processes the first one makes it,
+    the others wait for it and make nothing.
+
+    Args:
+        target: the final path, whose folder is made if need be.
+        make: writes a file or a directory at the path that it is given, which does not exist yet
+            and has the final name. What it raises is raised here, and nothing is published.
+        is_done: tells of `target` whether it is there as wanted; a file that is not is replaced.
+
+    Returns:
+        `target`.
+    """
+    if not is_done(target):
+        with _scratch(target) as new:
+            if not is_done(target):
+                make(new)
+                _publish(new, target)
+    return target
+
+
+@contextlib.contextmanager
+def publishing(target: Path) -> Iterator[Path]:
+    """A path to write a file at, which replaces the file `target` when the block ends; the latest
+    of several processes wins. An error in the block leaves `target` as it was.
+    """
+    with _scratch(target) as new:
+        yield new
+        _publish(new, target)
+
+
+def replace_directory(finished: Path, target: Path) -> None:
+    """Move a finished directory into the place of another, on the same disk.
+
+    A process killed in between leaves nothing under the name, and the old one as .NAME.old.
+    """
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    finished.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _scratch(target: Path) -> Iterator[Path]:
+    """A free path named as `target` is, in a folder beside it that this block has for itself."""
+    folder = target.with_name(f".{target.name}.new")
+    lock = _locked(folder / LOCK)
+    try:
+        _clear(folder)
+        yield folder / target.name
+    finally:
+        _clear(folder)
+        (folder / LOCK).unlink()
+        with contextlib.suppress(OSError):  # the next process is in it already
+            folder.rmdir()
+        lock.close()
+
+
+def _locked(path: Path) -> IO[str]:
+    """The file at `path`, made with its folder if need be, and locked until it is closed."""
+    while True:
+        with contextlib.suppress(FileExistsError):  # exist_ok=True fails if it then goes away
+            path.parent.mkdir(parents=True)
+        try:
+            lock = path.open("w")
+        except FileNotFoundError:  # the process that had the lock has just removed the folder
+            continue
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):  # it removed the file that was opened here
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                return lock
+        lock.close()
+
+
+def _clear(folder: Path) -> None:
+    """Remove what lies in a scratch folder, the lock apart."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+def _publish(new: Path, target: Path) -> None:
+    """Give what was written its final name, and its files the permissions that the user gives new
+    files: some libraries write for their owner alone, but another user may serve the model."""
+    mode = (new.parent / LOCK).stat().st_mode & 0o777
+    for file in [new] if new.is_file() else [f for f in new.rglob("*") if f.is_file()]:
+        file.chmod(mode)
+    new.replace(target)

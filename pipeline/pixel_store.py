@@ -10,7 +10,6 @@ system keeps as much of them in memory as there is room for.
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.artifacts import publish_once
 from pipeline.config import ImageFilter
 from pipeline.errors import DataError
 
@@ -178,18 +178,18 @@ def _read(
 
 def _flatten(directory: Path, column: str, total: int, width: int) -> None:
     """Write the flat file unless it is there; of several processes one does, the others wait."""
-    flat = flat_file(directory, column)
-    with flat.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if flat.is_file() and flat.stat().st_size == total * width:
-            return
-        partial = flat.with_suffix(".partial")
-        with partial.open("wb") as out:
+
+    def is_whole(file: Path) -> bool:
+        return file.is_file() and file.stat().st_size == total * width
+
+    def write(file: Path) -> None:
+        with file.open("wb") as out:
             for rows in _batches(directory, column, width):
                 out.write(rows.data)
             out.flush()
             os.fsync(out.fileno())
-        partial.rename(flat)
+
+    publish_once(flat_file(directory, column), write, is_done=is_whole)
 
 
 def _batches(directory: Path, column: str, width: int) -> Iterator[NDArray[np.uint8]]:

@@ -51,6 +51,7 @@ from pipeline.accounting import (
     quarantine_table,
     settle,
 )
+from pipeline.artifacts import publishing, replace_directory
 from pipeline.config import DataConfig, PreprocessConfig
 from pipeline.decoding import (
     ACCEPTED,
@@ -140,7 +141,7 @@ def preprocess(
         report = _run(plan, staging, data, config, on_progress)
         text = json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False)
         (staging / FINAL / "report.json").write_text(text + "\n", encoding="utf-8")
-        _swap(staging / FINAL, output)
+        replace_directory(staging / FINAL, output)
         shutil.rmtree(staging)
     except (ray.exceptions.RayError, OSError) as error:
         explained = _explained(error)
@@ -169,9 +170,8 @@ def _prepare(staging: Path, plan: _Plan, data: DataConfig, config: PreprocessCon
         return
     shutil.rmtree(staging, ignore_errors=True)
     (staging / "staged").mkdir(parents=True)
-    partial = record.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(record)
+    with publishing(record) as new:
+        new.write_text(text, encoding="utf-8")
 
 
 def _explained(error: BaseException) -> TesseraError | None:
@@ -298,9 +298,8 @@ class _Stager:
             folder = Path(self.folders[piece[0]["shard"]])
             folder.mkdir(exist_ok=True)
             name = f"{piece[0]['number']:09d}.parquet"
-            partial = folder / f".{name}.partial"
-            pq.write_table(table, partial, compression="lz4")
-            partial.rename(folder / name)  # never half a file under its name
+            with publishing(folder / name) as path:
+                pq.write_table(table, path, compression="lz4")
             told.append({"outcomes": table["outcome"].to_pylist()})
         return_memory()
         return pa.Table.from_pylist(told)
@@ -409,13 +408,3 @@ def _write_pixels(folder: Path, numbers: pa.Array, target: Path, group_rows: int
     del table, images
     pa.default_memory_pool().release_unused()  # the process goes on with other work
     return_memory()
-
-
-def _swap(final: Path, output: Path) -> None:
-    """Put the finished folder in the place of the old one."""
-    old = output.with_name(f".{output.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        output.rename(old)
-    final.rename(output)
-    shutil.rmtree(old, ignore_errors=True)

