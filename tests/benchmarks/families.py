@@ -1,13 +1,16 @@
-"""How fast the families draw, side by side, and what more decoding steps bring.
+"""Drawing speed of the generator families side by side, and the effect of more decoding steps.
 
     python tests/benchmarks/families.py speed --cache HOME/pretrained
     python tests/benchmarks/families.py steps BUNDLE --cache HOME/pretrained --pixels DIR
 
-`speed`: networks of the recipes' sizes (weights do not matter to it) and the shipped base's
-tokenizer, a batch of pictures at a time, captions read before; rounds of all alternate.
-`decode_share` is the tokenizer's part of the time. `steps`: a masked BUNDLE judged as `evaluate`
-does, on the pictures that some run preprocessed (HOME/steps/preprocess-*/data/pixels). Both print
-JSON lines.
+`speed` draws batches of images with networks of the recipes' sizes (their weights do not matter to
+the speed) and the shipped base's tokenizer, captions encoded beforehand; rounds of all families
+alternate. `decode_share` is the tokenizer's part of the time.
+
+`steps` evaluates a masked BUNDLE as `tessera evaluate` does, with several numbers of decoding
+steps, on the images that a run preprocessed (DIR is HOME/steps/preprocess-*/data/pixels).
+
+Both print JSON lines.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Does pretraining help a language model draw, and which policy tunes it best?
+"""Compares fine-tuning policies of a pretrained language model, and its weights with random ones.
 
     python tests/benchmarks/finetuning.py --home HOME --steps 60 --seeds 0 1 --plot curves.png
 
-One causal language model on the shipped drawings, with the recipe emoji-smollm2 but for equal steps
-for all: pretrained with each policy, and the same architecture from random weights. The arms are
-candidates of one recipe: each a training by Ray Train, all judged on the same pictures.
-Interrupted, the same command goes on.
-It wants ten steps and two candidates at least. Prints a JSON line an arm and seed, then one an arm
-with the mean and range over seeds; writes the training and validation losses by step as a plot.
-`memory_gb` is a worker's peak.
+One causal language model learns to draw the shipped images, with the recipe emoji-smollm2 but for
+equally many steps: pretrained with each policy, and the same architecture from random weights.
+These arms are candidates of one recipe, each trained by Ray Train, all evaluated on the same
+images. At least ten steps and two candidates are needed. Interrupted, the same command goes on.
+
+Prints one JSON line per arm and seed, then one per arm with mean and range over the seeds, and
+writes the training and validation losses by step as a plot. `memory_gb` is a worker's peak.
 """
 
 from __future__ import annotations

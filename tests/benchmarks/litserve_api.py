@@ -1,6 +1,7 @@
-"""The API that peers.py serves with LitServe, whose workers unpickle it and so import this.
+"""The LitServe API that peers.py serves, in a module that LitServe's workers can import.
 
-No postponed annotations here: LitServe reads those of decode_request.
+It is a module of its own because the workers unpickle the API. It must not postpone the evaluation
+of annotations (no `from __future__ import annotations`): LitServe reads those of decode_request.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""What the training loop costs: its step against a bare PyTorch step, same model, same batch.
+"""The training loop's overhead: one of its steps against a bare PyTorch step on the same batch.
 
     python tests/benchmarks/loop.py [--rounds 10] [--batch-size 128] [--width 256] [--depth 6]
 
-One Ray Train worker, data in memory. Rounds of both alternate in one process; the loop's rounds
-include feeding, averaging of metrics and progress messages, the bare ones are forward, backward,
-clipping and the optimiser alone, on a batch that is on the device already. On a GPU both are
-compiled. Prints JSON: milliseconds a step, ratios of pairs of rounds.
+Both train the same model in one Ray Train worker on data in memory, in alternating rounds. The
+loop's rounds include feeding, averaged metrics and progress messages; the bare ones are forward,
+backward, clipping and optimiser step on a batch that is on the device already. On a GPU both are
+compiled. Prints JSON: milliseconds per step, and ratios of pairs of rounds.
 """
 
 from __future__ import annotations

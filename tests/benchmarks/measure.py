@@ -1,10 +1,9 @@
-"""Run a command and report its wall time and the peak memory of all its processes.
+"""Runs a command and reports its wall time and the peak memory of all its processes.
 
     python tests/benchmarks/measure.py tessera demo --no-serve --home NEW
 
-Memory is the proportional set size (shared pages counted once), sampled every second over the
-command's whole process tree, which a local Ray belongs to; the largest processes of the peak are
-named.
+Memory is the proportional set size (shared pages counted once) of the command's whole process tree,
+which a local Ray belongs to, sampled every second. The largest processes at the peak are named.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The same bundle without Tessera's service: what serving.py compares it with.
+"""Serves a bundle without Tessera's service: what serving.py compares the service with.
 
     python tests/benchmarks/peers.py fastapi BUNDLE --pretrained DIR --threads 2 --port 9001
     python tests/benchmarks/peers.py litserve BUNDLE ...       (pip install litserve)
@@ -6,8 +6,8 @@
                                                                "draw SECONDS" or "one SEED"
 
 Both servers take {"prompt", "seed"} at /v1/images/generations and answer {"b64_json"}: a PNG
-without metadata, no checks, no limits, no queue bound. Batches as the service's: up to
---batch-size pictures, --batch-wait-s for others to join.
+without metadata. They check nothing and bound no queue. They form batches as the service does: up
+to --batch-size images, waiting --batch-wait-s for others to join.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
-"""FSQ and VQ side by side: equal networks, codebooks, steps and pictures, reconstructions judged.
+"""FSQ and VQ side by side: tokenizers of equal networks, codebooks, steps and images.
 
     python tests/benchmarks/reconstruction.py --home HOME --shards asset:emoji --steps 400
 
-Each is trained from scratch as `emoji-base` says, then, with --adversarial-steps, goes on from its
-weights with a patch discriminator's opinion beside the perceptual term. Twemoji and a tenth of the
-concepts are kept out of training; judged are held-out concepts of Noto and of Twemoji. Prints a
-JSON line a tokenizer: PSNR (dB), SSIM and KID against the real pictures, with 95 % bootstrap
-intervals; the share of the codebook that all judged pictures use, and its perplexity; pace and
-memory of the training. It wants ten steps at least. Interrupted, the same command goes on.
+Each is trained from scratch with the settings of `emoji-base`; with --adversarial-steps it then
+goes on from its weights with a patch discriminator beside the perceptual loss. Twemoji and a tenth
+of the concepts are kept out of training; reconstructions of held-out concepts, of Noto and of
+Twemoji, are evaluated. At least ten steps are needed. Interrupted, the same command goes on.
+
+Prints one JSON line per tokenizer: PSNR (dB), SSIM and KID against the real images, with 95 %
+bootstrap intervals; the share of the codebook that all evaluated images use, and its perplexity;
+speed and memory of the training.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
-"""Numbers of the service, every one as a ratio within one run.
+"""Measures the image service: throughput, latency, and how it takes failures and new versions.
 
-    python tests/benchmarks/serving.py throughput --home HOME     offline, batched or not, peers
-    python tests/benchmarks/serving.py latency --home HOME        what the service adds to one
+    python tests/benchmarks/serving.py throughput --home HOME     against offline and other servers
+    python tests/benchmarks/serving.py latency --home HOME        added to one image's own time
     python tests/benchmarks/serving.py curve --home HOME          latency by load
     python tests/benchmarks/serving.py swap --home HOME           a moved alias under load
     python tests/benchmarks/serving.py kill --home HOME           kill -9 of a replica under load
-    python tests/benchmarks/serving.py autoscale --home HOME      replicas and load, a plot
+    python tests/benchmarks/serving.py autoscale --home HOME      replicas and load, as a plot
 
-Serves asset:base on a Ray of its own with as many threads as there are CPUs, which the load
-generator shares. HOME/pretrained keeps the converted caption encoder. Each prints JSON lines.
-RESULTS.md holds what came out; tests/serve/test_soak.py is the long run.
+Each serves asset:base on a Ray of its own with as many threads as there are CPUs, which the load
+generator shares, and prints JSON lines. Speeds vary with what else runs, so they are compared as
+ratios within one run. HOME/pretrained keeps the converted caption encoder. RESULTS.md beside this
+file holds today's figures, history.md all of them; tests/serve/test_soak.py is the long run.
 """
 
 from __future__ import annotations
