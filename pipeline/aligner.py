@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from pipeline.config import AlignerConfig
 from pipeline.errors import BundleError
 from pipeline.images import to_float
+from pipeline.objective import Objective, TrainableNetwork
 from pipeline.runtime import autocast
 from pipeline.text import EncoderIdentity, masked_mean, standardise
 from pipeline.tokenizers._blocks import ChannelNorm, ResidualBlock
@@ -36,7 +37,7 @@ PATCH = 4
 MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
 
 
-class Aligner(nn.Module):
+class Aligner(TrainableNetwork):
     """Pictures and captions in one space, where the dot product says how well they fit.
 
     Args:
@@ -140,7 +141,7 @@ class Aligner(nn.Module):
         return aligner.to(device).eval()
 
 
-class AlignerObjective(nn.Module):
+class AlignerObjective(Objective):
     """Symmetric InfoNCE in which pictures of the same group are each other's positives.
 
     Batch: "images" uint8 (B, 3, H, W), "caption_states" (B, L, C), "caption_mask" bool (B, L),
@@ -153,9 +154,6 @@ class AlignerObjective(nn.Module):
         super().__init__()
         self.model = Aligner(config, image_size=image_size, caption_width=caption_width)
         self.label_smoothing = config.label_smoothing
-
-    def forward(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
-        return self.losses(batch, phase)
 
     def losses(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
         """ "loss", and "accuracy": how often the best caption in the batch is of the own group."""

@@ -20,6 +20,7 @@ from pipeline.config import TokenizerConfig
 from pipeline.datasets import ImageDataset
 from pipeline.image_grid import grid
 from pipeline.images import gradient_l1, to_float, to_uint8
+from pipeline.objective import Objective
 from pipeline.perceptual import PerceptualLoss
 from pipeline.steps import StepContext
 from pipeline.tokenizers._saved import load_tokenizer, save_tokenizer
@@ -50,7 +51,7 @@ class PatchDiscriminator(nn.Module):
         return said
 
 
-class TokenizerObjective(nn.Module):
+class TokenizerObjective(Objective):
     """Tokenizer and reconstruction losses: L1 + L2 + image gradients + perceptual + adversarial.
 
     Source of the last: Esser et al. 2021, VQGAN (arXiv 2012.09841), section 3.1; hinge losses.
@@ -70,16 +71,13 @@ class TokenizerObjective(nn.Module):
             self.phases = ("discriminate", "reconstruct")
             self.discriminator = PatchDiscriminator(config.adversarial_channels)
 
-    def moves(self, phase: str) -> nn.Module:
-        """See contracts.Objective."""
+    def trained_network(self, phase: str) -> nn.Module:
+        """See `Objective.trained_network`."""
         if phase == "discriminate":
             assert self.discriminator is not None
             return self.discriminator
         model: nn.Module = self.model
         return model
-
-    def forward(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
-        return self.losses(batch, phase)
 
     def losses(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
         """ "loss", its parts, and "psnr" in dB (peak 1) of the batch's mean squared error."""

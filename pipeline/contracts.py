@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:  # the HTTP ingress imports this file and does without PyTorch
     from torch import Tensor
-    from torch.nn import Module
 
 MAX_SEED = 2**63 - 1
 
@@ -211,29 +210,6 @@ class CaptionEncoder(Protocol):
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """B captions -> states float (B, L, width) and mask bool (B, L), L <= max_tokens."""
-
-
-class Objective(Protocol):
-    """Model and losses in one small `torch.nn.Module`; the loop never asks which family it trains.
-
-    `phases` lists what one training step does in order: a language model has one, a GAN has
-    ("discriminator", "generator"). `model` is what is averaged, saved and used afterwards.
-
-    Optional, for objectives with more than one network:
-        moves(phase): the network whose weights that phase moves, each with its own optimiser.
-        learning_rate_ratios: by phase, what its learning rate is multiplied with.
-        validate(batch): scalars of a validation batch, "loss" among them; otherwise the last
-            phase's losses are taken.
-        min_validation_rows: that `validate` needs at once; otherwise 1.
-        compilable(): blocks that are alike, for torch.compile, which takes its time for every
-            further shape; otherwise none.
-    """
-
-    phases: tuple[str, ...]
-    model: Module
-
-    def losses(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
-        """Scalars of one phase by name; "loss" is the one that is minimised."""
 
 
 @dataclass(frozen=True)

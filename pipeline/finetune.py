@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, (in, out)
 
 from pipeline.config import TrainConfig
 from pipeline.errors import MissingExtraError, RecipeError
+from pipeline.objective import TrainableNetwork
 
 _ADAPTER = ".lora_"  # in the names that peft gives its weights
 MUON_MODULES = (nn.Linear, nn.Conv2d, Conv1D)
@@ -27,7 +28,7 @@ DECAYED_MODULES = (*MUON_MODULES, nn.ConvTranspose2d, nn.MultiheadAttention)
 MIN_MUON_SIDE = 64  # narrower matrices gain nothing from orthogonal updates
 
 
-def apply_policy(model: nn.Module, config: TrainConfig) -> tuple[int, int]:
+def apply_policy(model: TrainableNetwork, config: TrainConfig) -> tuple[int, int]:
     """Set requires_grad as config.policy says; lora also adds its adapters to the model, in place.
 
     Returns:
@@ -41,8 +42,8 @@ def apply_policy(model: nn.Module, config: TrainConfig) -> tuple[int, int]:
     if config.policy == "lora":
         _add_adapters(model, config)
     head, text = (
-        {p for m in getattr(model, name, list)() for p in m.parameters()}
-        for name in ("head_modules", "text_modules")
+        {p for module in modules or () for p in module.parameters()}
+        for modules in (model.head_modules(), model.text_modules())
     )
     everything = set(model.parameters())
     adapters = {p for name, p in model.named_parameters() if _ADAPTER in name}
@@ -59,14 +60,11 @@ def apply_policy(model: nn.Module, config: TrainConfig) -> tuple[int, int]:
     return sum(p.numel() for p in chosen), sum(p.numel() for p in everything)
 
 
-def _check_policy(model: nn.Module, policy: str) -> None:
+def _check_policy(model: TrainableNetwork, policy: str) -> None:
     """Raises RecipeError for a policy that the model does not offer."""
-    needs = {"full": (), "head": ("head_modules",), "lora": ("head_modules",)}
-    offered = [
-        name
-        for name, methods in {**needs, "frozen": ("text_modules",)}.items()
-        if all(hasattr(model, method) for method in methods)
-    ]
+    offered = ["full"]
+    offered += ["head", "lora"] if model.head_modules() is not None else []
+    offered += ["frozen"] if model.text_modules() is not None else []
     if policy not in offered:
         raise RecipeError(
             f"train.policy={policy!r} is not offered by {type(model).__name__}, which offers: "
@@ -75,7 +73,7 @@ def _check_policy(model: nn.Module, policy: str) -> None:
 
 
 def merged_weights(
-    model: nn.Module, config: TrainConfig, weights: Mapping[str, Tensor]
+    model: TrainableNetwork, config: TrainConfig, weights: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The weights that a training with adapters ended with, as the plain model has them.
 
@@ -97,12 +95,12 @@ def adapter_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in weights.items() if _ADAPTER in name}
 
 
-def _add_adapters(model: nn.Module, config: TrainConfig) -> None:
+def _add_adapters(model: TrainableNetwork, config: TrainConfig) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise MissingExtraError("train.policy=lora", "lora") from error
-    head = {id(inner) for module in model.head_modules() for inner in module.modules()}
+    head = {id(inner) for module in model.head_modules() or () for inner in module.modules()}
     # its fused path reads the plain weights past any adapter
     fused = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
     fixed = head | {id(inner) for module in fused for inner in module.modules()}

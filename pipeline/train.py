@@ -2,7 +2,7 @@
 
     result = fit(build, config, storage=home / "steps" / key, name="generator")
 
-`build()` runs on every worker and returns a `Training`: the objective (contracts.Objective) and its
+`build()` runs on every worker and returns a `Training`: the objective (pipeline.objective) and its
 data. A step's randomness is seeded by (seed, step, rank), its rows by (seed, step), so a training
 that is killed and started again with the same storage and name goes on exactly where its last
 checkpoint was (on a GPU give or take roundings, since it may choose other kernels).
@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,7 @@ from pipeline.finetune import (
     learning_rate_factor,
     set_learning_rate,
 )
+from pipeline.objective import Objective
 from pipeline.progress import OnProgress, Progress, watch
 from pipeline.runtime import (
     autocast,
@@ -66,13 +66,13 @@ class Training:
     """What a worker trains.
 
     Attributes:
-        objective: nn.Module with `phases`, `losses(batch, phase)` and the trained `model`.
+        objective: the network and its losses.
         train: rows to learn from.
         validation: rows to stop by.
         sample: draws a fixed PIL image from the objective, to be looked at; rank 0 calls it.
     """
 
-    objective: Any
+    objective: Objective
     train: feed.Dataset
     validation: feed.Dataset
     sample: Callable[[Any], Any] | None = None
@@ -195,13 +195,6 @@ def _first_cause(error: Exception) -> TesseraError:
     )
 
 
-def moved_by(objective: nn.Module, phase: str) -> nn.Module:
-    """The network that a phase's gradient moves: the objective's model unless it says otherwise."""
-    moves = getattr(objective, "moves", None)
-    module: nn.Module = objective.model if moves is None else moves(phase)
-    return module
-
-
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -231,7 +224,7 @@ class _Worker:
         torch.backends.cudnn.benchmark = True  # a training's shapes hardly change
         torch.manual_seed(config.seed)  # every rank starts from the same weights
         self.training = build()
-        self.objective: nn.Module = self.training.objective.to(self.device)
+        self.objective = self.training.objective.to(self.device)
         self.trainable, self.total = apply_policy(self.objective.model, config)
         self.compiled = self._compile()
         phases = self.objective.phases
@@ -243,14 +236,15 @@ class _Worker:
                 "find_unused_parameters": len(phases) > 1,
             },
         )
-        self.moved = {phase: moved_by(self.objective, phase) for phase in phases}
+        self.networks = {phase: self.objective.trained_network(phase) for phase in phases}
         self.helpers = nn.ModuleList(
-            {id(m): m for m in self.moved.values() if m is not self.objective.model}.values()
+            {id(m): m for m in self.networks.values() if m is not self.objective.model}.values()
         )
-        ratios = getattr(self.objective, "learning_rate_ratios", {})
         self.phase_optimizers = {
-            phase: build_optimizers(module, config, ratio=ratios.get(phase, 1.0))
-            for phase, module in self.moved.items()
+            phase: build_optimizers(
+                network, config, ratio=self.objective.learning_rate_ratio(phase)
+            )
+            for phase, network in self.networks.items()
         }
         self.optimizers = [o for each in self.phase_optimizers.values() for o in each]
         self.ema = EMA(self.objective.model, config.ema_decay) if config.ema_decay else None
@@ -269,7 +263,7 @@ class _Worker:
         wanted = self.config.compile
         if wanted == "never" or (wanted == "auto" and not can_compile(self.device)):
             return False
-        modules = getattr(self.objective, "compilable", list)()
+        modules = self.objective.compilable()
         compile_modules(modules)
         return bool(modules)
 
@@ -280,7 +274,7 @@ class _Worker:
             DataError: too few for every rank to have some in every batch.
         """
         config, length = self.config, len(self.training.validation)
-        fewest = getattr(self.objective, "min_validation_rows", 1)
+        fewest = self.objective.min_validation_rows
         shares = [
             feed.validation_rows(
                 length, batch_size=config.batch_size, num_batches=config.validation_batches,
@@ -378,7 +372,7 @@ class _Worker:
         signs: dict[str, Tensor] = {}
         for phase in self.objective.phases:
             losses = self._backward(batch, phase)
-            norm = nn.utils.clip_grad_norm_(self.moved[phase].parameters(), config.clip_norm)
+            norm = nn.utils.clip_grad_norm_(self.networks[phase].parameters(), config.clip_norm)
             for optimizer in self.phase_optimizers[phase]:
                 optimizer.step()
             self.objective.zero_grad(set_to_none=True)
@@ -473,15 +467,13 @@ class _Worker:
         """Mean losses over the validation rows and all ranks, with fixed randomness."""
         dataset = self.training.validation
         self.objective.eval()
-        last = self.objective.phases[-1]
-        validate = getattr(self.objective, "validate", partial(self.objective.losses, phase=last))
         sums: dict[str, float] = {}
         count = 0
         for i, rows in enumerate(self.validation_rows):
             torch.manual_seed(VALIDATION_SEED + i)
             batch = self._to_device(self._pinned(dataset.batch(rows, None)))
             with autocast(self.device):
-                losses = validate(batch)
+                losses = self.objective.validate(batch)
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(rows)
             count += len(rows)

@@ -6,7 +6,6 @@ from pipeline.models.networks.causal import (  # noqa: F401
     READS,
     UNREAD,
     Generator,
-    Objective,
     build,
     export,
     language_model_config,

@@ -6,6 +6,5 @@ from pipeline.models.networks.gan import (  # noqa: F401
     READS,
     UNREAD,
     Generator,
-    Objective,
     build,
 )

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from pipeline.objective import TrainableNetwork
 from pipeline.tokenizer_config import TokenizerConfig
 from pipeline.tokenizers._blocks import AttentionBlock, ChannelNorm, ResidualBlock
 
@@ -48,7 +49,7 @@ def _stack(width: int, depth: int, *, attention: bool = False) -> nn.Sequential:
     return nn.Sequential(*blocks)
 
 
-class QuantizedAutoencoder(nn.Module):
+class QuantizedAutoencoder(TrainableNetwork):
     """contracts.ImageTokenizer."""
 
     def __init__(self, config: TokenizerConfig, image_size: int, quantizer: Quantizer) -> None:

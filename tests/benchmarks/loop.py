@@ -74,7 +74,7 @@ class Plan:
 
 def build(config: GeneratorConfig) -> Training:
     rows = Rows()
-    return Training(masked.Objective(masked.build(config, SPEC), config), rows, rows)
+    return Training(masked.MaskedObjective(masked.build(config, SPEC), config), rows, rows)
 
 
 def compare(plan: Plan, board: Any, out: str) -> None:

@@ -136,7 +136,7 @@ def test_token_dropout_is_for_training_alone() -> None:
 
     def loss(config: GeneratorConfig, training: bool) -> float:
         torch.manual_seed(3)
-        objective = causal.Objective(made, config).train(training)
+        objective = causal.CausalObjective(made, config).train(training)
         return float(objective.losses(batch, "predict")["loss"].detach())
 
     assert loss(wholly, False) == loss(CONFIG, False)

@@ -44,15 +44,15 @@ def colour_batch() -> dict[str, torch.Tensor]:
     }
 
 
-def objective(config: GeneratorConfig = CONFIG) -> gan.Objective:
+def objective(config: GeneratorConfig = CONFIG) -> gan.GanObjective:
     torch.manual_seed(0)
-    return gan.Objective(gan.build(config, SPEC), config)
+    return gan.GanObjective(gan.build(config, SPEC), config)
 
 
 def test_captions_become_their_colours() -> None:
     made, batch = objective(), colour_batch()
     optimizers = {
-        phase: torch.optim.Adam(made.moves(phase).parameters(), lr=lr, betas=(0.0, 0.9))
+        phase: torch.optim.Adam(made.trained_network(phase).parameters(), lr=lr, betas=(0.0, 0.9))
         for phase, lr in (("discriminator", 2e-3), ("generator", 1e-3))
     }
     for step in range(150):
@@ -170,8 +170,8 @@ def test_a_batch_of_one_group_has_no_mismatched_pair() -> None:
 
 def test_each_phase_moves_its_own_network() -> None:
     made, batch = objective(), colour_batch()
-    assert made.moves("generator") is made.model
-    assert made.moves("discriminator") is made.discriminator
+    assert made.trained_network("generator") is made.model
+    assert made.trained_network("discriminator") is made.discriminator
     made.losses(batch, "discriminator")["loss"].backward()
     assert all(p.grad is None for p in made.model.parameters())
     assert all(p.grad is not None for p in made.discriminator.parameters())

@@ -17,6 +17,7 @@ from pipeline.errors import BundleError, RecipeError, RequestError
 from pipeline.finetune import adapter_weights, apply_policy, merged_weights
 from pipeline.models._spec import ModelSpec
 from pipeline.models.networks import masked
+from pipeline.objective import TrainableNetwork
 
 SPEC = ModelSpec(
     image_size=32, codebook_size=60, num_tokens=16, levels=(5, 4, 3), caption_width=24,
@@ -122,7 +123,7 @@ def test_an_unknown_policy_or_family_lists_what_exists() -> None:
     with pytest.raises(RecipeError, match=r"maskd.*masked"):
         registry.load("models", "maskd")
     with pytest.raises(RecipeError, match="full"):
-        apply_policy(nn.Linear(2, 2), TrainConfig(policy="head"))
+        apply_policy(TrainableNetwork(), TrainConfig(policy="head"))
 
 
 @families

@@ -78,7 +78,7 @@ def test_the_adversarial_phase_trains_both_sides_and_judges_neither(name: str) -
     objective = TokenizerObjective(config, 32)
     assert objective.phases == ("discriminate", "reconstruct")
     batch = {"images": torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)}
-    judge, tokenizer = (objective.moves(phase) for phase in objective.phases)
+    judge, tokenizer = (objective.trained_network(phase) for phase in objective.phases)
     assert tokenizer is objective.model
     optimizers = [torch.optim.Adam(network.parameters(), lr=2e-3) for network in (judge, tokenizer)]
     first = objective.losses(batch, "discriminate")["loss"].item()

@@ -28,6 +28,7 @@ from pipeline.finetune import (
     build_optimizers,
     learning_rate_factor,
 )
+from pipeline.objective import Objective, TrainableNetwork
 from pipeline.progress import Progress
 from pipeline.runtime import can_compile
 from pipeline.train import Training, _Worker, fit, scaling_for
@@ -56,21 +57,22 @@ class Rows:
         return {"x": x, "y": 2 * x - 1}
 
 
-class Line(nn.Module):
+class Affine(nn.Linear, TrainableNetwork):
+    """A linear layer that the loop can train."""
+
+
+class Line(Objective):
     """Least squares; with `poison` the loss becomes nan at that step."""
 
     phases = ("fit",)
 
     def __init__(self, poison: int | None = None) -> None:
         super().__init__()
-        self.model = nn.Linear(1, 1)
+        self.model = Affine(1, 1)
         self.poison, self.calls = poison, 0
 
     def compilable(self) -> list[nn.Module]:
         return [self.model]
-
-    def forward(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
-        return self.losses(batch, phase)
 
     def losses(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
         loss = (self.model(batch["x"]).float() - batch["y"]).square().mean()
@@ -253,7 +255,7 @@ def test_muon_takes_wide_kernels_alone() -> None:
     (alone,) = build_optimizers(nn.Linear(8, 8), TrainConfig(optimizer="muon"))
     assert isinstance(alone, torch.optim.AdamW), "beside the trained model: a small discriminator"
     with pytest.raises(RecipeError, match="nothing for muon"):
-        apply_policy(nn.Linear(8, 8), TrainConfig(optimizer="muon"))
+        apply_policy(Affine(8, 8), TrainConfig(optimizer="muon"))
 
 
 def test_a_kernel_that_is_normalised_spectrally_is_still_one() -> None:

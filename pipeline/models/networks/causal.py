@@ -45,6 +45,7 @@ from pipeline.models._requests import check_requests
 from pipeline.models._sequential import Prompts, SequentialDecoding
 from pipeline.models._spec import ModelParts, ModelSpec
 from pipeline.models._tokens import ImageVocabulary
+from pipeline.objective import Objective, TrainableNetwork
 from pipeline.runtime import autocast, choose_device
 from pipeline.tasks import gives_source
 
@@ -96,7 +97,7 @@ def language_model_config(config: GeneratorConfig, source: str | None) -> dict[s
     return made
 
 
-class CausalTransformer(nn.Module):
+class CausalTransformer(TrainableNetwork):
     """A language model, a table of new tokens and a head over the image codebook."""
 
     text_head: Tensor | None
@@ -219,7 +220,7 @@ class CausalTransformer(nn.Module):
         return self.image_head(states[:, -image_tokens.shape[1] :]).float()
 
 
-class Objective(nn.Module):
+class CausalObjective(Objective):
     """Cross-entropy over the picture's tokens; captions and styles are dropped for guidance."""
 
     phases = ("predict",)
@@ -230,9 +231,6 @@ class Objective(nn.Module):
 
     def compilable(self) -> list[nn.Module]:
         return list(self.model.layers())
-
-    def forward(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
-        return self.losses(batch, phase)
 
     def losses(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
         """ "loss" in nats a token (label-smoothed while training) and "accuracy"."""

@@ -33,6 +33,7 @@ from pipeline.models import _sampling as sampling
 from pipeline.models._captions import CaptionReader
 from pipeline.models._requests import check_requests
 from pipeline.models._spec import ModelParts, ModelSpec
+from pipeline.objective import Objective, TrainableNetwork
 from pipeline.runtime import autocast
 from pipeline.text import masked_mean, standardise
 
@@ -93,7 +94,7 @@ class FusionBlock(nn.Module):
         return self.skip(x) + h
 
 
-class OnePassGenerator(nn.Module):
+class OnePassGenerator(TrainableNetwork):
     """Noise, caption and style -> picture."""
 
     def __init__(self, config: GeneratorConfig, spec: ModelSpec) -> None:
@@ -201,7 +202,7 @@ class _DownBlock(nn.Module):
         return self.skip(F.avg_pool2d(x, 2)) + self.gate * h
 
 
-class Objective(nn.Module):
+class GanObjective(Objective):
     """Matching-aware hinge losses (DF-GAN, equation 2) and a contrastive one (XMC-GAN, section 4),
     on differentiably augmented pictures; a pixel loss draws the generator to the caption's own."""
 
@@ -213,15 +214,16 @@ class Objective(nn.Module):
         self.model, self.config = model, config
         self.discriminator = Discriminator(config, model.spec)
         self.discriminator.caption.norm.load_state_dict(model.caption.norm.state_dict())
-        self.learning_rate_ratios = {"discriminator": config.gan.discriminator_learning_rate_ratio}
         self.augment = differentiable_augmentation() if config.gan.augment else nn.Identity()
 
-    def moves(self, phase: str) -> nn.Module:
-        """See contracts.Objective."""
+    def trained_network(self, phase: str) -> nn.Module:
+        """See `Objective.trained_network`."""
         return self.discriminator if phase == "discriminator" else self.model
 
-    def forward(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
-        return self.losses(batch, phase)
+    def learning_rate_ratio(self, phase: str) -> float:
+        """See `Objective.learning_rate_ratio`."""
+        ratio = self.config.gan.discriminator_learning_rate_ratio
+        return ratio if phase == "discriminator" else 1.0
 
     def losses(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
         """ "loss" of the phase and its parts; both networks see the same captions and styles, some

@@ -28,6 +28,7 @@ from pipeline.models._packed import Picturewise, has_adapters, with_modules
 from pipeline.models._parallel import Guess, Head, ParallelDecoding, Reading, ReadPicture
 from pipeline.models._requests import Settings, check_requests
 from pipeline.models._spec import ModelParts, ModelSpec, level_digits
+from pipeline.objective import Objective, TrainableNetwork
 from pipeline.runtime import autocast, autocast_dtype
 from pipeline.text import masked_mean, standardise
 
@@ -115,7 +116,7 @@ def _norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:])
 
 
-class MaskedTransformer(nn.Module):
+class MaskedTransformer(TrainableNetwork):
     """Image tokens with holes, a caption and a style -> logits of the hidden tokens."""
 
     def __init__(self, config: GeneratorConfig, spec: ModelSpec) -> None:
@@ -220,7 +221,7 @@ class MaskedTransformer(nn.Module):
         return F.linear(features, table, self.bias).float()
 
 
-class Objective(nn.Module):
+class MaskedObjective(Objective):
     """Cross-entropy over hidden image tokens; captions and styles are dropped for guidance."""
 
     phases = ("predict",)
@@ -232,9 +233,6 @@ class Objective(nn.Module):
 
     def compilable(self) -> list[nn.Module]:
         return [*self.model.blocks, *self.model.caption_blocks]
-
-    def forward(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
-        return self.losses(batch, phase)
 
     def losses(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
         """ "loss" in nats a token (label-smoothed while training) and "accuracy"."""
