@@ -27,6 +27,7 @@ from pipeline.image_decode import BadImage, decode
 from pipeline.image_grid import grid
 from pipeline.images import WHITE
 from pipeline.mirror import may_mirror
+from pipeline.models import load_family
 from pipeline.records import record_of
 from pipeline.shards import Manifest, locate, open_shards, read_manifest
 from pipeline.storage import open_patiently
@@ -72,8 +73,6 @@ def augmentation_grid(
     Raises:
         DataError: no shard set, or no picture in it that can be read.
     """
-    from pipeline.generation import TOKENS, reads_of  # the training stack: seconds to import
-
     uri = locate(recipe.data.shards[0], home)
     manifest = read_manifest(uri)
     images, flippable = [], []
@@ -94,7 +93,7 @@ def augmentation_grid(
         "encode": recipe.encode.augment,
         "aligner.train": recipe.aligner.train.augment,
     }
-    if reads_of(recipe.generator) != TOKENS:
+    if load_family(recipe.generator.family).reads == "images":
         sections["generator.train"] = recipe.generator.train.augment
     rows = {"as it is": pictures}
     seeds = seed + torch.arange(len(pictures))

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from pipeline import registry
 from pipeline.bundle import load_bundle, text_tokenizer_of
 from pipeline.errors import BundleError, ResourceError
+from pipeline.models import load_family
 from pipeline.tracking import resolve_model
 
 
@@ -25,11 +26,9 @@ def export(model: str, out: Path, *, home: Path) -> Path:
     path = resolve_model(model, home=home).path
     bundle = load_bundle(path)
     name = bundle.manifest.generator.family
-    family = registry.load("models", name)
-    if not hasattr(family, "export"):
-        able = [
-            n for n in registry.names("models") if hasattr(registry.load("models", n), "export")
-        ]
+    family = load_family(name)
+    if not family.exports:
+        able = [n for n in registry.names("models") if load_family(n).exports]
         raise BundleError(
             f"{model} is of the family {name!r}, which has no other format; exported are: "
             f"{', '.join(able)}"

@@ -22,14 +22,13 @@ from typing import Any
 
 import transformers
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipeline import registry
 from pipeline.artifacts import WEIGHTS, bundle_digest, file_digest, resolve_path
 from pipeline.config import CaptionEncoderConfig, Config, GeneratorConfig
-from pipeline.contracts import ImageGenerator
-from pipeline.models._captions import CaptionTokenizer
-from pipeline.models._spec import ModelParts, ModelSpec
+from pipeline.contracts import ImageGenerator, ModelParts, ModelSpec
+from pipeline.models import load_family
+from pipeline.objective import GeneratorNetwork
 from pipeline.runtime import cast_weights, choose_device
 from pipeline.text import EncoderIdentity, check_encoder, load_caption_encoder
 from pipeline.tokenizers._saved import (
@@ -73,7 +72,7 @@ class Bundle:
     """A bundle in memory: networks without the caption encoder."""
 
     manifest: BundleManifest
-    model: nn.Module
+    model: GeneratorNetwork
     tokenizer: Any
     digest: str
 
@@ -134,7 +133,7 @@ def load_bundle(bundle: str | Path) -> Bundle:
     """
     path = resolve_path(bundle)
     manifest = read_manifest(path, BundleManifest)
-    family = registry.load("models", manifest.generator.family)
+    family = load_family(manifest.generator.family)
     model = family.build(manifest.generator, manifest.model_spec)
     load_weights(model, path, manifest.files)
     return Bundle(manifest, model, load_tokenizer(path / "tokenizer"), bundle_digest(path))
@@ -158,19 +157,14 @@ def load_generator(
     check_encoder(manifest.encoder, encoder)
     for network in (loaded.model, loaded.tokenizer):
         cast_weights(network, target)
-    family = registry.load("models", manifest.generator.family)
-    caption_ids = None
-    if family.CAPTIONS == "ids":
-        source = text_tokenizer_of(resolve_path(bundle))
-        caption_ids = CaptionTokenizer(source, manifest.generator.causal.max_prompt_tokens)
+    family = load_family(manifest.generator.family)
+    caption_ids = family.caption_ids(manifest.generator, text_tokenizer_of(resolve_path(bundle)))
     parts = ModelParts(loaded.tokenizer.to(target), encoder, target, caption_ids)
-    generator: ImageGenerator = family.Generator(
-        loaded.model, manifest.generator, manifest.model_spec, parts
-    )
-    return generator
+    return family.generator(loaded.model, manifest.generator, manifest.model_spec, parts)
 
 
 def text_tokenizer_of(bundle: Path) -> str | None:
-    """A bundle's tokenizer of its language model; None if it reads bytes, or encoder states."""
+    """Where a bundle keeps the text tokenizer of its language model; None if it has none, because
+    it reads UTF-8 bytes or the caption encoder's states."""
     directory = bundle / TEXT_TOKENIZER
     return str(directory) if directory.is_dir() else None

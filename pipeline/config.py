@@ -16,20 +16,22 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails
 
 from pipeline import registry
+from pipeline.config_section import Config as Config
+from pipeline.config_section import merged
 from pipeline.data_config import AugmentConfig as AugmentConfig
-from pipeline.data_config import Config as Config
 from pipeline.data_config import DataConfig as DataConfig
 from pipeline.data_config import ImageFilter as ImageFilter
 from pipeline.data_config import PreprocessConfig as PreprocessConfig
-from pipeline.data_config import check_unmixed, later
+from pipeline.data_config import check_unmixed
 from pipeline.errors import RecipeError
-from pipeline.overrides import explain, merged, override, set_key, stated
+from pipeline.overrides import explain, override, set_key, stated
 from pipeline.serve_config import ServeConfig as ServeConfig
 from pipeline.tokenizer_config import TokenizerConfig as TokenizerConfig
 from pipeline.train_config import TrainConfig as TrainConfig
@@ -69,59 +71,16 @@ class EncodeConfig(Config):
         return self
 
 
-class CausalConfig(Config):
-    """What the causal family has beyond the others."""
-
-    language_model: str | None = Field(
-        None,
-        description="hub id, directory, .gguf file or package:NAME of a pretrained causal language "
-        "model; None: a small Llama of the generator's width, depth and heads over UTF-8 bytes",
-    )
-    max_prompt_tokens: int = Field(48, ge=1, description="longer captions are cut")
-    token_dropout: float = later(
-        0.0,
-        ge=0,
-        le=1,
-        description="largest share of a picture's earlier tokens withheld in training, to each "
-        "picture its own: what cannot be told from them has to be read in the caption",
-    )
-    top_k: int = Field(0, ge=0, description="likeliest image tokens to draw from; 0: all")
-    top_p: float = Field(1.0, gt=0, le=1, description="probability of those to draw from; 1: all")
-
-
-class GanConfig(Config):
-    """What the gan family has beyond the others."""
-
-    channels: int = Field(48, ge=8, description="at the finest grid; coarser ones have up to 8x")
-    patch: int = later(2, ge=1, description="pixels a side of what the finest grid has a place for")
-    noise_width: int = Field(64, ge=1, description="dimensions of the noise")
-    penalty_weight: float = Field(2.0, ge=0, description="of the gradient penalty")
-    penalty_power: float = Field(6.0, gt=0, description="of the gradient's norm in the penalty")
-    penalty_fraction: float = later(
-        0.125, gt=0, le=1, description="of each batch that the gradient penalty sees"
-    )
-    contrastive_weight: float = later(
-        1.0, ge=0, description="of finding a picture's caption among the batch's, both networks'"
-    )
-    reconstruction_weight: float = later(
-        5.0,
-        ge=0,
-        description="of the difference to the caption's own picture; lower it for data with many "
-        "pictures a caption, 0 for a GAN alone",
-    )
-    discriminator_learning_rate_ratio: float = Field(
-        4.0, gt=0, description="the discriminator's learning rate over the generator's"
-    )
-    augment: bool = Field(
-        True, description="differentiable colour, shift and cut-out before the discriminator"
-    )
+Options = TypeVar("Options", bound=Config)
 
 
 class GeneratorConfig(Config):
-    """The text-to-image model."""
+    """The text-to-image model. A family's own settings are in a section of its name."""
+
+    model_config = ConfigDict(extra="allow")  # the families' sections, checked below
 
     family: str = Field("masked", description="a file of pipeline/models")
-    tasks: tuple[str, ...] = later(
+    tasks: tuple[str, ...] = Field(
         ("text_to_image",),
         min_length=1,
         description="what it learns to do, in equal shares: files of pipeline/tasks",
@@ -131,7 +90,7 @@ class GeneratorConfig(Config):
     heads: int = Field(4, ge=1)
     caption_depth: int = Field(1, ge=0, description="trainable blocks over the caption states")
     dropout: float = Field(0.1, ge=0, lt=1)
-    base_share: float = later(
+    base_share: float = Field(
         0.0,
         ge=0,
         lt=1,
@@ -149,15 +108,67 @@ class GeneratorConfig(Config):
         le=MAX_GUIDANCE,
         description="default at generation; None: the family's, 3, for gan 1",
     )
-    guidance_schedule: Literal["constant", "linear"] = later(
+    guidance_schedule: Literal["constant", "linear"] = Field(
         "constant", description="masked, causal; linear: from 1 at the first step to the scale"
     )
     temperature: float = Field(1.0, ge=0, le=MAX_TEMPERATURE, description="default at generation")
     num_steps: int = Field(12, ge=1, le=MAX_STEPS, description="default at generation")
-    causal: CausalConfig = CausalConfig()
-    gan: GanConfig = GanConfig()
     data: ImageFilter = ImageFilter()
     train: TrainConfig = TrainConfig()
+
+    @field_validator("family")
+    @classmethod
+    def _family_exists(cls, family: str) -> str:
+        registry.load("models", family)
+        return family
+
+    @classmethod
+    def sections_by_name(cls) -> dict[str, type[Config]]:
+        """The families' own sections, each named for its family."""
+        return {name: _family_options(name) for name in registry.names("models")}
+
+    @model_validator(mode="after")
+    def _families_check_their_sections(self) -> Self:
+        """A section `generator.NAME` is what the family NAME says in `Family.options`."""
+        sections = self.__pydantic_extra__ or {}
+        mistakes: list[InitErrorDetails] = []
+        for name, given in sections.items():
+            if name not in registry.names("models"):
+                mistakes.append({"type": "extra_forbidden", "loc": (name,), "input": given})
+                continue
+            try:
+                sections[name] = _family_options(name).model_validate(given)
+            except ValidationError as error:
+                mistakes += [
+                    cast(InitErrorDetails, {**mistake, "loc": (name, *mistake["loc"])})
+                    for mistake in error.errors(include_url=False)
+                ]
+        if mistakes:
+            raise ValidationError.from_exception_data(type(self).__name__, mistakes)
+        return self
+
+    def options(self, kind: type[Options]) -> Options:
+        """The section of the family that is chosen, whose class the family knows; at its defaults
+        where the recipe says nothing."""
+        given = (self.__pydantic_extra__ or {}).get(self.family, kind())
+        assert isinstance(given, kind), f"{self.family} has no section of {kind}"
+        return given
+
+    def completed(self) -> Self:
+        """The same with the chosen family's section stated and no other family's."""
+        options = self.options(_family_options(self.family))
+        other = dict.fromkeys(self.__pydantic_extra__ or {})
+        made = self.model_copy()
+        object.__setattr__(made, "__pydantic_extra__", {self.family: options})
+        object.__setattr__(
+            made, "__pydantic_fields_set__", made.model_fields_set - other.keys() | {self.family}
+        )
+        return made
+
+
+def _family_options(name: str) -> type[Config]:
+    options: type[Config] = registry.load("models", name).FAMILY.options
+    return options
 
 
 class AlignerConfig(Config):
@@ -180,7 +191,7 @@ class EvaluateConfig(Config):
     """What is measured, on how many pictures."""
 
     num_images: int = Field(200, ge=8, description="pictures a set, and captions to choose from")
-    num_other_images: int | None = later(
+    num_other_images: int | None = Field(
         None, ge=8, description="as many of the further styles and languages; None: num_images"
     )
     styles: tuple[str, ...] = Field((), description="styles judged, first is the one gated on")
@@ -289,7 +300,10 @@ class Recipe(Config):
                 f"generator.train.max_steps={steps}: no trial could ever be stopped"
             )
         section = {"generator": stated(self.generator)}
+        unsearchable = registry.load("models", self.generator.family).FAMILY.unsearchable
         for key, space in self.tune.space.items():
+            if reason := unsearchable.get(key.removeprefix("generator.")):
+                raise ValueError(f"tune.space: {key!r} cannot be searched: {reason}")
             for value in space.ends:  # values together are checked as they are drawn
                 values = copy.deepcopy(section)
                 set_key(values, key, value, origin=key)
@@ -323,8 +337,6 @@ class Recipe(Config):
         except ValidationError as error:
             raise ValueError(f"candidates: {explain(error, Recipe, ('generator',))}") from error
         for name, config in found.items() if names else ():
-            if config.family not in registry.names("models"):
-                registry.load("models", config.family)  # says what there is
             _check_train(config.train, f"candidates.{name}.train")
         return self
 

@@ -1,5 +1,8 @@
 """The seams: what the parts of Tessera know of each other, and nothing more.
 
+A protocol here is what one part asks of another; optional behaviour has a documented default, which
+an implementation inherits by subclassing the protocol.
+
 Shapes use B pictures in a batch, H and W pixels (H = W = image_size), N image tokens
 (N = grid_size ** 2), S styles.
 """
@@ -8,10 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:  # the HTTP ingress imports this file and does without PyTorch
+    from pathlib import Path
+
+    import torch
     from torch import Tensor
+
+    from pipeline.config import GeneratorConfig
+    from pipeline.config_section import Config
+    from pipeline.objective import GeneratorNetwork, Objective
 
 MAX_SEED = 2**63 - 1
 
@@ -210,6 +220,149 @@ class CaptionEncoder(Protocol):
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """B captions -> states float (B, L, width) and mask bool (B, L), L <= max_tokens."""
+
+
+class CaptionIds(Protocol):
+    """Reads captions as token ids, for families built around a language model of their own.
+
+    Attributes:
+        max_tokens: L; longer captions are cut.
+    """
+
+    max_tokens: int
+
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """B captions -> ids int64 (B, L) and mask bool (B, L); an empty caption stands for none
+        and has a mask that is all False."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The sizes that a generator's network is built by; part of a bundle's config.json.
+
+    Attributes:
+        image_size: pixels per side.
+        codebook_size: how many values an image token can have.
+        num_tokens: image tokens per image, N.
+        levels: FSQ levels of a token's dimensions; empty for other tokenizers.
+        caption_width: width of the caption encoder's states.
+        styles: names by style id; at most GeneratorConfig.num_styles.
+        language_model: its Hugging Face config, for families that are built around one.
+    """
+
+    image_size: int
+    codebook_size: int
+    num_tokens: int
+    levels: tuple[int, ...]
+    caption_width: int
+    styles: tuple[str, ...]
+    language_model: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """What a generator needs beside its network.
+
+    Attributes:
+        tokenizer: decodes image tokens.
+        encoder: reads captions as states.
+        device: where images are generated.
+        caption_ids: reads captions as token ids, for families that read those instead.
+    """
+
+    tokenizer: ImageTokenizer
+    encoder: CaptionEncoder
+    device: torch.device
+    caption_ids: CaptionIds | None = None
+
+
+class Family(Protocol):
+    """A model family: everything that the rest of Tessera asks of it, in one object.
+
+    A file of pipeline/models (or of a plugin directory) defines `FAMILY`, an instance of a subclass
+    of this protocol; the file's name is the family's name in `generator.family`. No code outside
+    pipeline/models asks which family it is.
+
+    Attributes:
+        options: the config class of the section `generator.NAME`, where NAME is the family's name.
+        reads: what training batches hold: image tokens made once by the tokenizer, or pixels.
+        reads_source: whether it can see a source image, which the task `completion` gives.
+        shape_fields: dotted settings below `generator` that decide the network's shape, beside the
+            family itself; a fine-tune takes them from its base.
+        unsearchable: dotted settings below `generator` that `tessera tune` must not search, each
+            with the reason.
+        exports: whether `export` writes a format that other programs load.
+    """
+
+    options: type[Config]
+    reads: Literal["image_tokens", "images"] = "image_tokens"
+    reads_source: bool = False
+    shape_fields: tuple[str, ...] = ()
+    unsearchable: Mapping[str, str] = {}
+    exports: bool = False
+
+    def unread(self, config: GeneratorConfig) -> Mapping[str, str]:
+        """The settings below `generator` that have no effect, each with the reason as the end of
+        the sentence "SETTING is without effect REASON". The default is none."""
+        return {}
+
+    def check(self, config: GeneratorConfig, section: str) -> None:
+        """Refuse settings that do not go together; the default accepts all.
+
+        Args:
+            section: the recipe's name for the section, for the message.
+
+        Raises:
+            RecipeError: names the setting and what would fit.
+        """
+        return
+
+    def language_model(self, config: GeneratorConfig) -> str | None:
+        """The pretrained language model that the network is built around: a hub id, a path or
+        package:NAME. The default is none."""
+        return None
+
+    def language_model_config(
+        self, config: GeneratorConfig, source: str | None
+    ) -> Mapping[str, Any]:
+        """`ModelSpec.language_model` of a new network; the default is none.
+
+        Args:
+            source: where the pretrained language model lies, if there is one.
+
+        Raises:
+            PretrainedNotFoundError: there is no such model.
+            RecipeError: the model cannot serve this family.
+        """
+        return {}
+
+    def caption_ids(self, config: GeneratorConfig, source: str | None) -> CaptionIds | None:
+        """What reads captions as token ids, given where the text tokenizer lies (None: there is
+        none of its own). The default, None, means that the family reads the caption encoder's
+        states."""
+        return None
+
+    def build(self, config: GeneratorConfig, spec: ModelSpec) -> GeneratorNetwork:
+        """The network, freshly initialised.
+
+        Raises:
+            RecipeError: the sizes do not fit together.
+        """
+        ...
+
+    def objective(self, model: Any, config: GeneratorConfig) -> Objective:
+        """The losses that `model`, which `build` made, is trained by."""
+        ...
+
+    def generator(
+        self, model: Any, config: GeneratorConfig, spec: ModelSpec, parts: ModelParts
+    ) -> ImageGenerator:
+        """`model`, which `build` made, ready to generate images."""
+        ...
+
+    def export(self, model: Any, directory: Path) -> None:
+        """Write the network in another program's format into the new directory."""
+        raise AssertionError("only a family that sets `exports` is asked to export")
 
 
 @dataclass(frozen=True)

@@ -5,44 +5,13 @@ The other sections, and reading recipes, are in pipeline/config.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
+from pipeline.config_section import Config
 from pipeline.errors import RecipeError
-from pipeline.overrides import merged
-
-
-class Config(BaseModel):
-    """Base of every section: unknown keys are errors, values are frozen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _sections_given_in_part(cls, values: Any) -> Any:
-        """What a section leaves open is what is the default in its place, not in its class."""
-        if not isinstance(values, Mapping):
-            return values
-        values = dict(values)
-        for name, given in values.items():
-            field = cls.model_fields.get(name)
-            if field and isinstance(field.default, Config) and isinstance(given, Mapping):
-                values[name] = merged(field.default.model_dump(exclude_unset=True), given)
-        return values
-
-    def __setstate__(self, state: dict[Any, Any]) -> None:
-        """Unpickle; settings that the sender's version did not know yet have their defaults."""
-        super().__setstate__(state)
-        for name, field in type(self).model_fields.items():
-            self.__dict__.setdefault(name, field.get_default(call_default_factory=True))
-
-
-def later(default: Any, **options: Any) -> Any:
-    """A setting younger than the steps' content keys: at its default it stays out of them, so that
-    what was done before there was such a setting stays done."""
-    return Field(default, exclude_if=lambda value: value == default, **options)
 
 
 class ImageFilter(Config):
@@ -50,14 +19,14 @@ class ImageFilter(Config):
 
     styles: tuple[str, ...] = Field((), description="styles to keep; empty keeps all")
     exclude_styles: tuple[str, ...] = Field((), description="styles to leave out")
-    group_exponent: float = later(
+    group_exponent: float = Field(
         1.0,
         ge=0,
         le=1,
         description="training draws a group of n pictures in proportion to n to this power; 1: "
         "every picture equally often; 0: every group, however many variants it has",
     )
-    style_weights: dict[str, PositiveFloat] = later(
+    style_weights: dict[str, PositiveFloat] = Field(
         {},
         description="by style, how often training draws a picture of it; 1 where nothing is said",
     )
@@ -100,7 +69,7 @@ class PreprocessConfig(Config):
     square: Literal["pad", "center_crop", "random_crop"] = Field(
         "pad", description="how a picture that is not square is made so"
     )
-    crop_seed: int = later(0, ge=0, description="random_crop depends on (key, seed) alone")
+    crop_seed: int = Field(0, ge=0, description="random_crop depends on (key, seed) alone")
     min_side: int = Field(16, ge=1, description="pixels; smaller pictures are quarantined")
     max_aspect: float = Field(4.0, ge=1, description="long side / short side")
     max_pixels: int = Field(64_000_000, ge=1, description="width * height; more is a bomb")
@@ -112,18 +81,18 @@ class PreprocessConfig(Config):
         description="bad / promised; above it the job fails. What `languages` and "
         "`deduplicate` leave out is not bad",
     )
-    require_captions: bool = later(
+    require_captions: bool = Field(
         True, description="false keeps pictures without captions, to train a tokenizer on"
     )
-    languages: tuple[str, ...] = later(
+    languages: tuple[str, ...] = Field(
         (), description="captions to keep; zh keeps zh-hant too; empty keeps all"
     )
-    deduplicate: Literal["no", "exact", "perceptual"] = later(
+    deduplicate: Literal["no", "exact", "perceptual"] = Field(
         "no",
         description="keep one of pictures with equal pixels (exact), or also of pictures whose "
         "perceptual hashes nearly agree; held-out pictures stay before training ones",
     )
-    perceptual_distance: int = later(
+    perceptual_distance: int = Field(
         4, ge=0, le=12, description="of the 64 bits of perceptual hashes that may differ"
     )
 
@@ -138,24 +107,24 @@ class AugmentConfig(Config):
     swap_channels: float = Field(0.0, ge=0, le=1, description="probability of permuting R, G, B")
     blur: float = Field(0.0, ge=0, le=1, description="probability of a Gaussian blur")
     noise: float = Field(0.0, ge=0, le=1, description="largest sigma of Gaussian noise")
-    rotate: float = later(0.0, ge=0, le=180, description="turn by up to so many degrees")
-    random_crop: float = later(
+    rotate: float = Field(0.0, ge=0, le=180, description="turn by up to so many degrees")
+    random_crop: float = Field(
         0.0, ge=0, le=1, description="enlarge a random part of at least this share of the area"
     )
-    ten_crop: float = later(
+    ten_crop: float = Field(
         0.0,
         ge=0,
         le=1,
         description="enlarge one of ten crops (corners, centre, and these mirrored) whose side has "
         "this share of the picture's",
     )
-    cutout: float = later(
+    cutout: float = Field(
         0.0, ge=0, le=1, description="whiten a square with up to this share of the side"
     )
-    mixup: float = later(
+    mixup: float = Field(
         0.0, ge=0, le=1, description="probability of blending with another picture of the batch"
     )
-    cutmix: float = later(
+    cutmix: float = Field(
         0.0, ge=0, le=1, description="probability of a square from another picture of the batch"
     )
 

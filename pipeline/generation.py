@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,14 +21,22 @@ from pipeline import registry
 from pipeline.bundle import load_bundle, read_bundle, save_bundle
 from pipeline.checkpoint import best_weights
 from pipeline.config import CaptionEncoderConfig, GeneratorConfig
-from pipeline.contracts import GenerationRequest, ImageTokenizer
+from pipeline.contracts import (
+    CaptionIds,
+    Family,
+    GenerationRequest,
+    ImageTokenizer,
+    ModelParts,
+    ModelSpec,
+)  # fmt: skip
 from pipeline.data_config import check_unmixed
 from pipeline.datasets import captioned_dataset, sample_captions
 from pipeline.errors import RecipeError
 from pipeline.finetune import adapter_weights, merged_weights
 from pipeline.image_grid import grid
-from pipeline.models._captions import CaptionTokenizer, KnownCaptions
-from pipeline.models._spec import ModelParts, ModelSpec
+from pipeline.models import load_family
+from pipeline.models._captions import KnownCaptions
+from pipeline.objective import GeneratorNetwork, Objective
 from pipeline.overrides import shaped_like
 from pipeline.steps import StepContext
 from pipeline.tasks import gives_source
@@ -38,13 +45,6 @@ from pipeline.text import HFCaptionEncoder, identify
 from pipeline.tokenizers._saved import load_tokenizer
 from pipeline.train import Training, fit
 
-TOKENS = "image_tokens"
-SHAPE_FIELDS = (
-    "family", "width", "depth", "heads", "caption_depth", "num_styles",
-    "causal.language_model", "gan.channels", "gan.patch", "gan.noise_width",
-)  # fmt: skip
-PRETRAINED_SHAPE = frozenset({"width", "depth", "heads"})
-"""Settings that a pretrained language model has its own of."""
 SAMPLE_PROMPTS = (
     "red apple", "dog face", "house", "fire engine", "rainbow", "pizza", "sailboat", "robot",
     "红苹果", "狗脸", "房子", "消防车", "彩虹", "披萨", "帆船", "机器人",
@@ -55,34 +55,39 @@ SAMPLE_PROMPTS = (
 class GeneratorTask:
     """Everything a worker needs to build its training; small enough to travel.
 
-    `pictures` holds what the family READS: image tokens or pixels. `sample_prompts` are what
-    `draw_samples` draws. `language_model` is where the pretrained one lies that a causal family is
-    built around.
+    Attributes:
+        config: the recipe's section, completed from the base.
+        spec: the sizes that the network is built by.
+        sample_prompts: the caption encoder's states of what `draw_samples` draws.
+        tokenizer: the image tokenizer's directory.
+        images: image tokens or pixels, whichever the family reads.
+        captions: the caption encoder's states of every caption.
+        base: the bundle that training starts from.
+        language_model: where the pretrained language model lies that the network is built around,
+            or the base's text tokenizer.
     """
 
     config: GeneratorConfig
     spec: ModelSpec
     sample_prompts: KnownCaptions
     tokenizer: Path
-    pictures: Path
+    images: Path
     captions: Path
     base: Path | None
     language_model: str | None = None
 
     @property
-    def family(self) -> ModuleType:
-        return registry.load("models", self.config.family)
+    def family(self) -> Family:
+        return load_family(self.config.family)
 
     @property
-    def caption_ids(self) -> CaptionTokenizer | None:
-        """For families whose CAPTIONS are ids."""
-        if self.family.CAPTIONS != "ids":
-            return None
-        return CaptionTokenizer(self.language_model, self.config.causal.max_prompt_tokens)
+    def caption_ids(self) -> CaptionIds | None:
+        """See `contracts.Family.caption_ids`."""
+        return self.family.caption_ids(self.config, self.language_model)
 
-    def model(self) -> nn.Module:
+    def model(self) -> GeneratorNetwork:
         """The network that training starts from: the base's, or a fresh one."""
-        model: nn.Module = self.family.build(self.config, self.spec)
+        model = self.family.build(self.config, self.spec)
         if self.base is not None:
             start_from(model, self.base, self.spec)
         elif self.language_model is not None:
@@ -94,12 +99,12 @@ class GeneratorTask:
         family, model, tokenizer = self.family, self.model(), self.caption_ids
         sizes = (
             {"num_tokens": self.spec.num_tokens}
-            if family.READS == TOKENS
+            if family.reads == "image_tokens"
             else {"image_size": self.spec.image_size}
         )
         train, validation = (
             captioned_dataset(
-                self.pictures,
+                self.images,
                 self.captions,
                 split=split,
                 styles=self.spec.styles,
@@ -116,7 +121,7 @@ class GeneratorTask:
             train, validation = (
                 TaskDataset(rows, self.config.tasks) for rows in (train, validation)
             )
-        objective = family.Objective(model, self.config)
+        objective = family.objective(model, self.config)
         return Training(objective, train, validation, sample=partial(draw_samples, task=self))
 
 
@@ -173,38 +178,29 @@ def train_generator(
 
 
 def check_generator(config: GeneratorConfig, section: str = "generator") -> None:
-    """Refuse tasks that do not exist or that the family cannot learn, augmentation where it sees
-    no pixels, and a width that its heads cannot share.
+    """Refuse what a generator's section says that its family cannot do: tasks that do not exist or
+    that the family cannot learn, augmentation where it sees no pixels, sizes that do not fit.
 
     Raises:
         RecipeError: names the setting and what there is.
     """
-    family = registry.load("models", config.family)
-    sized_by_config = family.CAPTIONS != "ids" or config.causal.language_model is None
-    if sized_by_config and "heads" not in family.UNREAD and config.width % config.heads:
-        raise RecipeError(
-            f"{section}.width={config.width} must be a multiple of {section}.heads={config.heads}"
-        )
-    on_tokens = family.READS == TOKENS
+    family = load_family(config.family)
+    family.check(config, section)
     augment = config.train.augment
-    if on_tokens and any(getattr(augment, name) for name in augment.model_fields_set):
+    reads_tokens = family.reads == "image_tokens"
+    if reads_tokens and any(getattr(augment, name) for name in augment.model_fields_set):
         raise RecipeError(
             f"{section}.train.augment: the family {config.family} trains on image tokens, encoded "
             "once; augment the views they are made of in the section `encode`"
         )
-    if not on_tokens:
+    if not reads_tokens:
         check_unmixed(augment, f"{section}.train")
-    if gives_source(config.tasks) and not on_tokens:
+    if gives_source(config.tasks) and not family.reads_source:
+        able = [n for n in registry.names("models") if load_family(n).reads_source]
         raise RecipeError(
-            f"{section}.tasks={list(config.tasks)}: {config.family} draws pixels in one pass and "
-            "sees no source picture; take text_to_image alone, or the family masked or causal"
+            f"{section}.tasks={list(config.tasks)}: the family {config.family} sees no source "
+            f"picture; take text_to_image alone, or one of the families {', '.join(able)}"
         )
-
-
-def reads_of(config: GeneratorConfig) -> str:
-    """What a generator's family trains on: TOKENS or "images"."""
-    reads: str = registry.load("models", config.family).READS
-    return reads
 
 
 def shape_of_base(config: GeneratorConfig, base: Path | None) -> GeneratorConfig:
@@ -216,10 +212,15 @@ def shape_of_base(config: GeneratorConfig, base: Path | None) -> GeneratorConfig
         BundleError: the base cannot be read.
     """
     if base is None:
-        return config
+        return config.completed()
     built = read_bundle(base).generator
-    values = shaped_like(config, built, SHAPE_FIELDS, section="generator", whose="the base's")
+    values = shaped_like(config, built, ("family",), section="generator", whose="the base's")
     values.setdefault("tasks", built.tasks)
+    config = GeneratorConfig.model_validate(values).completed()
+    values = shaped_like(
+        config, built.completed(), load_family(config.family).shape_fields,
+        section="generator", whose="the base's",
+    )  # fmt: skip
     return GeneratorConfig.model_validate(values)
 
 
@@ -264,13 +265,10 @@ def make_spec(
 def _language_model_config(
     config: GeneratorConfig, base: Path | None, source: str | None
 ) -> Mapping[str, Any]:
-    family = registry.load("models", config.family)
-    if family.CAPTIONS != "ids":
-        return {}
-    found: Mapping[str, Any] = (
+    found = (
         read_bundle(base).model_spec.language_model
         if base is not None
-        else family.language_model_config(config, source)
+        else load_family(config.family).language_model_config(config, source)
     )
     dropout = {"attention_dropout": config.dropout} if "attention_dropout" in found else {}
     return {**found, **dropout}
@@ -293,7 +291,7 @@ def mixed_with_start(
 
 
 @torch.no_grad()
-def start_from(model: nn.Module, base: Path, spec: ModelSpec) -> None:
+def start_from(model: GeneratorNetwork, base: Path, spec: ModelSpec) -> None:
     """Copy a base bundle's weights; `model` has the base's shape (`shape_of_base`).
 
     Where it learns tasks that the base does not know, its tables may have more rows: those at the
@@ -315,17 +313,17 @@ def start_from(model: nn.Module, base: Path, spec: ModelSpec) -> None:
         weights[name] = torch.cat([known, wanted[name][len(known) :]])
     model.load_state_dict(weights)
     if known := bundle.manifest.model_spec.styles:
-        rows: Tensor = model.style_rows()
+        rows = model.style_rows()
         fresh = [i for i, name in enumerate(spec.styles) if name not in known]
         rows[fresh] = rows[: len(known)].mean(0)
 
 
-def draw_samples(objective: Any, *, task: GeneratorTask) -> Image.Image:
+def draw_samples(objective: Objective, *, task: GeneratorTask) -> Image.Image:
     """Fixed prompts and seeds, eight a row: English above, Chinese below."""
     device = next(objective.model.parameters()).device
     was_training = objective.model.training
     tokenizer = load_tokenizer(task.tokenizer).to(device)
-    generator = task.family.Generator(
+    generator = task.family.generator(
         objective.model,
         task.config,
         task.spec,
@@ -333,6 +331,6 @@ def draw_samples(objective: Any, *, task: GeneratorTask) -> Image.Image:
     )
     style = task.spec.styles[-1] if task.spec.styles else None
     requests = [GenerationRequest(p, seed=i, style=style) for i, p in enumerate(SAMPLE_PROMPTS)]
-    images: Tensor = generator.generate(requests)
+    images = generator.generate(requests)
     objective.model.train(was_training)
     return grid(images, columns=8, captions=list(SAMPLE_PROMPTS), scale=2)

@@ -41,6 +41,24 @@ class TrainableNetwork(nn.Module):
         return None
 
 
+class GeneratorNetwork(TrainableNetwork):
+    """The network of a text-to-image family (`contracts.Family.build`)."""
+
+    def style_rows(self) -> Tensor:
+        """The styles' embeddings (num_styles or more, D), one row per style in the order of their
+        ids. Writing to the rows changes the network."""
+        raise NotImplementedError
+
+    def standardise_captions(self, states: Tensor, mask: Tensor) -> None:
+        """Start from the statistics of these captions' states, float (B, L, C) with mask bool
+        (B, L). The default does nothing: for networks that do not read states."""
+
+    def start_from_language_model(self, source: str) -> None:
+        """Take the weights of the pretrained language model that lies at `source`. Only called
+        for families whose `language_model` names one."""
+        raise NotImplementedError
+
+
 class Objective(nn.Module):
     """A network together with the losses it is trained by.
 

@@ -1,6 +1,5 @@
-"""Nested settings: one over another, set by dotted keys, and their mistakes explained.
+"""Nested settings set by dotted keys, taken from what was built, and their mistakes explained.
 
-values = merged(shared, changes)
 override(values, "generator.train.learning_rate", "3e-4", origin="TESSERA__...")
 explain(validation_error, Recipe)  # "unknown key 'generator.widht'; did you mean 'width'?"
 """
@@ -8,25 +7,14 @@ explain(validation_error, Recipe)  # "unknown key 'generator.widht'; did you mea
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic_core import to_jsonable_python
 
+from pipeline.config_section import Config
 from pipeline.errors import RecipeError
-
-
-def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings, `changes` winning."""
-    result = dict(values)
-    for key, value in changes.items():
-        known = result.get(key)
-        if isinstance(known, Mapping) and isinstance(value, Mapping):
-            value = merged(known, value)
-        result[key] = value
-    return result
 
 
 def override(values: dict[str, Any], key: str, text: str, *, origin: str) -> None:
@@ -91,16 +79,8 @@ def explain(error: ValidationError, root: type[BaseModel], inside: tuple[str, ..
 
 
 def stated(config: BaseModel) -> dict[str, Any]:
-    """What is said of a section, as YAML would: also settings at their defaults, which may stay out
-    of its `model_dump` (data_config.later)."""
-    values = config.model_dump(mode="json", exclude_unset=True)
-    for name in config.model_fields_set:
-        value = getattr(config, name)
-        if isinstance(value, BaseModel):
-            values[name] = stated(value)
-        elif name not in values:
-            values[name] = to_jsonable_python(value)
-    return values
+    """What is said of a section, as YAML would, settings that are said to be their default too."""
+    return config.model_dump(mode="json", exclude_unset=True)
 
 
 def shaped_like(
@@ -137,6 +117,10 @@ def _known_keys(root: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     section = root
     parts = iter(loc)
     for part in parts:
+        own = section.sections_by_name() if issubclass(section, Config) else {}
+        if str(part) in own:
+            section = own[str(part)]
+            continue
         if str(part) not in section.model_fields:
             return []
         annotation = section.model_fields[str(part)].annotation

@@ -19,11 +19,12 @@ from pipeline.config import GeneratorConfig, ImageFilter, Recipe, TokenizerConfi
 from pipeline.contracts import ImageTokenizer
 from pipeline.errors import RecipeError
 from pipeline.finetune import apply_policy
+from pipeline.idle import idle_settings
+from pipeline.models import load_family
 from pipeline.pretrained import find_vgg
 from pipeline.shards import Manifest, check_one_file_system, open_shards
 from pipeline.text import HFCaptionEncoder, check_encoder
 from pipeline.tokenizers._saved import load_tokenizer
-from pipeline.train_config import ONLY_WITH
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,8 @@ def check_recipe(
         MissingExtraError: the perceptual loss without its packages.
         PretrainedNotFoundError: the perceptual loss' features cannot be had.
     """
-    for sentence in _idle(recipe):
-        logger.warning(sentence)
+    for idle in idle_settings(recipe):
+        logger.warning(str(idle))
     check_data(recipe, manifests)
     if base is not None:
         check_encoder(read_bundle(base).encoder, encoder)
@@ -163,38 +164,4 @@ def check_generator_network(
     kept = config.data.kept(_styles(manifests))
     spec = generation.make_spec(tokenizer, encoder.width, kept, base, config, language_model)
     with torch.device("meta"):
-        apply_policy(registry.load("models", config.family).build(config, spec), config.train)
-
-
-def _idle(recipe: Recipe) -> Iterator[str]:
-    """A sentence for each section that the recipe fills in and that does nothing."""
-    tokenizer, aligner = recipe.tokenizer, recipe.aligner
-    decoder = tokenizer.train.policy == "head"
-    if recipe.base is not None and decoder and tokenizer.source is not None:
-        yield f"tokenizer: source is without effect, the decoder of base={recipe.base} trains"
-    elif recipe.base is not None and tokenizer.model_fields_set and not decoder:
-        yield f"tokenizer: nothing in this section acts, the one of base={recipe.base} is taken"
-    elif tokenizer.freeze and (idle := tokenizer.model_fields_set - {"source", "freeze"}):
-        yield f"tokenizer: {_listed(idle)} without effect, {tokenizer.source} is taken as it is"
-    if aligner.source is not None and (idle := aligner.model_fields_set - {"source"}):
-        yield f"aligner: {_listed(idle)} without effect, {aligner.source} is taken as it is"
-    families = {c.family: registry.load("models", c.family) for c in recipe.generators.values()}
-    tokens_are_read = any(family.READS == generation.TOKENS for family in families.values())
-    if recipe.encode.model_fields_set and not tokens_are_read:
-        yield f"encode: nothing in this section acts, {', '.join(families)} reads no image tokens"
-    if not recipe.candidates:  # which share a section that each reads its part of
-        generator = recipe.generator
-        family, language_model = families[generator.family], generator.causal.language_model
-        if idle := generator.model_fields_set & family.UNREAD:
-            yield f"generator: {_listed(idle)} without effect on the family {generator.family}"
-        own = generator.model_fields_set & generation.PRETRAINED_SHAPE
-        if own and family.CAPTIONS == "ids" and language_model is not None:
-            yield f"generator: {_listed(own)} without effect, the shape is {language_model}'s"
-        for name, (setting, *values) in ONLY_WITH.items():
-            chosen = getattr(generator.train, setting)
-            if name in generator.train.model_fields_set and chosen not in values:
-                yield f"generator.train: {name} is without effect with {setting}={chosen}"
-
-
-def _listed(names: set[str]) -> str:
-    return ", ".join(sorted(names)) + (" is" if len(names) == 1 else " are")
+        apply_policy(load_family(config.family).build(config, spec), config.train)

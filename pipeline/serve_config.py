@@ -6,7 +6,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from pipeline.data_config import Config
+from pipeline.config_section import Config
 
 
 class ServeConfig(Config):

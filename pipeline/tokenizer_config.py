@@ -10,7 +10,8 @@ from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.data_config import Config, ImageFilter, later
+from pipeline.config_section import Config
+from pipeline.data_config import ImageFilter
 from pipeline.errors import RecipeError
 from pipeline.train_config import TrainConfig
 
@@ -45,10 +46,10 @@ class TokenizerConfig(Config):
         0.25, gt=0, le=1, description="of each batch that the perceptual term sees"
     )
     perceptual_features: str = Field("hed-vgg16", description="pretrained.VGG_SOURCES or a path")
-    adversarial_weight: float = later(
+    adversarial_weight: float = Field(
         0.0, ge=0, description="of a patch discriminator's opinion, best in a training on `source`"
     )
-    adversarial_channels: int = later(48, ge=8, description="of the discriminator's first layer")
+    adversarial_channels: int = Field(48, ge=8, description="of the discriminator's first layer")
     source: str | None = Field(
         None,
         description="training goes on from its weights: a tokenizer's or bundle's directory, or "

@@ -9,7 +9,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipeline.data_config import AugmentConfig, Config
+from pipeline.config_section import Config
+from pipeline.data_config import AugmentConfig
 
 
 class TrainConfig(Config):

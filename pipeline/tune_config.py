@@ -14,16 +14,13 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.data_config import Config
+from pipeline.config_section import Config
 
 FIXED = {
     "family": "validation losses of two families cannot be compared; list them as candidates",
     "data": "trials must be validated on the same pictures",
     "tasks": "trials must be validated on the same tasks",
-    "rectangle_fraction": "it shapes the masks that trials are validated with",
     "base_share": "it acts after training and does not change the validation loss",
-    "causal.top_k": "it does not change the validation loss",
-    "causal.top_p": "it does not change the validation loss",
     "guidance_scale": "it does not change the validation loss",
     "guidance_schedule": "it does not change the validation loss",
     "temperature": "it does not change the validation loss",
@@ -36,7 +33,8 @@ FIXED = {
     "train.max_failures": "it does not change the training",
     "train.validation_batches": "trials must be validated on the same pictures",
 }
-"""Settings below `generator.` that cannot be searched, and why."""
+"""Settings below `generator.` that cannot be searched, and why; a family adds its own
+(`contracts.Family.unsearchable`)."""
 
 
 class SettingSpace(Config):

@@ -25,15 +25,15 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 
-from pipeline import generation, registry, train
+from pipeline import generation, train
 from pipeline.config import GeneratorConfig, Recipe, TuneConfig
 from pipeline.errors import RecipeError, ResourceError, TesseraError, TrainingError
+from pipeline.idle import idle_settings
 from pipeline.overrides import stated
 from pipeline.progress import OnProgress, Progress
 from pipeline.steps import StepContext
 from pipeline.text import load_caption_encoder
 from pipeline.tracking import RunHandle, RunLogger, Tracker
-from pipeline.train_config import ONLY_WITH
 from pipeline.workflow import Chain
 
 METRIC = "validation_loss"
@@ -83,24 +83,13 @@ def draw_trials(recipe: Recipe, check: Callable[[GeneratorConfig], object]) -> l
 def _check_effects(recipe: Recipe) -> None:
     """Raises RecipeError for a setting whose trials would all be alike."""
     assert recipe.tune is not None
-    config, space = recipe.generator, recipe.tune.space
-    unread = registry.load("models", config.family).UNREAD
-    for key in space:
-        inside = key.removeprefix("generator.")
-        if inside.partition(".")[0] in unread:
-            raise RecipeError(f"tune.space: {key!r} is not read by the family {config.family}")
-        if config.causal.language_model and inside in generation.PRETRAINED_SHAPE:
-            raise RecipeError(
-                f"tune.space: {key!r} is that of {config.causal.language_model}, whatever it says"
-            )
-        setting, *values = ONLY_WITH.get(inside.removeprefix("train."), ("",))
-        if setting and f"generator.train.{setting}" not in space:
-            chosen = getattr(config.train, setting)
-            if chosen not in values:
-                raise RecipeError(
-                    f"tune.space: {key!r} acts with generator.train.{setting}="
-                    f"{' or '.join(values)} alone, and it is {chosen}"
-                )
+    space = recipe.tune.space
+    for key, values in space.items():
+        made = recipe.with_settings({key: values.ends[0]})
+        for idle in idle_settings(made):
+            searched = any(key == name or key.startswith(f"{name}.") for name in idle.keys)
+            if searched and idle.decided_by not in space:
+                raise RecipeError(f"tune.space: {key!r} is without effect {idle.reason}")
 
 
 def check_room(config: TuneConfig, trials: Sequence[Trial]) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pipeline import evaluate, generation, registry, reports
+from pipeline import evaluate, generation, reports
 from pipeline.accounting import check_fraction
 from pipeline.aligner import Aligner
 from pipeline.aligning import train_aligner
@@ -33,6 +33,7 @@ from pipeline.contracts import Decision, EvalReport
 from pipeline.encode import encode_captions, encode_images
 from pipeline.evalset import EvalSet
 from pipeline.features import ImageNetFeatures
+from pipeline.models import load_family
 from pipeline.models._captions import KnownCaptions
 from pipeline.preflight import check_generator_network, check_networks, check_recipe
 from pipeline.preprocess import preprocess
@@ -322,11 +323,11 @@ class Chain:
 
     def generator_inputs(self, config: GeneratorConfig) -> dict[str, str]:
         """Digests of all that a generator is trained on; makes what is not made yet."""
-        reads = generation.reads_of(config)
-        pictures = self.tokens if reads == generation.TOKENS else self.preprocessed
+        reads = load_family(config.family).reads
+        images = self.tokens if reads == "image_tokens" else self.preprocessed
         language_model = self._language_model(config)
         return {
-            reads: pictures.digest,
+            reads: images.digest,
             "captions": self.captions.digest,
             "tokenizer": bundle_digest(self.tokenizer),
             "base": bundle_digest(self.base) if self.base else "",
@@ -343,13 +344,13 @@ class Chain:
             load_tokenizer(self.tokenizer), encoder.width, config.data.kept(found), self.base,
             config, language_model,
         )  # fmt: skip
-        on_tokens = generation.reads_of(config) == generation.TOKENS
+        on_tokens = load_family(config.family).reads == "image_tokens"
         return generation.GeneratorTask(
             config=config,
             spec=spec,
             sample_prompts=KnownCaptions.of(encoder, (*generation.SAMPLE_PROMPTS, "")),
             tokenizer=self.tokenizer,
-            pictures=self.tokens.path / "data" if on_tokens else self.pixels,
+            images=self.tokens.path / "data" if on_tokens else self.pixels,
             captions=self.captions.path / "data",
             base=self.base,
             language_model=language_model,
@@ -357,11 +358,9 @@ class Chain:
 
     def _language_model(self, config: GeneratorConfig) -> str | None:
         """Where the pretrained model, or the base's tokenizer of it, lies, if there is any."""
-        if registry.load("models", config.family).CAPTIONS != "ids":
-            return None
         if self.base is not None:
             return text_tokenizer_of(self.base)
-        name = config.causal.language_model
+        name = load_family(config.family).language_model(config)
         return find_language_model(name, cache=self.cache) if name else None
 
     # ---- Choosing --------------------------------------------------------------------------------

@@ -19,8 +19,10 @@ from hypothesis import settings
 
 from pipeline import registry
 from pipeline.bundle import save_bundle
-from pipeline.config import CaptionEncoderConfig, GanConfig, GeneratorConfig, TokenizerConfig
-from pipeline.models._spec import ModelSpec
+from pipeline.config import CaptionEncoderConfig, GeneratorConfig, TokenizerConfig
+from pipeline.contracts import ModelSpec
+from pipeline.models import load_family
+from pipeline.models.gan import GanConfig
 from pipeline.runtime import start_ray
 from pipeline.text import HFCaptionEncoder, identify, load_caption_encoder
 from pipeline.tokenizers import fsq
@@ -80,13 +82,12 @@ def tiny_bundles(
         styles=("noto", "twemoji"),
     )
     for family in registry.names("models"):
-        module = registry.load("models", family)
+        made = load_family(family)
         config = TINY_GENERATOR.model_copy(update={"family": family})
-        if module.CAPTIONS == "ids":
-            spec = replace(spec, language_model=module.language_model_config(config, None))
+        spec = replace(spec, language_model=made.language_model_config(config, None))
         save_bundle(
             directory / family,
-            weights=module.build(config, spec).state_dict(),
+            weights=made.build(config, spec).state_dict(),
             tokenizer=directory / "tokenizer",
             image_size=64,
             config=config,

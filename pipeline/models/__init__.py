@@ -1,12 +1,27 @@
-"""Generator families. A file's name is its registration.
+"""Text-to-image model families: caption (and source image) -> image.
 
-A file defines
-    build(config, spec) -> nn.Module                    the network, freshly initialised
-    Objective(model, config)                            contracts.Objective over it
-    Generator(model, config, spec, parts)               contracts.ImageGenerator over it
-where `spec` and `parts` are models/_spec.py's.
+A family is one file of this folder, and the file's name is the family's name in
+`generator.family`. The file defines its config section and `FAMILY`, a `contracts.Family`; what
+must not be imported to read a recipe (PyTorch, transformers) it imports where it is needed. The
+shipped families keep their networks in networks/, and decoding is shared among them.
+
+    family = load_family("masked")
+    network = family.build(config, spec)
 """
 
+from __future__ import annotations
+
 from pipeline import registry
+from pipeline.contracts import Family
 
 __path__ = registry.search_path(__name__)
+
+
+def load_family(name: str) -> Family:
+    """The family of that name.
+
+    Raises:
+        RecipeError: there is none; the message lists what there is.
+    """
+    family: Family = registry.load("models", name).FAMILY
+    return family

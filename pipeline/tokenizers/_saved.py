@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from pipeline import registry
 from pipeline.artifacts import WEIGHTS, file_digest, resolve_path
-from pipeline.data_config import Config
+from pipeline.config_section import Config
 from pipeline.errors import BundleError, RecipeError
 from pipeline.overrides import shaped_like
 from pipeline.tokenizer_config import TokenizerConfig

@@ -26,10 +26,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from pipeline.config import CausalConfig, GeneratorConfig
+from pipeline.config import GeneratorConfig
+from pipeline.contracts import ModelSpec
 from pipeline.models._captions import CaptionTokenizer
 from pipeline.models._decoding import DecoderMaker
-from pipeline.models._spec import ModelSpec
+from pipeline.models.causal import CausalConfig
 from pipeline.models.networks import causal
 from pipeline.pretrained import find_language_model
 from pipeline.runtime import autocast_dtype, choose_device
@@ -47,7 +48,7 @@ def build(source: str | None) -> causal.CausalTransformer:
         styles=("noto",), language_model=causal.language_model_config(config, source),
     )  # fmt: skip
     torch.manual_seed(0)
-    model = causal.build(config, spec)
+    model = causal.CausalTransformer(config, spec)
     if source is None:
         for parameter in model.parameters():  # away from near-equal logits
             if parameter.ndim > 1:
@@ -74,7 +75,7 @@ class Contest:
 
     @torch.inference_mode()
     def ours(self) -> Tensor:
-        """int64 (B, N): what causal.Generator does a step, without noise and guidance."""
+        """int64 (B, N): what causal.CausalGenerator does a step, without noise and guidance."""
         style = torch.zeros(len(self.ids), dtype=torch.long, device=self.device)
         inputs, keys = self.model.prompt(self.ids, self.mask, style)
         decoder = self.maker(PROMPT + 2 + TOKENS)

@@ -25,18 +25,16 @@ from typing import Any
 
 import torch
 
-from pipeline import registry
 from pipeline.aligner import Aligner
 from pipeline.artifacts import ASSETS, resolve_path
 from pipeline.bundle import load_bundle, load_generator
 from pipeline.config import CaptionEncoderConfig, EvaluateConfig, load_recipe
-from pipeline.contracts import GenerationRequest
+from pipeline.contracts import GenerationRequest, ModelParts
 from pipeline.drawing import draw, requests_for
 from pipeline.evalset import EvalSet
 from pipeline.features import ImageNetFeatures
 from pipeline.metrics import kid_interval, mean_interval, retrieval_at_1
-from pipeline.models._captions import CaptionTokenizer
-from pipeline.models._spec import ModelParts
+from pipeline.models import load_family
 from pipeline.runtime import choose_device
 from pipeline.text import load_caption_encoder
 from pipeline.tokenizers._saved import load_tokenizer
@@ -69,16 +67,14 @@ class Clock:
 def build(recipe_name: str, cache: Path) -> tuple[Any, Clock]:
     base = load_bundle("asset:base")
     config = load_recipe(recipe_name, environment={}).generator
-    family, spec = registry.load("models", config.family), base.manifest.model_spec
-    reader = None
-    if family.CAPTIONS == "ids":
-        reader = CaptionTokenizer(None, config.causal.max_prompt_tokens)
-        spec = replace(spec, language_model=family.language_model_config(config, None))
+    family, spec = load_family(config.family), base.manifest.model_spec
+    reader = family.caption_ids(config, None)
+    spec = replace(spec, language_model=family.language_model_config(config, None))
     encoder = load_caption_encoder(CaptionEncoderConfig(), cache=cache)
     tokenizer = load_tokenizer(resolve_path("asset:base") / "tokenizer")
     parts = ModelParts(tokenizer.to(choose_device()), encoder, choose_device(), reader)
     torch.manual_seed(0)
-    return family.Generator(family.build(config, spec), config, spec, parts), Clock(
+    return family.generator(family.build(config, spec), config, spec, parts), Clock(
         tokenizer, "decode"
     )
 

@@ -26,8 +26,8 @@ from ray.train.torch import TorchTrainer
 from torch import Tensor, nn
 
 from pipeline.config import GeneratorConfig, TrainConfig
+from pipeline.contracts import ModelSpec
 from pipeline.finetune import build_optimizers
-from pipeline.models._spec import ModelSpec
 from pipeline.models.networks import masked
 from pipeline.progress import ProgressBoard
 from pipeline.runtime import autocast, compile_modules, environment, ray_runtime
@@ -74,7 +74,9 @@ class Plan:
 
 def build(config: GeneratorConfig) -> Training:
     rows = Rows()
-    return Training(masked.MaskedObjective(masked.build(config, SPEC), config), rows, rows)
+    return Training(
+        masked.MaskedObjective(masked.MaskedTransformer(config, SPEC), config), rows, rows
+    )
 
 
 def compare(plan: Plan, board: Any, out: str) -> None:

@@ -18,16 +18,17 @@ from transformers import (
     LlamaForCausalLM,
 )  # fmt: skip
 
-from pipeline.config import CausalConfig, GeneratorConfig, TrainConfig
-from pipeline.contracts import GenerationRequest
+from pipeline.config import GeneratorConfig, TrainConfig
+from pipeline.contracts import GenerationRequest, ModelParts, ModelSpec
 from pipeline.errors import PretrainedNotFoundError, RecipeError
 from pipeline.finetune import apply_policy, build_optimizers
 from pipeline.models import _sampling as sampling
 from pipeline.models._captions import CaptionTokenizer
 from pipeline.models._decoding import CacheDecoder, GraphDecoder, LlamaWeights, Room, SlotDecoder
-from pipeline.models._spec import ModelParts, ModelSpec
 from pipeline.models._tokens import ImageVocabulary
+from pipeline.models.causal import CausalConfig
 from pipeline.models.networks import causal
+from pipeline.models.networks.causal import CausalGenerator
 
 CONFIG = GeneratorConfig(
     family="causal", width=32, depth=2, heads=2, dropout=0, num_styles=3,
@@ -51,17 +52,17 @@ class Flat:
 
 def model(spec: ModelSpec = SPEC) -> causal.CausalTransformer:
     torch.manual_seed(0)
-    made = causal.build(CONFIG, spec)
+    made = causal.CausalTransformer(CONFIG, spec)
     for parameter in made.parameters():  # away from near-equal logits
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.2)
     return made.eval()
 
 
-def generator(made: causal.CausalTransformer, config: GeneratorConfig = CONFIG) -> causal.Generator:
+def generator(made: causal.CausalTransformer, config: GeneratorConfig = CONFIG) -> CausalGenerator:
     ids = CaptionTokenizer(None, config.causal.max_prompt_tokens)
     parts = ModelParts(Flat(), None, torch.device("cpu"), ids)  # type: ignore[arg-type]
-    return causal.Generator(made, config, made.spec, parts)
+    return CausalGenerator(made, config, made.spec, parts)
 
 
 def test_transformers_generates_the_same_tokens_from_the_export(tmp_path: Path) -> None:
@@ -186,7 +187,7 @@ def test_a_pretrained_language_model_gives_its_weights(tied: bool, tmp_path: Pat
     pretrained = LlamaForCausalLM(settings)
     pretrained.save_pretrained(tmp_path / "lm")
     language_model = causal.language_model_config(CONFIG, str(tmp_path / "lm"))
-    made = causal.build(CONFIG, replace(SPEC, language_model=language_model))
+    made = causal.CausalTransformer(CONFIG, replace(SPEC, language_model=language_model))
     made.start_from_language_model(str(tmp_path / "lm"))
     for name, weight in pretrained.model.state_dict().items():
         assert torch.equal(made.lm.state_dict()[name], weight), name
@@ -203,7 +204,7 @@ def test_a_pretrained_language_model_begins_without_favourites(tmp_path: Path) -
         pretrained.model.embed_tokens.weight.mul_(7)
         pretrained.model.norm.weight.mul_(2)
     pretrained.save_pretrained(tmp_path)
-    made = causal.build(CONFIG, SPEC)
+    made = causal.CausalTransformer(CONFIG, SPEC)
     made.start_from_language_model(str(tmp_path))
     ids, tokens = torch.tensor([[1, 2, 3]]), torch.arange(SPEC.num_tokens)[None]
     logits = made(tokens, ids, ids > 0, torch.tensor([0]))
@@ -214,7 +215,7 @@ def test_a_pretrained_language_model_begins_without_favourites(tmp_path: Path) -
 def test_a_context_that_is_too_short_is_refused() -> None:
     short = dict(SPEC.language_model) | {"max_position_embeddings": 29}
     with pytest.raises(RecipeError, match="12 caption tokens, 2 markers and 16 image tokens"):
-        causal.build(CONFIG, replace(SPEC, language_model=short))
+        causal.CausalTransformer(CONFIG, replace(SPEC, language_model=short))
 
 
 def test_the_vocabulary_has_a_place_for_everything() -> None:

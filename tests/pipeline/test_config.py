@@ -8,10 +8,8 @@ import pytest
 
 from pipeline.config import (
     AugmentConfig,
-    PreprocessConfig,
     Recipe,
     ServeConfig,
-    TrainConfig,
     load_recipe,
     load_serve_section,
     recipe_names,
@@ -105,28 +103,6 @@ def test_every_setting_beyond_the_obvious_is_described() -> None:
         for name, field in fields.items():
             nested = hasattr(field.annotation, "model_fields")
             assert field.description or nested or name in obvious or "weight" in name, name
-
-
-def test_settings_younger_than_the_content_keys_stay_out_of_them_at_their_default() -> None:
-    old = {
-        "image_size", "square", "min_side", "max_aspect", "max_pixels", "max_caption_chars",
-        "max_bad_fraction",
-    }  # fmt: skip
-    assert set(PreprocessConfig().model_dump(mode="json")) == old
-    changed = PreprocessConfig(languages=("zh",), deduplicate="exact")
-    assert set(changed.model_dump(mode="json")) == old | {"languages", "deduplicate"}
-    assert PreprocessConfig.model_validate(changed.model_dump()) == changed
-    old = {"flip", "zoom", "shift", "color", "swap_channels", "blur", "noise"}
-    assert set(AugmentConfig().model_dump(mode="json")) == old
-
-
-def test_a_config_of_an_earlier_version_unpickles_with_defaults() -> None:
-    config = TrainConfig(batch_size=7, augment=AugmentConfig(flip=0.1))
-    state = config.__getstate__()
-    del state["__dict__"]["seed"]
-    found = TrainConfig.__new__(TrainConfig)
-    found.__setstate__(state)
-    assert found == config and found.seed == 0
 
 
 def test_a_section_given_in_part_keeps_the_defaults_of_its_place() -> None:

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.bundle import load_generator
-from pipeline.config import GanConfig, GeneratorConfig, TrainConfig
-from pipeline.contracts import GenerationRequest
+from pipeline.config import GeneratorConfig, TrainConfig
+from pipeline.contracts import GenerationRequest, ModelParts, ModelSpec
 from pipeline.errors import RecipeError, RequestError
 from pipeline.images import to_float
-from pipeline.models._spec import ModelParts, ModelSpec
+from pipeline.models.gan import GanConfig
 from pipeline.models.networks import gan
 from pipeline.train import Training, fit
 
@@ -46,7 +46,7 @@ def colour_batch() -> dict[str, torch.Tensor]:
 
 def objective(config: GeneratorConfig = CONFIG) -> gan.GanObjective:
     torch.manual_seed(0)
-    return gan.GanObjective(gan.build(config, SPEC), config)
+    return gan.GanObjective(gan.OnePassGenerator(config, SPEC), config)
 
 
 def test_captions_become_their_colours() -> None:
@@ -147,7 +147,7 @@ def test_a_picture_is_looked_at_once_for_both_its_captions() -> None:
 def test_pictures_drawn_together_are_those_drawn_alone() -> None:
     model, batch = objective().model, colour_batch()
     parts = ModelParts(None, None, torch.device("cpu"))  # type: ignore[arg-type]
-    generator = gan.Generator(model, CONFIG, SPEC, parts)
+    generator = gan.GanGenerator(model, CONFIG, SPEC, parts)
     columns = (
         torch.randn(4, model.noise_width), batch["caption_states"][:4], batch["caption_mask"][:4],
         batch["caption_states"][4:8].flip(0), batch["caption_mask"][4:8], batch["style"][:4],
@@ -184,7 +184,7 @@ def test_each_phase_moves_its_own_network() -> None:
 
 def test_a_size_that_does_not_double_is_refused() -> None:
     with pytest.raises(RecipeError, match="image_size=48"):
-        gan.build(CONFIG, ModelSpec(48, 8, 4, (8,), 12, ("a",)))
+        gan.OnePassGenerator(CONFIG, ModelSpec(48, 8, 4, (8,), 12, ("a",)))
 
 
 def test_more_than_one_step_is_refused(

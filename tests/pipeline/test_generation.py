@@ -9,9 +9,11 @@ import torch
 
 from pipeline import generation, registry
 from pipeline.bundle import load_bundle
-from pipeline.config import GanConfig, GeneratorConfig
+from pipeline.config import GeneratorConfig
 from pipeline.errors import BundleError, RecipeError
 from pipeline.generation import make_spec, mixed_with_start, shape_of_base, start_from
+from pipeline.models import load_family
+from pipeline.models.gan import GanConfig
 from pipeline.tokenizers._saved import resolve_tokenizer
 
 
@@ -39,7 +41,7 @@ def test_a_new_style_starts_from_the_mean_of_the_known(
     config = shape_of_base(GeneratorConfig(family=family), base)
     spec = make_spec(bundle.tokenizer, known.caption_width, ["crayon"], base, config)
     assert spec.styles == (*known.styles, "crayon")
-    model = registry.load("models", family).build(config, spec)
+    model = load_family(family).build(config, spec)
     start_from(model, base, spec)
     table, rows = bundle.model.style_rows()[: len(known.styles)], model.style_rows()
     assert len(rows) >= config.num_styles

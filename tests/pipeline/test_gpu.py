@@ -19,10 +19,11 @@ from transformers import LlamaConfig, LlamaModel
 
 from pipeline import registry
 from pipeline.bundle import load_generator
-from pipeline.config import GanConfig, GeneratorConfig, TrainConfig
-from pipeline.contracts import GenerationRequest
+from pipeline.config import GeneratorConfig, TrainConfig
+from pipeline.contracts import GenerationRequest, ModelSpec
+from pipeline.models import load_family
 from pipeline.models._decoding import GraphDecoder, LlamaWeights, SlotDecoder
-from pipeline.models._spec import ModelSpec
+from pipeline.models.gan import GanConfig
 from pipeline.train import Training, TrainResult, fit
 
 pytestmark = pytest.mark.gpu
@@ -62,10 +63,9 @@ class Rows:
 
 
 def training(family: str) -> Training:
-    module, spec = registry.load("models", family), SPEC
-    if module.CAPTIONS == "ids":
-        spec = replace(SPEC, language_model=module.language_model_config(CONFIG, None))
-    return Training(module.Objective(module.build(CONFIG, spec), CONFIG), Rows(), Rows())
+    made = load_family(family)
+    spec = replace(SPEC, language_model=made.language_model_config(CONFIG, None))
+    return Training(made.objective(made.build(CONFIG, spec), CONFIG), Rows(), Rows())
 
 
 def trained(family: str, path: Path, compiling: str) -> TrainResult:

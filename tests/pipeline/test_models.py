@@ -11,13 +11,14 @@ from torch import nn
 
 from pipeline import registry
 from pipeline.bundle import load_bundle, load_generator
-from pipeline.config import GanConfig, GeneratorConfig, TrainConfig
-from pipeline.contracts import GenerationRequest, ImageGenerator
+from pipeline.config import GeneratorConfig, TrainConfig
+from pipeline.contracts import GenerationRequest, ImageGenerator, ModelSpec
 from pipeline.errors import BundleError, RecipeError, RequestError
 from pipeline.finetune import adapter_weights, apply_policy, merged_weights
-from pipeline.models._spec import ModelSpec
+from pipeline.models import load_family
+from pipeline.models.gan import GanConfig
 from pipeline.models.networks import masked
-from pipeline.objective import TrainableNetwork
+from pipeline.objective import Objective, TrainableNetwork
 
 SPEC = ModelSpec(
     image_size=32, codebook_size=60, num_tokens=16, levels=(5, 4, 3), caption_width=24,
@@ -31,7 +32,7 @@ REQUEST = GenerationRequest("红苹果", seed=7, style="noto")
 
 FAMILIES = registry.names("models")
 families = pytest.mark.parametrize("family", FAMILIES)
-TOKEN_FAMILIES = [f for f in FAMILIES if registry.load("models", f).READS == "image_tokens"]
+TOKEN_FAMILIES = [f for f in FAMILIES if load_family(f).reads == "image_tokens"]
 token_families = pytest.mark.parametrize("family", TOKEN_FAMILIES)
 
 
@@ -51,13 +52,11 @@ def toy_batch(size: int = 4) -> dict[str, torch.Tensor]:
     }
 
 
-def objective(family: str, config: GeneratorConfig = CONFIG) -> nn.Module:
+def objective(family: str, config: GeneratorConfig = CONFIG) -> Objective:
     torch.manual_seed(0)
-    module, spec = registry.load("models", family), SPEC
-    if module.CAPTIONS == "ids":
-        spec = replace(SPEC, language_model=module.language_model_config(config, None))
-    made: nn.Module = module.Objective(module.build(config, spec), config)
-    return made
+    made, spec = load_family(family), SPEC
+    spec = replace(spec, language_model=made.language_model_config(config, None))
+    return made.objective(made.build(config, spec), config)
 
 
 @families
@@ -97,7 +96,8 @@ def test_captions_and_styles_change_the_loss(family: str) -> None:
         return made.losses(batch | changes, made.phases[-1])["loss"].item()
 
     assert loss() == loss()
-    read = "caption_ids" if registry.load("models", family).CAPTIONS == "ids" else "caption_states"
+    reads_ids = load_family(family).caption_ids(CONFIG, None) is not None
+    read = "caption_ids" if reads_ids else "caption_states"
     assert loss() != loss(**{read: batch[read].flip(0)})
     assert loss() != loss(style=1 - batch["style"])
 

@@ -99,11 +99,17 @@ def test_idle_sections_are_named(home: Path, caplog: pytest.LogCaptureFixture) -
     settings = ["tokenizer.train.policy=full", "aligner.embedding=8"]
     with caplog.at_level(logging.WARNING):
         chain("emoji-demo", *settings, home=home)
-    assert "nothing in this section acts, the one of base=asset:base is taken" in caplog.text
-    assert "aligner: embedding is without effect, asset:aligner is taken as it is" in caplog.text
+    assert (
+        "tokenizer: train is without effect because base=asset:base brings its tokenizer"
+        in caplog.text
+    )
+    assert (
+        "aligner: embedding is without effect because asset:aligner is taken as it is"
+        in caplog.text
+    )
     with caplog.at_level(logging.WARNING):
         chain("emoji-gan", "encode.num_views=2", "generator.depth=3", home=home)
-    assert "encode: nothing in this section acts, gan reads no image tokens" in caplog.text
+    assert "encode: num_views is without effect because gan reads no image tokens" in caplog.text
     assert "generator: depth is without effect on the family gan" in caplog.text
     with caplog.at_level(logging.WARNING):
         chain("emoji-causal", "generator.num_steps=4", "generator.train.lora_rank=2", home=home)
@@ -118,6 +124,6 @@ def test_the_decoder_of_the_bases_tokenizer_is_trained(
     assert made.given_tokenizer is None and made.tokenizer_source is not None
     built = load_tokenizer(made.tokenizer_source).config
     assert made.tokenizer_config.levels == built.levels
-    assert "source is without effect, the decoder of base=asset:base trains" in caplog.text
+    assert "source is without effect because the decoder of base=asset:base trains" in caplog.text
     taken = chain("emoji-demo", "tokenizer.train.policy=full", home=home)
     assert taken.given_tokenizer == made.tokenizer_source

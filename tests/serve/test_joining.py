@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config import CausalConfig, GeneratorConfig
-from pipeline.contracts import ContinuousBatch, GenerationRequest
+from pipeline.config import GeneratorConfig
+from pipeline.contracts import ContinuousBatch, GenerationRequest, ModelParts, ModelSpec
 from pipeline.errors import RequestError
 from pipeline.models._captions import CaptionTokenizer
 from pipeline.models._sequential import SequentialDecoding
-from pipeline.models._spec import ModelParts, ModelSpec
+from pipeline.models.causal import CausalConfig
 from pipeline.models.networks import causal
+from pipeline.models.networks.causal import CausalGenerator
 from serve.engine import Drawn, Engine, Late, Place
 
 CONFIG = GeneratorConfig(
@@ -44,19 +45,19 @@ class Grey:
 
 
 @pytest.fixture(scope="module")
-def model() -> causal.Generator:
+def model() -> CausalGenerator:
     torch.manual_seed(0)
     spec = ModelSpec(
         image_size=32, codebook_size=40, num_tokens=TOKENS, levels=(), caption_width=8,
         styles=("a", "b"), language_model=causal.language_model_config(CONFIG, None),
     )  # fmt: skip
-    made = causal.build(CONFIG, spec)
+    made = causal.CausalTransformer(CONFIG, spec)
     for parameter in made.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.2)
     ids = CaptionTokenizer(None, 12)
     parts = ModelParts(Grey(), None, torch.device("cpu"), ids)  # type: ignore[arg-type]
-    return causal.Generator(made, CONFIG, spec, parts)
+    return CausalGenerator(made, CONFIG, spec, parts)
 
 
 REQUESTS = [
@@ -67,7 +68,7 @@ REQUESTS = [
 ]
 
 
-def test_a_picture_does_not_show_when_it_joined(model: causal.Generator) -> None:
+def test_a_picture_does_not_show_when_it_joined(model: CausalGenerator) -> None:
     alone = [model.generate([request])[0] for request in REQUESTS]
     drawing = model.start(REQUESTS[:1])
     assert isinstance(drawing, ContinuousBatch) and drawing.joinable
@@ -88,7 +89,7 @@ def test_a_picture_does_not_show_when_it_joined(model: causal.Generator) -> None
     assert torch.equal(drawing.images([4])[0], alone[0])
 
 
-def test_dropped_pictures_cost_no_more_steps(model: causal.Generator) -> None:
+def test_dropped_pictures_cost_no_more_steps(model: CausalGenerator) -> None:
     drawing = model.start(REQUESTS)
     drawing.step()
     drawing.drop([0, 1, 2])
@@ -101,7 +102,9 @@ def test_dropped_pictures_cost_no_more_steps(model: causal.Generator) -> None:
     assert drawing.progress(0) == (1, TOKENS) and drawing.progress(3) == (TOKENS, TOKENS)
 
 
-def test_a_picture_in_the_making_is_white_where_nothing_is_drawn(model: causal.Generator) -> None:
+def test_a_picture_in_the_making_is_white_where_nothing_is_drawn(
+    model: CausalGenerator,
+) -> None:
     drawing = model.start(REQUESTS[:1])
     for _ in range(8):
         drawing.step()
@@ -110,7 +113,7 @@ def test_a_picture_in_the_making_is_white_where_nothing_is_drawn(model: causal.G
     assert (half[:, 16:] == 255).all() and not (whole[:, 16:] == 255).all()
 
 
-def test_a_refused_request_changes_nothing(model: causal.Generator) -> None:
+def test_a_refused_request_changes_nothing(model: CausalGenerator) -> None:
     drawing = model.start(REQUESTS[:1])
     drawing.step()
     with pytest.raises(RequestError, match="num_steps"):
@@ -121,7 +124,7 @@ def test_a_refused_request_changes_nothing(model: causal.Generator) -> None:
 
 
 def test_the_engine_lets_pictures_in_between_steps(
-    model: causal.Generator, monkeypatch: pytest.MonkeyPatch
+    model: CausalGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step, seated = SequentialDecoding.step, []
 
@@ -157,7 +160,7 @@ def test_the_engine_lets_pictures_in_between_steps(
     assert max(seated) == 3
 
 
-def test_nobody_waits_for_who_may_join_later(model: causal.Generator) -> None:
+def test_nobody_waits_for_who_may_join_later(model: CausalGenerator) -> None:
     async def main() -> None:
         engine = Engine(model, max_batch_size=3, batch_wait_s=10.0)
         for _ in range(2):  # the second time just after a shared batch
@@ -170,7 +173,7 @@ def test_nobody_waits_for_who_may_join_later(model: causal.Generator) -> None:
 
 
 def test_under_a_load_that_never_ends_who_cannot_be_in_time_is_told_early(
-    model: causal.Generator, monkeypatch: pytest.MonkeyPatch
+    model: CausalGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step, join, joined = SequentialDecoding.step, SequentialDecoding.join, list[str]()
 

@@ -35,7 +35,7 @@ from transformers import (
 )  # fmt: skip
 
 from pipeline.config import GeneratorConfig
-from pipeline.contracts import GenerationRequest, OnStep, TokenCount
+from pipeline.contracts import GenerationRequest, ModelParts, ModelSpec, OnStep, TokenCount
 from pipeline.errors import PretrainedNotFoundError, RecipeError
 from pipeline.models import _sampling as sampling
 from pipeline.models._canvas import lay_out
@@ -43,18 +43,13 @@ from pipeline.models._decoding import DecoderMaker, positions_of
 from pipeline.models._drawing import pictures_of
 from pipeline.models._requests import check_requests
 from pipeline.models._sequential import Prompts, SequentialDecoding
-from pipeline.models._spec import ModelParts, ModelSpec
 from pipeline.models._tokens import ImageVocabulary
-from pipeline.objective import Objective, TrainableNetwork
+from pipeline.models.causal import CausalConfig
+from pipeline.objective import GeneratorNetwork, Objective
 from pipeline.runtime import autocast, choose_device
 from pipeline.tasks import gives_source
 
-READS = "image_tokens"
-CAPTIONS = "ids"
 GUIDANCE_SCALE = 3.0
-UNREAD = frozenset(  # of the section `generator`
-    {"gan", "caption_depth", "rectangle_fraction", "num_steps"}
-)
 NO_TARGET = -100
 
 Source = tuple[Tensor, Tensor]
@@ -97,7 +92,7 @@ def language_model_config(config: GeneratorConfig, source: str | None) -> dict[s
     return made
 
 
-class CausalTransformer(TrainableNetwork):
+class CausalTransformer(GeneratorNetwork):
     """A language model, a table of new tokens and a head over the image codebook."""
 
     text_head: Tensor | None
@@ -111,7 +106,7 @@ class CausalTransformer(TrainableNetwork):
         self.vocabulary = ImageVocabulary(
             hf.vocab_size, spec.codebook_size, config.num_styles, gives_source(config.tasks)
         )
-        prompt = config.causal.max_prompt_tokens
+        prompt = config.options(CausalConfig).max_prompt_tokens
         source = 1 + spec.num_tokens if self.vocabulary.with_source else 0
         needed = prompt + source + 2 + spec.num_tokens
         context = getattr(hf, "max_position_embeddings", needed)
@@ -241,8 +236,8 @@ class CausalObjective(Objective):
             mask, style = sampling.drop_conditions(
                 mask, style, config=config, no_style=model.no_style
             )
-            if config.causal.token_dropout:
-                withheld = sampling.token_dropout(tokens, config.causal.token_dropout)
+            if share := config.options(CausalConfig).token_dropout:
+                withheld = sampling.token_dropout(tokens, share)
         source, target = None, tokens.flatten()
         if "source_given" in batch:
             source = batch["source_tokens"], batch["source_given"]
@@ -255,7 +250,7 @@ class CausalObjective(Objective):
         return {"loss": loss, "accuracy": accuracy}
 
 
-class Generator:
+class CausalGenerator:
     """contracts.SteppedGenerator: token by token with a cache, guided, image tokens alone."""
 
     def __init__(
@@ -285,7 +280,7 @@ class Generator:
 
     def start(self, requests: Sequence[GenerationRequest]) -> SequentialDecoding:
         """See contracts.SteppedGenerator.start; more requests may join."""
-        causal, sources = self.config.causal, self.model.vocabulary.with_source
+        causal, sources = self.config.options(CausalConfig), self.model.vocabulary.with_source
         N = self.spec.num_tokens
         length = causal.max_prompt_tokens + 2 + N + (1 + N if sources else 0)
         drawing = SequentialDecoding(
@@ -359,8 +354,3 @@ def export(model: CausalTransformer, directory: Path) -> None:
     whole.save_pretrained(directory)
     layout = vocabulary.layout(model.spec.styles) | {"num_tokens": model.spec.num_tokens}
     (directory / "tessera.json").write_text(json.dumps(layout, indent=2, ensure_ascii=False))
-
-
-def build(config: GeneratorConfig, spec: ModelSpec) -> CausalTransformer:
-    """A freshly initialised network."""
-    return CausalTransformer(config, spec)

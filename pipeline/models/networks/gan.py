@@ -26,24 +26,18 @@ from torch.nn import functional as F
 
 from pipeline.augment import differentiable_augmentation
 from pipeline.config import GeneratorConfig
-from pipeline.contracts import GenerationRequest, OnStep
+from pipeline.contracts import GenerationRequest, ModelParts, ModelSpec, OnStep
 from pipeline.errors import RecipeError
 from pipeline.images import gradient_l1, to_float, to_uint8
 from pipeline.models import _sampling as sampling
 from pipeline.models._captions import CaptionReader
 from pipeline.models._requests import check_requests
-from pipeline.models._spec import ModelParts, ModelSpec
-from pipeline.objective import Objective, TrainableNetwork
+from pipeline.models.gan import GanConfig
+from pipeline.objective import GeneratorNetwork, Objective
 from pipeline.runtime import autocast
 from pipeline.text import masked_mean, standardise
 
-READS = "images"
-CAPTIONS = "states"
 GUIDANCE_SCALE = 1.0  # off: it is trained without
-UNREAD = frozenset({
-    "causal", "depth", "heads", "caption_depth", "dropout", "label_smoothing", "rectangle_fraction",
-    "guidance_schedule", "num_steps",
-})  # fmt: skip
 SHARPNESS = 10.0  # of the contrastive loss when training begins; its inverse is the temperature
 SMALLEST = 4  # pixels a side where the generator starts and the discriminator ends
 
@@ -94,12 +88,12 @@ class FusionBlock(nn.Module):
         return self.skip(x) + h
 
 
-class OnePassGenerator(TrainableNetwork):
+class OnePassGenerator(GeneratorNetwork):
     """Noise, caption and style -> picture."""
 
     def __init__(self, config: GeneratorConfig, spec: ModelSpec) -> None:
         super().__init__()
-        gan = config.gan
+        gan = config.options(GanConfig)
         widths = _widths(gan.channels, _doublings(spec.image_size, gan.patch))[::-1]
         self.spec, self.no_style, self.noise_width = spec, config.num_styles, gan.noise_width
         self.caption = CaptionCondition(spec, config.num_styles, config.width)
@@ -143,7 +137,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, config: GeneratorConfig, spec: ModelSpec) -> None:
         super().__init__()
-        gan = config.gan
+        gan = config.options(GanConfig)
         widths = _widths(gan.channels, _doublings(spec.image_size, gan.patch))
         self.caption = CaptionCondition(spec, config.num_styles, config.width)
         self.to_patches = nn.PixelUnshuffle(gan.patch)
@@ -212,9 +206,10 @@ class GanObjective(Objective):
     def __init__(self, model: OnePassGenerator, config: GeneratorConfig) -> None:
         super().__init__()
         self.model, self.config = model, config
+        self.options = config.options(GanConfig)
         self.discriminator = Discriminator(config, model.spec)
         self.discriminator.caption.norm.load_state_dict(model.caption.norm.state_dict())
-        self.augment = differentiable_augmentation() if config.gan.augment else nn.Identity()
+        self.augment = differentiable_augmentation() if self.options.augment else nn.Identity()
 
     def trained_network(self, phase: str) -> nn.Module:
         """See `Objective.trained_network`."""
@@ -222,7 +217,7 @@ class GanObjective(Objective):
 
     def learning_rate_ratio(self, phase: str) -> float:
         """See `Objective.learning_rate_ratio`."""
-        ratio = self.config.gan.discriminator_learning_rate_ratio
+        ratio = self.options.discriminator_learning_rate_ratio
         return ratio if phase == "discriminator" else 1.0
 
     def losses(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
@@ -258,7 +253,7 @@ class GanObjective(Objective):
         looks = judge.look(self._changed(images))
         real = judge.match(looks, condition).float()
         wrong = judge.match(looks, condition[other]).float()
-        penalised = math.ceil(self.config.gan.penalty_fraction * len(images))
+        penalised = math.ceil(self.options.penalty_fraction * len(images))
         drawn = judge(self._changed(fake), condition).float()
         parts = {
             "real": F.relu(1 - real).mean(),
@@ -278,18 +273,18 @@ class GanObjective(Objective):
         fits = self.discriminator.compare(looks, condition)
         fits = fits.masked_fill(alike | ~given | ~given[:, None], -1e4)
         lost = sum(F.cross_entropy(x, own, reduction="none") for x in (fits, fits.T)) / 2
-        return self.config.gan.contrastive_weight * _mean_where(given, lost)
+        return self.options.contrastive_weight * _mean_where(given, lost)
 
     def _reconstruction(self, fake: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """L1 of pixels and of image gradients to the picture that the caption is of."""
-        given, weight = batch["caption_mask"].any(1), self.config.gan.reconstruction_weight
+        given, weight = batch["caption_mask"].any(1), self.options.reconstruction_weight
         drawn, real = fake.float(), to_float(batch["images"])
         lost = (drawn - real).abs().mean((1, 2, 3)) + gradient_l1(drawn, real)
         return weight * _mean_where(given, lost)
 
     def _penalty(self, images: Tensor, condition: Tensor) -> Tensor:
         """weight * |gradient of D at real, matching pairs| ** power (DF-GAN, equation 1)."""
-        gan = self.config.gan
+        gan = self.options
         images = images.detach().requires_grad_()
         condition = condition.float()
         with torch.autocast(images.device.type, enabled=False):
@@ -380,7 +375,7 @@ def _widths(channels: int, doublings: int) -> list[int]:
     return [channels * min(2**i, 8) for i in range(doublings)]
 
 
-class Generator:
+class GanGenerator:
     """contracts.ImageGenerator in one pass."""
 
     tasks = frozenset({"text_to_image"})
@@ -447,8 +442,3 @@ class Generator:
         without = self.model.caption(away_states, away_mask, style)
         drawn: Tensor = self.model(noise, without + scale * (with_caption - without))
         return drawn
-
-
-def build(config: GeneratorConfig, spec: ModelSpec) -> OnePassGenerator:
-    """A freshly initialised network."""
-    return OnePassGenerator(config, spec)

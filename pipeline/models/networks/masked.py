@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config import GeneratorConfig
-from pipeline.contracts import GenerationRequest, OnStep, TokenCount
+from pipeline.contracts import GenerationRequest, ModelParts, ModelSpec, OnStep, TokenCount
 from pipeline.models import _sampling as sampling
 from pipeline.models._attention import attention
 from pipeline.models._canvas import lay_out
@@ -27,15 +27,12 @@ from pipeline.models._drawing import pictures_of
 from pipeline.models._packed import Picturewise, has_adapters, with_modules
 from pipeline.models._parallel import Guess, Head, ParallelDecoding, Reading, ReadPicture
 from pipeline.models._requests import Settings, check_requests
-from pipeline.models._spec import ModelParts, ModelSpec, level_digits
-from pipeline.objective import Objective, TrainableNetwork
+from pipeline.models._spec import level_digits
+from pipeline.objective import GeneratorNetwork, Objective
 from pipeline.runtime import autocast, autocast_dtype
 from pipeline.text import masked_mean, standardise
 
-READS = "image_tokens"
-CAPTIONS = "states"
 GUIDANCE_SCALE = 3.0
-UNREAD = frozenset({"causal", "gan"})  # of the section `generator`
 
 READINGS = 256  # of captions are remembered
 ROWS = 512  # logits are made for a multiple of so many tokens
@@ -116,7 +113,7 @@ def _norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:])
 
 
-class MaskedTransformer(TrainableNetwork):
+class MaskedTransformer(GeneratorNetwork):
     """Image tokens with holes, a caption and a style -> logits of the hidden tokens."""
 
     def __init__(self, config: GeneratorConfig, spec: ModelSpec) -> None:
@@ -276,7 +273,7 @@ def _rows_to_guess(tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     return F.pad(rows, (0, missing)), target
 
 
-class Generator:
+class MaskedGenerator:
     """contracts.SteppedGenerator: parallel decoding with classifier-free guidance."""
 
     tasks = frozenset({"text_to_image", "completion"})
@@ -394,8 +391,3 @@ def _read_alone(
     states, mask = (part.to(device) for part in read([caption]))
     style = torch.tensor([style_id], device=device)
     return model.read(states, mask, style)
-
-
-def build(config: GeneratorConfig, spec: ModelSpec) -> MaskedTransformer:
-    """A freshly initialised network."""
-    return MaskedTransformer(config, spec)
