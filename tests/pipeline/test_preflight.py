@@ -100,7 +100,7 @@ def test_idle_sections_are_named(home: Path, caplog: pytest.LogCaptureFixture) -
     with caplog.at_level(logging.WARNING):
         chain("emoji-demo", *settings, home=home)
     assert (
-        "tokenizer: train is without effect because base=asset:base brings its tokenizer"
+        "tokenizer: data, train are without effect because base=asset:base brings its tokenizer"
         in caplog.text
     )
     assert (
