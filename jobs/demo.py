@@ -16,7 +16,7 @@ from pipeline.config import Recipe
 from pipeline.contracts import GenerationRequest
 from pipeline.drawing import comparison_grid
 from pipeline.evalset import EvalSet, ImageSet
-from pipeline.tracking import resolve_model
+from pipeline.model_registry import resolve_model
 from pipeline.workflow import Outcome
 
 PICTURES = 8

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 from pipeline import registry
 from pipeline.bundle import load_bundle, text_tokenizer_of
 from pipeline.errors import BundleError, ResourceError
+from pipeline.model_registry import resolve_model
 from pipeline.models import load_family
-from pipeline.tracking import resolve_model
 
 
 def export(model: str, out: Path, *, home: Path) -> Path:

@@ -13,8 +13,8 @@ from pipeline.contracts import MAX_SEED, GenerationRequest
 from pipeline.errors import ResourceError
 from pipeline.image_grid import grid
 from pipeline.images import encode_png
+from pipeline.model_registry import CHAMPION, has_champion, resolve_model
 from pipeline.provenance import describe
-from pipeline.tracking import CHAMPION, has_champion, resolve_model
 
 FALLBACK = "asset:base"
 

@@ -1,9 +1,13 @@
-"""Every MLflow call of Tessera.
+"""Runs: what was tried, with which settings, numbers and pictures, kept in MLflow.
 
 The tracking URI is MLFLOW_TRACKING_URI, or a sqlite database under the home directory. One parent
 run per retrain, one nested run per step; runs are created on the driver and workers write to them
-by id, so a restarted worker goes on in the same run. The winner is the registered model's version
-with the alias `champion`. Optional sinks (pipeline/sinks.py) are told what MLflow is told of a run.
+by id, so a restarted worker goes on in the same run. Optional sinks (pipeline/sinks.py) are told
+what MLflow is told of a run. Which model is the champion is for pipeline/model_registry.py.
+
+    tracker = Tracker(home)
+    with tracker.run("train") as handle, RunLogger(handle) as logger:
+        logger.metrics({"loss": 0.5}, step=10)
 """
 
 from __future__ import annotations
@@ -12,8 +16,6 @@ import contextlib
 import json
 import logging
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,16 +23,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Self
 
-from pipeline.artifacts import bundle_digest, resolve_path
-from pipeline.errors import BundleError, ResourceError
+from pipeline.errors import ResourceError
 from pipeline.sinks import Sink, SinkAddress, check_sinks, open_sinks
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities.model_registry import ModelVersion
 
 EXPERIMENT = "tessera"
-CHAMPION = "champion"
 PARENT = "mlflow.parentRunId"
 
 
@@ -50,15 +49,6 @@ class RunHandle:
     tracking_uri: str
     run_id: str
     sinks: SinkAddress | None = None
-
-
-@dataclass(frozen=True)
-class ResolvedModel:
-    """A bundle on this machine's disk, with the name and version to show for it."""
-
-    path: Path
-    name: str
-    version: str
 
 
 class RunLogger:
@@ -129,7 +119,7 @@ class RunLogger:
 
 
 class Tracker:
-    """The driver's side: runs, and the model registry.
+    """The driver's side: makes runs and ends them.
 
     Raises:
         MissingExtraError: a sink's package is not installed.
@@ -200,39 +190,6 @@ class Tracker:
         entity = mlflow.entities.DatasetInput(dataset._to_mlflow_entity(), [])
         self.client.log_inputs(handle.run_id, datasets=[entity])
 
-    def register(self, bundle: Path, *, model_name: str, handle: RunHandle) -> str:
-        """Log a bundle with its run and make it a version of the registered model, once.
-
-        Returns:
-            The version; the known one if the same bundle was registered before.
-        """
-        digest = bundle_digest(bundle)
-        same = f"name = '{model_name}' and tags.digest = '{digest}'"
-        known = self.client.search_model_versions(same)
-        if known:
-            return str(known[0].version)
-        with contextlib.suppress(_mlflow().MlflowException):  # it exists already
-            self.client.create_registered_model(model_name)
-        RunLogger(handle).files(bundle, folder="bundle")
-        source = f"{self.client.get_run(handle.run_id).info.artifact_uri}/bundle"
-        created = self.client.create_model_version(
-            model_name, source, handle.run_id, tags={"digest": digest}
-        )
-        return str(created.version)
-
-    def champion(self, model_name: str) -> ResolvedModel | None:
-        """The current champion's bundle, or None while there is none.
-
-        Raises:
-            ResourceError: the registry does not say; a silent one must not let a worse model pass.
-        """
-        version = _registered(self.client, model_name, alias=CHAMPION)
-        return None if version is None else _download(self.client, version, self.home)
-
-    def set_champion(self, model_name: str, version: str) -> None:
-        """Move the alias `champion` to a version."""
-        self.client.set_registered_model_alias(model_name, CHAMPION, version)
-
     def log_decision(self, handle: RunHandle, record: Mapping[str, Any]) -> None:
         """The gate's decision and its numbers as decision.json."""
         text = json.dumps(record, indent=2, ensure_ascii=False)
@@ -264,82 +221,6 @@ def connect(home: Path) -> MlflowClient:
             "a database under --home"
         ) from error
     return client
-
-
-def resolve_model(model: str, *, home: Path) -> ResolvedModel:
-    """A bundle directory, asset:NAME, or models:/NAME@ALIAS or models:/NAME/VERSION.
-
-    Raises:
-        BundleError: there is no such bundle or no such registered version, or it cannot be fetched.
-        ResourceError: nothing answers at the tracking URI.
-    """
-    if not model.startswith("models:/"):
-        path = resolve_path(model).absolute()
-        return ResolvedModel(path, name=path.name, version=bundle_digest(path)[:12])
-    client = connect(home)
-    reference = model.removeprefix("models:/")
-    if "@" in reference:
-        name, alias = reference.split("@", 1)
-        version = _registered(client, name, alias=alias)
-    else:
-        name, _, number = reference.partition("/")
-        version = _registered(client, name, number=number)
-    if version is None:
-        raise BundleError(
-            f"{model} is not in the registry at {tracking_uri(home)}; "
-            "`tessera retrain RECIPE` or `tessera demo` makes a champion"
-        )
-    return _download(client, version, home)
-
-
-def has_champion(home: Path, model_name: str) -> bool:
-    """Whether a version of the registered model has the alias `champion`.
-
-    Raises:
-        ResourceError: nothing answers at the tracking URI.
-    """
-    return _registered(connect(home), model_name, alias=CHAMPION) is not None
-
-
-def _registered(
-    client: MlflowClient, name: str, *, alias: str | None = None, number: str = ""
-) -> ModelVersion | None:
-    """The version with an alias or a number; None if the registry says that there is none.
-
-    Raises:
-        ResourceError: it does not say.
-    """
-    try:
-        if alias is not None:
-            return client.get_model_version_by_alias(name, alias)
-        return client.get_model_version(name, number)
-    except _mlflow().MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        wanted = f"is the {alias}" if alias is not None else f"is number {number}"
-        raise ResourceError(
-            f"the registry does not say which version of {name} {wanted} ({error.message}); "
-            "run the same command again to go on from here"
-        ) from error
-
-
-def _download(client: MlflowClient, version: ModelVersion, home: Path) -> ResolvedModel:
-    """Fetch a version's bundle into the home directory, once."""
-    target = home / "models" / f"{version.name}-{version.version}-{version.run_id[:8]}"
-    if not (target / "config.json").is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            client.download_artifacts(version.run_id, "bundle", str(staging))
-            with contextlib.suppress(OSError):  # another process was first
-                (staging / "bundle").rename(target)
-        except (_mlflow().MlflowException, OSError) as error:
-            raise BundleError(
-                f"version {version.version} of {version.name} cannot be fetched: {error}"
-            ) from error
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    return ResolvedModel(resolve_path(target), name=version.name, version=str(version.version))
 
 
 def _is_remote(uri: str) -> bool:

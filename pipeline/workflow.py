@@ -33,6 +33,7 @@ from pipeline.contracts import Decision, EvalReport
 from pipeline.encode import encode_captions, encode_images
 from pipeline.evalset import EvalSet
 from pipeline.features import ImageNetFeatures
+from pipeline.model_registry import ModelRegistry, ResolvedModel, resolve_model
 from pipeline.models import load_family
 from pipeline.models._captions import KnownCaptions
 from pipeline.preflight import check_generator_network, check_networks, check_recipe
@@ -44,7 +45,7 @@ from pipeline.shards import locate, read_manifest, verify
 from pipeline.steps import Reporter, StepContext, StepResult, Workspace, exclusive
 from pipeline.text import HFCaptionEncoder, check_available, load_caption_encoder
 from pipeline.tokenizers._saved import load_tokenizer, tokenizer_shape_of_source, tokenizer_source
-from pipeline.tracking import ResolvedModel, RunHandle, RunLogger, Tracker, resolve_model
+from pipeline.tracking import RunHandle, RunLogger, Tracker
 
 NEEDED_MB = 2_000
 
@@ -118,6 +119,7 @@ class Chain:
         }
         check_disk(home, NEEDED_MB)
         self.tracker = Tracker(home, recipe.tracking.sinks)
+        self.model_registry = ModelRegistry(home, self.tracker.client)
         self._workspace: Workspace | None = None
 
     def checked(self, config: GeneratorConfig, section: str = "generator") -> GeneratorConfig:
@@ -367,7 +369,7 @@ class Chain:
 
     @cached_property
     def champion(self) -> ResolvedModel | None:
-        return self.tracker.champion(self.recipe.promote.model_name)
+        return self.model_registry.champion(self.recipe.promote.model_name)
 
     @cached_property
     def evaluation(self) -> StepResult:
@@ -466,13 +468,13 @@ class Chain:
             bundle, self.recipe, found, list(self.manifests.values()),
             pixels=self.pixels, seconds=self.workspace.cost,
         )  # fmt: skip
-        version = self.tracker.register(bundle, model_name=name, handle=parent)
+        version = self.model_registry.register(bundle, model_name=name, handle=parent)
         record = {"promoted": decision.promoted, "reasons": decision.reasons, "version": version}
         if choice:
             record["choice"] = choice
         self.tracker.log_decision(parent, record)
         if decision.promoted:
-            self.tracker.set_champion(name, version)
+            self.model_registry.set_champion(name, version)
         return decision, version
 
     def _other_splits(self) -> Iterator[str]:

@@ -21,7 +21,7 @@ from ray.serve import Application
 
 from pipeline.bundle import load_generator
 from pipeline.config import Config, ServeConfig
-from pipeline.tracking import resolve_model
+from pipeline.model_registry import resolve_model
 from serve.api import GENERATOR, api_with
 from serve.front import Address
 from serve.replica import Find, Found, Generator

@@ -29,8 +29,8 @@ from ray.serve import Application
 
 from pipeline.config import ServeConfig
 from pipeline.errors import ResourceError
+from pipeline.model_registry import resolve_model
 from pipeline.runtime import start_ray
-from pipeline.tracking import resolve_model
 from serve.app import build_app, cluster_resources, gpus_of_replica
 from serve.errors import last_error
 from serve.front import Address, on_one_machine

@@ -52,6 +52,7 @@ from pipeline.artifacts import resolve_path
 from pipeline.bundle import load_generator
 from pipeline.config import ServeConfig
 from pipeline.contracts import GenerationRequest
+from pipeline.model_registry import ModelRegistry
 from pipeline.tracking import Tracker
 from serve.app import build_app
 from serve.front import Address, listening
@@ -296,11 +297,11 @@ def curve(args: argparse.Namespace) -> None:
 
 def swap(args: argparse.Namespace) -> None:
     """Latencies of users with and without a new champion being loaded among them."""
-    tracker = Tracker(args.home)
+    tracker, registry = Tracker(args.home), ModelRegistry(args.home)
     with tracker.run("made") as handle:
-        first = tracker.register(resolve_path(BUNDLE), model_name="swapped", handle=handle)
-        second = tracker.register(_copy(args.home), model_name="swapped", handle=handle)
-    tracker.set_champion("swapped", first)
+        first = registry.register(resolve_path(BUNDLE), model_name="swapped", handle=handle)
+        second = registry.register(_copy(args.home), model_name="swapped", handle=handle)
+    registry.set_champion("swapped", first)
     with served(
         args.home, split(args.replicas), model="models:/swapped@champion", watch_every_s=1
     ) as server:
@@ -308,7 +309,7 @@ def swap(args: argparse.Namespace) -> None:
         for turn in range(args.rounds):
             quiet = load_on(server.url, args.duration_s, 2 * turn, args.users)
             target = second if turn % 2 == 0 else first
-            threading.Timer(2.0, tracker.set_champion, ("swapped", target)).start()
+            threading.Timer(2.0, registry.set_champion, ("swapped", target)).start()
             swapped = load_on(server.url, args.duration_s, 2 * turn + 1, args.users)
             now = json.load(urllib.request.urlopen(f"{server.url}/readyz"))["model_version"]
             assert now == target, f"version {now} is served, not {target}"

@@ -23,6 +23,7 @@ from ray import serve
 from served import free_port
 from test_features import mask, png, source
 
+from pipeline.model_registry import ModelRegistry
 from pipeline.tracking import Tracker
 from serve.app import build_app
 from serve.front import Address
@@ -36,11 +37,12 @@ class Served:
 
     client: OpenAI
     tracker: Tracker
+    registry: ModelRegistry
     url: str
 
     def register(self, bundle: Path) -> str:
         with self.tracker.run("made") as handle:
-            return self.tracker.register(bundle, model_name="tiny", handle=handle)
+            return self.registry.register(bundle, model_name="tiny", handle=handle)
 
     def until(self, said: Callable[[dict[str, Any]], bool]) -> None:
         deadline = time.monotonic() + 120
@@ -61,8 +63,8 @@ def served(
     (home / "pretrained").symlink_to(pretrained_cache)
     door = Address("127.0.0.1", free_port())
     client = OpenAI(base_url=f"{door.url}/v1", api_key="none", max_retries=0, timeout=120)
-    served = Served(client, Tracker(home), door.url)
-    served.tracker.set_champion("tiny", served.register(tiny_bundles["masked"]))
+    served = Served(client, Tracker(home), ModelRegistry(home), door.url)
+    served.registry.set_champion("tiny", served.register(tiny_bundles["masked"]))
     service = ServiceConfig(watch_every_s=0.5)
     app = build_app("models:/tiny@champion", CONFIG, service, home=str(home), listen=door)
     deploy(app, name="bundle", route_prefix="/bundle")
@@ -121,7 +123,7 @@ def test_a_moved_champion_is_followed_and_a_bad_bundle_refused(
     with ThreadPoolExecutor(1) as users:
         drawing = users.submit(user)
         try:
-            served.tracker.set_champion("tiny", served.register(tiny_bundles["gan"]))
+            served.registry.set_champion("tiny", served.register(tiny_bundles["gan"]))
             served.until(lambda ready: ready.get("model_version") == "2")
             served.until(lambda ready: drawing.done() or versions[-1:] == ["2"])
         finally:
@@ -135,7 +137,7 @@ def test_a_moved_champion_is_followed_and_a_bad_bundle_refused(
         (damaged / file.relative_to(tiny_bundles["masked"])).write_bytes(file.read_bytes())
     weights = damaged / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    served.tracker.set_champion("tiny", served.register(damaged))
+    served.registry.set_champion("tiny", served.register(damaged))
     served.until(lambda ready: "version 3 is refused" in ready.get("notice", ""))
     assert served.client.images.generate(prompt="a cat").model_version == "2"
     with pytest.raises(openai.BadRequestError) as caught:  # the gan draws, and that is all
