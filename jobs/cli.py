@@ -12,7 +12,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -24,6 +24,11 @@ from jobs.options import DEFAULT_HOME, AsJson, Debug, Home, Overrides, RecipeNam
 from jobs.serving_cli import bench_app, key
 from pipeline.errors import TesseraError
 from pipeline.runtime import set_environment
+
+if TYPE_CHECKING:
+    from pipeline.config import ServeConfig
+    from pipeline.workflow import Outcome
+    from serve.settings import ServiceConfig
 
 app = typer.Typer(
     name="tessera",
@@ -116,7 +121,8 @@ def retrain(
     typer.echo(outcome.bundle)
 
 
-def _print_decision(outcome: Any, model_name: str) -> None:
+def _print_decision(outcome: Outcome, model_name: str) -> None:
+    """Tell on standard error why this candidate was chosen, and why it was promoted or not."""
     for sentence in outcome.choice:
         console.print(sentence, highlight=False, markup=False)
     verdict = "promoted to champion" if outcome.decision.promoted else "not promoted"
@@ -301,7 +307,15 @@ def serve(
     _serve(model or default_model(home, name), replicas, home, host, port, service)
 
 
-def _serve(model: str, config: Any, home: Path, host: str, port: int, service: Any = None) -> None:
+def _serve(
+    model: str,
+    config: ServeConfig,
+    home: Path,
+    host: str,
+    port: int,
+    service: ServiceConfig | None = None,
+) -> None:
+    """Serve `model` until Ctrl-C, telling on standard error where and how to ask for a picture."""
     from serve.launch import serve_forever
 
     server = serve_forever(
