@@ -29,10 +29,11 @@ OPENING = f"""\
 
 # The `tessera` command
 
-Each file of this folder is one job that a person or a scheduler runs, and `cli.py` puts the
-`tessera` command over them. The usual order is `tessera ingest SOURCE` (captioned pictures become
-shards), `tessera retrain RECIPE` (preprocess, train, evaluate and promote), `tessera serve`;
-`tessera demo` does all of it on data that ships with Tessera.
+The files of this folder are jobs that a person or a scheduler runs, one per file, and the `tessera`
+command over them (`cli.py` and the other `*cli.py`). The usual order is `tessera ingest SOURCE`,
+which writes captioned pictures as shards, `tessera retrain RECIPE`, which preprocesses, trains,
+evaluates and promotes, and `tessera serve`. `tessera demo` does all of it on data that ships with
+Tessera.
 
 Results go to standard output, as JSON with `--json`; progress and errors go to standard error. The
 exit status is 0 for success, 1 for an error that the message says how to mend, 2 for a mistake in

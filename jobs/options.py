@@ -42,8 +42,8 @@ RecipeName = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Settings of the recipe to change, as generator.train.learning_rate=3e-4; may be "
-        "repeated."
+        help="Settings of the recipe to change, for example generator.train.learning_rate=3e-4; "
+        "may be repeated."
     ),
 ]
 AsJson = Annotated[
