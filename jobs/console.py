@@ -1,4 +1,8 @@
-"""What a job shows while it works: one line a step, a bar while it runs, all on standard error."""
+"""What a job shows on standard error while it works: a bar while a step runs, a line at its end.
+
+Where standard error is no terminal (a log file, a scheduler), there are lines alone: one when a
+step starts, one every `plain_every_s` seconds, one at its end. Tables of results are made here too.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +18,15 @@ from rich.table import Table
 
 from pipeline.progress import Progress
 
+# Metrics shown beside the bar, in this order.
 SHOWN = ("validation_loss", "train_loss", "train_psnr", "validation_psnr", "images_per_s")
 
 
 class ConsoleReporter:
-    """pipeline.steps.Reporter on a terminal; plain lines where there is none."""
+    """Shows a chain's steps; an implementation of pipeline.steps.Reporter.
+
+    As a context manager it removes the bar however a step ends.
+    """
 
     def __init__(self, console: Console | None = None, *, plain_every_s: float = 20.0) -> None:
         self.console = console or Console(stderr=True)
@@ -61,21 +69,21 @@ class ConsoleReporter:
         self.console.print(f"[green]✓[/green] {step}: {state}")
 
     def close(self) -> None:
-        """Take the bar away, if there is one."""
+        """Remove the bar, if there is one."""
         if self._bars is not None:
             self._bars.stop()
             self._bars = None
 
 
 def describe(progress: Progress) -> str:
-    """Step and the metrics worth a glance."""
+    """The optimiser step and the metrics of SHOWN, as one line."""
     parts = [f"step {progress.step}"] if progress.step else []
     parts += [f"{name} {progress.metrics[name]:.3g}" for name in SHOWN if name in progress.metrics]
     return "  ".join(parts)
 
 
 def time_table(seconds: Mapping[str, float]) -> Table:
-    """Where the time went, step by step."""
+    """Seconds per step of a chain and in all; a step that was done before is "skipped"."""
     table = Table(title="Time by step", show_edge=False)
     table.add_column("step")
     table.add_column("seconds", justify="right")
@@ -86,7 +94,7 @@ def time_table(seconds: Mapping[str, float]) -> Table:
 
 
 def trial_table(trials: Sequence[Mapping[str, Any]]) -> Table:
-    """A search's trials, best first: loss, steps and settings, or why it failed."""
+    """One row per trial of a search, best first: loss, steps, settings, and why it failed."""
     table = Table(title="Trials, best first", show_edge=False)
     for name in ("trial", "validation loss", "steps", "settings"):
         table.add_column(name, justify="left" if name in ("trial", "settings") else "right")

@@ -1,7 +1,9 @@
-"""Demo: the shipped base fine-tuned, tested before against after, promoted, shown, served.
+"""Demo: draws the picture grid that `tessera demo` ends with.
 
-tessera demo               at most 15 minutes on 2 CPU cores, then the server stays up
-tessera demo --no-serve    ends with the picture grid
+    tessera demo               at most 15 minutes on 2 CPU cores, then it serves the champion
+    tessera demo --no-serve    ends with the grid
+
+The demo itself is the retraining of a recipe (jobs/retrain.py); serving is serve/launch.py's.
 """
 
 from __future__ import annotations
@@ -19,11 +21,14 @@ from pipeline.evalset import EvalSet, ImageSet
 from pipeline.model_registry import resolve_model
 from pipeline.workflow import Outcome
 
-PICTURES = 8
+IMAGES_PER_SET = 8  # in the grid, of the seen and of the held-out concepts each
 
 
 def first_grid(recipe: Recipe, outcome: Outcome, home: Path) -> Path:
-    """Seen and unseen concepts, asked in English and Chinese: before | after | real.
+    """Write HOME/RECIPE.png: one row per caption, drawn before fine-tuning, drawn after, and real.
+
+    Captions are of seen and of held-out concepts, in the languages of evaluation by turns. A recipe
+    without a base has no column "before".
 
     Returns:
         The PNG's path.
@@ -31,29 +36,30 @@ def first_grid(recipe: Recipe, outcome: Outcome, home: Path) -> Path:
     eval_set = EvalSet.from_parquet(
         outcome.pixels, recipe.evaluate, image_size=recipe.preprocess.image_size
     )
-    gated = [pictures for pictures in eval_set.sets if pictures.style == eval_set.style]
-    shown = [(p.name, i, p) for p in gated for i in range(min(PICTURES, len(p)))]
-    prompts = [_prompt(pictures, i) for _, i, pictures in shown]
+    gated = [image_set for image_set in eval_set.sets if image_set.style == eval_set.style]
+    shown = [(s.name, i, s) for s in gated for i in range(min(IMAGES_PER_SET, len(s)))]
+    prompts = [_prompt(image_set, i) for _, i, image_set in shown]
     columns = {}
     if recipe.base is not None:
         columns["before"] = _draw(
             resolve_model(recipe.base, home=home).path, prompts, eval_set.style, home
         )
     columns["after"] = _draw(outcome.bundle, prompts, eval_set.style, home)
-    columns["real"] = torch.stack([pictures.images[i] for _, i, pictures in shown])
+    columns["real"] = torch.stack([image_set.images[i] for _, i, image_set in shown])
     labels = [f"{name}: {prompt}" for (name, _, _), prompt in zip(shown, prompts, strict=True)]
     path = home / f"{recipe.name}.png"
     comparison_grid(columns, labels, scale=2).save(path)
     return path
 
 
-def _prompt(pictures: ImageSet, index: int) -> str:
-    """Languages take turns."""
-    languages = list(pictures.captions)
-    return pictures.captions[languages[index % len(languages)]][index]
+def _prompt(image_set: ImageSet, index: int) -> str:
+    """An image's caption, in another language from one image to the next."""
+    languages = list(image_set.captions)
+    return image_set.captions[languages[index % len(languages)]][index]
 
 
 def _draw(bundle: Path, prompts: list[str], style: str, home: Path) -> Tensor:
+    """uint8 (len(prompts), 3, S, S), in the style if the bundle knows it."""
     generator = load_generator(bundle, pretrained_cache=home / "pretrained")
     known = style if style in generator.styles else None
     return generator.generate(

@@ -1,6 +1,9 @@
-"""Doctor: what this machine has and lacks for Tessera, before anything is started.
+"""Doctor: checks whether this machine has what Tessera needs, before anything is started.
 
-tessera doctor
+    tessera doctor
+
+Every check is a `Finding` with a remedy if it fails. Ray and MLflow are asked only where the
+environment names a cluster or a tracking server.
 """
 
 from __future__ import annotations
@@ -26,12 +29,12 @@ if TYPE_CHECKING:
     import torch
 
 MIN_DISK_GB, MIN_MEMORY_GB = 4, 6
-PATIENCE_S = 3.0  # with a cluster that may not be there
+CONNECT_TIMEOUT_S = 3.0  # for a Ray cluster that may not be there
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at: fine or not, and what to do if not."""
+    """One check: what was looked at, what was found, whether it is fine, and the remedy if not."""
 
     what: str
     found: str
@@ -40,11 +43,20 @@ class Finding:
 
 
 def examine(home: Path) -> list[Finding]:
-    """Look at everything that a first run needs."""
+    """Check everything that a first run needs.
+
+    Args:
+        home: where runs will be written; its disk is looked at.
+    """
     device = choose_device()
     return [
         Finding("Python", sys.version.split()[0], sys.version_info >= (3, 11), "use 3.11 or newer"),
-        Finding("CPU cores", str(available_cpus()), available_cpus() >= 2, "two make DDP sensible"),
+        Finding(
+            "CPU cores",
+            str(available_cpus()),
+            available_cpus() >= 2,
+            "training with two workers wants two",
+        ),
         _memory(),
         _disk(home),
         _device(device),
@@ -93,7 +105,7 @@ def _ray() -> Finding:
         return Finding("Ray", address or "local, started when needed", fine=True)
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=PATIENCE_S).close()
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except (OSError, ValueError) as error:
         remedy = "start the cluster, or unset RAY_ADDRESS to run on this machine alone"
         return Finding("Ray", f"{address}: {error}", fine=False, remedy=remedy)
@@ -101,7 +113,7 @@ def _ray() -> Finding:
 
 
 def _ray_logs() -> Path:
-    """Where a local Ray's last session left them."""
+    """The log directory of the last Ray session on this machine."""
     return Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray/session_latest/logs")
 
 

@@ -1,6 +1,8 @@
-"""Export: a causal bundle as an ordinary Hugging Face model.
+"""Export: write a bundle in another program's format.
 
-tessera export models:/tessera@champion --out my-model
+    tessera export models:/tessera@champion --out my-model
+
+The causal family has such a format: an ordinary Hugging Face model directory.
 """
 
 from __future__ import annotations

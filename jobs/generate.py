@@ -1,6 +1,8 @@
-"""Generate: draw pictures without a server.
+"""Generate: draw pictures of a prompt and write them as PNG, without a server.
 
-tessera generate "a red apple" --out apple.png --n 4 --seed 1
+    tessera generate "a red apple" --out apple.png --n 4 --seed 1
+
+The PNG of each image names its prompt, seed, model and settings in text chunks.
 """
 
 from __future__ import annotations
@@ -37,9 +39,9 @@ def generate(
     temperature: float | None = None,
     num_steps: int | None = None,
 ) -> list[Path]:
-    """Draw `num_images` with seeds seed, seed + 1, ...
+    """Draw `num_images` images with the seeds seed, seed + 1, ...
 
-    One picture is written to `out`. Of several, each is written to NAME-1.png, NAME-2.png, ...
+    A single image is written to `out`. Of several, each is written to NAME-1.png, NAME-2.png, ...
     beside it, and `out` shows them all in a row.
 
     Returns:

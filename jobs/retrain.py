@@ -1,4 +1,4 @@
-"""Retrain: a recipe's whole chain, from shards to the gate's decision.
+"""Retrain: run a recipe's whole chain, from shards to the decision whether to promote.
 
 tessera retrain emoji-demo
 tessera retrain my-recipe.yaml generator.train.max_steps=500
@@ -28,7 +28,7 @@ def retrain(recipe: Recipe, home: Path, reporter: Reporter, *, debug: bool = Fal
 
 
 def summary(outcome: Outcome) -> dict[str, Any]:
-    """What a script wants to know, as JSON values."""
+    """What `tessera retrain --json` prints, as JSON values."""
     return {
         "bundle": str(outcome.bundle),
         "promoted": outcome.decision.promoted,

@@ -1,7 +1,7 @@
-"""Tune: search better settings for a recipe's generator, and write the best recipe out.
+"""Tune: search better settings for a recipe's generator, and write the best ones as a recipe.
 
-tessera tune my-recipe.yaml
-tessera train .tessera/steps/tune-.../best.yaml
+tessera tune my-recipe.yaml --out best.yaml
+tessera train best.yaml
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ def run_search(
     out: Path | None = None,
     debug: bool = False,
 ) -> dict[str, Any]:
-    """Every trial that was not finished before; see pipeline.tuning.search for the result.
+    """Run every trial that was not finished before.
 
     Args:
         out: where to put a copy of the best recipe.
+
+    Returns:
+        As pipeline.tuning.search, with "path" being `out` if that is given.
 
     Raises:
         TesseraError: something the user can mend; finished trials are kept.
