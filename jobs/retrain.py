@@ -9,11 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pipeline import workflow
 from pipeline.config import Recipe
+from pipeline.plan import resolve
 from pipeline.reports import metric_values
-from pipeline.runtime import ray_runtime
 from pipeline.steps import Reporter
-from pipeline.workflow import Chain, Outcome
+from pipeline.workflow import Outcome
 
 
 def retrain(recipe: Recipe, home: Path, reporter: Reporter, *, debug: bool = False) -> Outcome:
@@ -22,9 +23,7 @@ def retrain(recipe: Recipe, home: Path, reporter: Reporter, *, debug: bool = Fal
     Raises:
         TesseraError: something the user can mend; finished steps are kept.
     """
-    chain = Chain(recipe, home, reporter)
-    with chain.open(), ray_runtime(debug=debug):
-        return chain.retrain()
+    return workflow.retrain(resolve(recipe, home), reporter, debug=debug)
 
 
 def summary(outcome: Outcome) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""Steps: run a recipe's chain up to one step, with whatever that step needs before it.
+"""Single steps of a recipe's chain, with whatever they need before them.
 
 tessera preprocess RECIPE      shards -> pixels and quarantine
-tessera pretrain RECIPE        the image tokenizer, trained on images alone
-tessera align RECIPE           the aligner that evaluation retrieves captions with
-tessera train RECIPE           the generator: the candidate's bundle, the best of several
-tessera evaluate RECIPE        the candidate beside champion, untuned base and floors
+tessera pretrain RECIPE        the image tokenizer, on images alone
+tessera align RECIPE           the aligner that evaluation retrieves with
+tessera train RECIPE           the generator: a candidate bundle; of several, the best
+tessera evaluate RECIPE        the candidate against champion, untuned base and floors
 """
 
 from __future__ import annotations
@@ -13,35 +13,56 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline.chain_steps import aligner_of, bundles_of, pixels_of, tokenizer_of
 from pipeline.config import Recipe
-from pipeline.runtime import ray_runtime
+from pipeline.plan import resolve
 from pipeline.steps import Reporter
-from pipeline.workflow import Chain
+from pipeline.workflow import Session, opened
 
 
-def _preprocess(chain: Chain) -> dict[str, Any]:
-    return {"path": str(chain.pixels), **chain.preprocessed.values}
+def _preprocess(session: Session) -> dict[str, Any]:
+    results = session.run("preprocess")
+    return {"path": str(pixels_of(results)), **results["preprocess"].values}
 
 
-def _train(chain: Chain) -> dict[str, Any]:
-    """The candidate's bundle. Of several, all are trained and evaluated to tell which one it is."""
-    trained = chain.generators
-    winner, reasons = chain.choice
-    result = {"path": str(trained[winner].path / "bundle"), **trained[winner].values}
-    if reasons:
-        bundles = {name: str(step.path / "bundle") for name, step in trained.items()}
-        result |= {"candidate": winner, "choice": list(reasons), "candidates": bundles}
-    return result
+def _pretrain(session: Session) -> dict[str, Any]:
+    results = session.run("tokenizer") if session.plan.tokenizer.trains else {}
+    return {"path": str(tokenizer_of(session.plan, results))}
 
 
-def _evaluate(chain: Chain) -> dict[str, Any]:
-    return {"path": str(chain.evaluation.path / "report.md"), **chain.evaluation.values}
+def _align(session: Session) -> dict[str, Any]:
+    results = session.run("aligner") if session.plan.aligner is None else {}
+    return {"path": str(aligner_of(session.plan, results))}
 
 
-STEPS: dict[str, Callable[[Chain], dict[str, Any]]] = {
+def _train(session: Session) -> dict[str, Any]:
+    """The candidate; several are trained, and evaluated to tell which it is."""
+    plan = session.plan
+    if not plan.recipe.candidates:
+        (candidate,) = plan.candidates.values()
+        trained = session.run(candidate.step)[candidate.step]
+        return {"path": str(trained.bundle), **trained.values}
+    judged = session.judge()
+    results = session.run()
+    winner = results[plan.candidates[judged.winner].step]
+    return {
+        "path": str(winner.bundle),
+        **winner.values,
+        "candidate": judged.winner,
+        "choice": list(judged.choice),
+        "candidates": {name: str(path) for name, path in bundles_of(plan, results).items()},
+    }
+
+
+def _evaluate(session: Session) -> dict[str, Any]:
+    evaluation = session.judge().evaluation
+    return {"path": str(evaluation.path / "report.md"), **evaluation.values}
+
+
+STEPS: dict[str, Callable[[Session], dict[str, Any]]] = {
     "preprocess": _preprocess,
-    "pretrain": lambda chain: {"path": str(chain.tokenizer)},
-    "align": lambda chain: {"path": str(chain.aligner)},
+    "pretrain": _pretrain,
+    "align": _align,
     "train": _train,
     "evaluate": _evaluate,
 }
@@ -54,7 +75,9 @@ def run_step(
 
     Returns:
         "path" of the result, and the step's values.
+
+    Raises:
+        TesseraError: something the user can mend; finished steps are kept.
     """
-    chain = Chain(recipe, home, reporter)
-    with chain.open(), ray_runtime(debug=debug):
-        return STEPS[name](chain)
+    with opened(resolve(recipe, home), reporter, debug=debug) as session:
+        return STEPS[name](session)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Recipe
-from pipeline.runtime import ray_runtime
+from pipeline.plan import resolve
 from pipeline.steps import Reporter
 from pipeline.tuning import draw_trials, search
-from pipeline.workflow import Chain
+from pipeline.workflow import opened
 
 
 def run_search(
@@ -36,10 +36,10 @@ def run_search(
     Raises:
         TesseraError: something the user can mend; finished trials are kept.
     """
-    chain = Chain(recipe, home, reporter)
-    trials = draw_trials(recipe, chain.checked)
-    with chain.open(), ray_runtime(debug=debug):
-        result = search(chain, trials)
+    plan = resolve(recipe, home)
+    trials = draw_trials(plan)
+    with opened(plan, reporter, debug=debug) as session:
+        result = search(session, trials)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(result["path"], out)

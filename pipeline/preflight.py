@@ -1,93 +1,149 @@
 """Mistakes that a recipe and its data already show: told at once, not after hours of work.
 
-The networks are built on PyTorch's meta device, where they have shapes and no weights.
+Networks are built on PyTorch's meta device, where they have shapes and no weights.
+
+    plan = resolve(recipe, home)
+    check(plan)
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import torch
+from torch import nn
 
-from pipeline import generation, registry
 from pipeline.aligner import Aligner
-from pipeline.artifacts import resolve_path
 from pipeline.bundle import read_bundle
-from pipeline.config import GeneratorConfig, ImageFilter, Recipe, TokenizerConfig
-from pipeline.contracts import ImageTokenizer
+from pipeline.config import ImageFilter, Recipe
 from pipeline.errors import RecipeError
 from pipeline.finetune import apply_policy
 from pipeline.idle import idle_settings
-from pipeline.models import load_family
+from pipeline.objective import GeneratorNetwork, TrainableNetwork
+from pipeline.plan import Candidate, Plan
 from pipeline.pretrained import find_vgg
-from pipeline.shards import Manifest, check_one_file_system, open_shards
-from pipeline.text import HFCaptionEncoder, check_encoder
-from pipeline.tokenizers._saved import load_tokenizer
+from pipeline.shards import check_one_file_system, open_shards
+from pipeline.text import check_encoder
+from pipeline.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
 
-def check_recipe(
-    recipe: Recipe,
-    manifests: Mapping[str, Manifest],
-    encoder: HFCaptionEncoder,
-    *,
-    tokenizer: TokenizerConfig | None,
-    base: Path | None,
-    cache: Path,
-) -> None:
-    """What the recipe names is there and fits; what it says without effect is logged.
-
-    Args:
-        manifests: of the shard sets.
-        encoder: the recipe's caption encoder.
-        tokenizer: the section, with what it takes from its source; None if none is trained.
-        base: the bundle that generators start from.
-        cache: where pretrained weights are converted to.
+def check(plan: Plan) -> None:
+    """Everything that can be known to fail, before any work; settings without effect are logged.
 
     Raises:
-        RecipeError: a style that no picture has.
+        RecipeError: a style that no image has, or sizes, a policy or an optimiser that do not fit.
         DataError: shard sets on several file systems.
         BundleError: the base, or a given aligner, read captions through another encoder.
-        MissingExtraError: the perceptual loss without its packages.
+        MissingExtraError: the perceptual loss, or LoRA, without its packages.
         PretrainedNotFoundError: the perceptual loss' features cannot be had.
     """
-    for idle in idle_settings(recipe):
+    for idle in idle_settings(plan.recipe):
         logger.warning(str(idle))
-    check_data(recipe, manifests)
-    if base is not None:
-        check_encoder(read_bundle(base).encoder, encoder)
-    if recipe.aligner.source is not None:
-        aligner = Aligner.load(resolve_path(recipe.aligner.source))
-        assert aligner.encoder is not None, "a saved one has it"
-        check_encoder(aligner.encoder, encoder)
-    if tokenizer is not None and tokenizer.perceptual_weight:
-        find_vgg(tokenizer.perceptual_features, cache=cache)
+    check_data(plan)
+    for candidate in plan.candidates.values():
+        check_candidate(candidate)
+    check_encoders(plan)
+    tokenizer = plan.tokenizer
+    if tokenizer.trains:
+        if tokenizer.config.perceptual_weight:
+            find_vgg(tokenizer.config.perceptual_features, cache=plan.cache)
+        network = tokenizer.shape()
+        assert isinstance(network, TrainableNetwork), "a tokenizer that is trained"
+        apply_policy(network, tokenizer.config.train)
+    if plan.aligner is None:
+        apply_policy(aligner_shape(plan), plan.recipe.aligner.train)
 
 
-def check_data(recipe: Recipe, manifests: Mapping[str, Manifest]) -> None:
+def check_data(plan: Plan) -> None:
     """The styles that the recipe names exist, and one file system holds all shard sets.
 
     Raises:
-        RecipeError: a style that no picture has.
+        RecipeError: a style that no image has.
         DataError: shard sets on several file systems.
     """
-    known = _styles(manifests)
-    for key, styles in _named_styles(recipe):
-        if unknown := [style for style in styles if style not in known]:
+    for key, styles in _named_styles(plan.recipe):
+        if unknown := [style for style in styles if style not in plan.styles]:
             raise RecipeError(
                 f"{key} names {', '.join(unknown)}, which no picture has; the styles are "
-                f"{', '.join(known)}"
+                f"{', '.join(plan.styles)}"
             )
-    systems = [open_shards(uri, manifest)[0] for uri, manifest in manifests.items()]
-    check_one_file_system(systems, manifests)
+    systems = [open_shards(uri, manifest)[0] for uri, manifest in plan.shards.items()]
+    check_one_file_system(systems, plan.shards)
 
 
-def _styles(manifests: Mapping[str, Manifest]) -> list[str]:
-    """Of all pictures."""
-    return sorted({style for manifest in manifests.values() for style in manifest.styles})
+def check_candidate(candidate: Candidate) -> None:
+    """A generator can be built, and trained by its policy and optimiser.
+
+    Raises:
+        RecipeError: sizes, a policy or an optimiser that do not fit.
+        MissingExtraError: LoRA without its package.
+    """
+    apply_policy(generator_shape(candidate), candidate.config.train)
+
+
+def check_encoders(plan: Plan) -> None:
+    """The base and a given aligner read captions through the recipe's encoder.
+
+    Raises:
+        BundleError: they read them through another one.
+    """
+    if plan.base is not None:
+        check_encoder(read_bundle(plan.base).encoder, plan.encoder.load())
+    if plan.aligner is not None:
+        aligner = Aligner.load(plan.aligner)
+        assert aligner.encoder is not None, "a saved one has it"
+        check_encoder(aligner.encoder, plan.encoder.load())
+
+
+def generator_shape(candidate: Candidate) -> GeneratorNetwork:
+    """The candidate's network on the meta device."""
+    with torch.device("meta"):
+        return candidate.family.build(candidate.config, candidate.spec)
+
+
+def aligner_shape(plan: Plan) -> Aligner:
+    """The aligner's network, if a step trains it, on the meta device."""
+    with torch.device("meta"):
+        return Aligner(
+            plan.recipe.aligner,
+            image_size=plan.recipe.preprocess.image_size,
+            caption_width=plan.encoder.width,
+        )
+
+
+def disk_mb(plan: Plan) -> Mapping[str, float]:
+    """What each step's results take at most, in MB (10**6 bytes), by step.
+
+    Of captions and tokens what the shards promise; of trainings two checkpoints and one in the
+    making, each with weights, their average and the optimiser's state, and the bundle.
+    """
+    recipe, size = plan.recipe, plan.recipe.preprocess.image_size
+    images = sum(manifest.samples for manifest in plan.shards.values())
+    captions = sum(sum(manifest.languages.values()) for manifest in plan.shards.values())
+    tokens = plan.tokenizer.shape().grid_size ** 2
+    found = {
+        "preprocess": images * 3 * size**2,
+        "tokens": images * recipe.encode.num_views * tokens * 2,
+        "captions": captions * recipe.caption_encoder.max_tokens * plan.encoder.width * 2,
+    }
+    if plan.tokenizer.trains:
+        found["tokenizer"] = _training_bytes(plan.tokenizer.shape(), plan.tokenizer.config.train)
+    if plan.aligner is None:
+        found["aligner"] = _training_bytes(aligner_shape(plan), recipe.aligner.train)
+    for candidate in plan.candidates.values():
+        found[candidate.step] = _training_bytes(generator_shape(candidate), candidate.config.train)
+    return {name: count / 1e6 for name, count in found.items()}
+
+
+def _training_bytes(network: object, config: TrainConfig) -> int:
+    assert isinstance(network, nn.Module)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    state = {"adamw": 8, "muon": 8, "rmsprop": 8, "sgd": 4}[config.optimizer]
+    checkpoint = parameters * (4 + (4 if config.ema_decay else 0) + state)
+    return 3 * checkpoint + 2 * parameters
 
 
 def _named_styles(recipe: Recipe) -> Iterator[tuple[str, Sequence[str]]]:
@@ -100,68 +156,3 @@ def _named_styles(recipe: Recipe) -> Iterator[tuple[str, Sequence[str]]]:
         yield f"{key}.exclude_styles", only.exclude_styles
         yield f"{key}.style_weights", tuple(only.style_weights)
     yield "evaluate.styles", recipe.evaluate.styles
-
-
-def check_networks(
-    recipe: Recipe,
-    *,
-    tokenizer: TokenizerConfig,
-    given_tokenizer: Path | None,
-    encoder: HFCaptionEncoder,
-) -> ImageTokenizer:
-    """The tokenizer and the aligner, if they are trained, can be built, and trained by their
-    policies and optimisers.
-
-    Args:
-        tokenizer: the section, with what it takes from its source.
-        given_tokenizer: the directory of one that is taken as it is; None if one is trained.
-        encoder: the recipe's caption encoder.
-
-    Returns:
-        The tokenizer; without weights if it is trained.
-
-    Raises:
-        RecipeError: sizes, a policy or an optimiser that do not fit.
-    """
-    size = recipe.preprocess.image_size
-    made: ImageTokenizer | None = (
-        None if given_tokenizer is None else load_tokenizer(given_tokenizer)
-    )
-    with torch.device("meta"):
-        if made is None:
-            tokenizer.check_grid(size)
-            made = registry.load("tokenizers", tokenizer.name).build(tokenizer, size)
-            apply_policy(made, tokenizer.train)
-        if recipe.aligner.source is None:
-            aligner = Aligner(recipe.aligner, image_size=size, caption_width=encoder.width)
-            apply_policy(aligner, recipe.aligner.train)
-    return made
-
-
-def check_generator_network(
-    config: GeneratorConfig,
-    manifests: Mapping[str, Manifest],
-    *,
-    tokenizer: ImageTokenizer,
-    base: Path | None,
-    encoder: HFCaptionEncoder,
-    language_model: str | None,
-) -> None:
-    """A generator can be built, and trained by its policy and optimiser.
-
-    Args:
-        config: the section, with what it takes from the base.
-        manifests: of the shard sets.
-        tokenizer: whose tokens it draws; its weights do not matter.
-        base: the bundle that it starts from.
-        encoder: the recipe's caption encoder.
-        language_model: where its pretrained one lies, if it has one.
-
-    Raises:
-        RecipeError: sizes, a policy or an optimiser that do not fit, more styles than places.
-        MissingExtraError: lora without its package.
-    """
-    kept = config.data.kept(_styles(manifests))
-    spec = generation.make_spec(tokenizer, encoder.width, kept, base, config, language_model)
-    with torch.device("meta"):
-        apply_policy(load_family(config.family).build(config, spec), config.train)

@@ -1,7 +1,8 @@
 """Better settings for a recipe's generator: Ray Tune with ASHA over Ray Train.
 
-    trials = draw_trials(recipe, chain.checked)
-    result = search(chain, trials)     # inside Chain.open(), with Ray up
+    trials = draw_trials(plan)
+    with opened(plan, reporter) as session:
+        result = search(session, trials)
 
 A trial is a Tune function that starts an ordinary training (train.fit) of its own settings, under
 an MLflow run nested in the search's. Every report of a trial is also kept in its directory; a
@@ -14,8 +15,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +28,17 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 
 from pipeline import generation, train
-from pipeline.config import GeneratorConfig, Recipe, TuneConfig
+from pipeline.chain_steps import generator_inputs, generator_task
+from pipeline.config import Recipe, TuneConfig
 from pipeline.errors import RecipeError, ResourceError, TesseraError, TrainingError
 from pipeline.idle import idle_settings
 from pipeline.overrides import stated
+from pipeline.plan import Candidate, Plan
+from pipeline.preflight import check_candidate
 from pipeline.progress import OnProgress, Progress
-from pipeline.steps import StepContext
-from pipeline.text import load_caption_encoder
+from pipeline.steps import Step, StepContext, step_settings
 from pipeline.tracking import RunHandle, RunLogger, Tracker
-from pipeline.workflow import Chain
+from pipeline.workflow import Session
 
 METRIC = "validation_loss"
 TRIAL_CPUS = 0.01  # a trial itself only waits for its training
@@ -43,45 +47,47 @@ REPORTS, RUN, FAILURE, ENDED = "reports.jsonl", "run.json", "failure.txt", "ende
 
 @dataclass(frozen=True)
 class Trial:
-    """One draw: its settings by dotted key, and the recipe they make."""
+    """One draw: its settings by dotted key, and the generator they make."""
 
     number: int
     settings: dict[str, Any]
-    recipe: Recipe
+    candidate: Candidate
 
     @property
     def name(self) -> str:
         return f"trial-{self.number:03d}"
 
 
-def draw_trials(recipe: Recipe, check: Callable[[GeneratorConfig], object]) -> list[Trial]:
-    """All trials of a recipe's search, each checked as a recipe of its own.
-
-    Args:
-        check: raises TesseraError for a generator that cannot be trained: Chain.checked.
+def draw_trials(plan: Plan) -> list[Trial]:
+    """All trials of a plan's search, each checked as a recipe of its own.
 
     Raises:
         RecipeError: there is nothing to search, or a combination cannot be trained.
     """
+    recipe = plan.recipe
     if recipe.tune is None:
         raise RecipeError(
             f"recipe {recipe.name} has no section `tune`: say what to search, for example "
             "tune: {space: {generator.train.learning_rate: {loguniform: [1.0e-4, 3.0e-3]}}}"
         )
-    _check_effects(recipe)
+    check_effects(recipe)
     trials = []
     for number, settings in enumerate(recipe.tune.draws()):
         try:
-            made = recipe.with_settings(settings)
-            check(made.generator)
+            candidate = plan.candidate(recipe.with_settings(settings).generator)
+            check_candidate(candidate)
         except TesseraError as error:
             raise RecipeError(f"tune.space allows {settings}, but {error}") from error
-        trials.append(Trial(number, settings, made))
+        trials.append(Trial(number, settings, candidate))
     return trials
 
 
-def _check_effects(recipe: Recipe) -> None:
-    """Raises RecipeError for a setting whose trials would all be alike."""
+def check_effects(recipe: Recipe) -> None:
+    """Refuse a search over a setting without effect.
+
+    Raises:
+        RecipeError: all trials of that setting would be alike.
+    """
     assert recipe.tune is not None
     space = recipe.tune.space
     for key, values in space.items():
@@ -99,7 +105,7 @@ def check_room(config: TuneConfig, trials: Sequence[Trial]) -> None:
         ResourceError: the cluster has no room for `max_concurrent` trainings at once.
     """
     resources = ray.cluster_resources()
-    workers = [train.scaling_for(t.recipe.generator.train.num_workers, resources) for t in trials]
+    workers = [train.scaling_for(t.candidate.config.train.num_workers, resources) for t in trials]
     for kind in ("CPU", "GPU"):
         each = max(w.total_resources.get(kind, 0) for w in workers)
         have = resources.get(kind, 0) - (config.max_concurrent * TRIAL_CPUS) * (kind == "CPU")
@@ -111,7 +117,7 @@ def check_room(config: TuneConfig, trials: Sequence[Trial]) -> None:
             )
 
 
-def search(chain: Chain, trials: Sequence[Trial]) -> dict[str, Any]:
+def search(session: Session, trials: Sequence[Trial]) -> dict[str, Any]:
     """Train the trials as a step of the chain.
 
     Returns:
@@ -122,23 +128,20 @@ def search(chain: Chain, trials: Sequence[Trial]) -> dict[str, Any]:
         TrainingError: not one trial came to an end.
         ResourceError: the cluster is too small.
     """
-    recipe = chain.recipe
+    plan, recipe = session.plan, session.plan.recipe
     assert recipe.tune is not None
-    check_room(recipe.tune, trials)
-    inputs = {
-        name: digest
-        for trial in trials
-        for name, digest in chain.generator_inputs(trial.recipe.generator).items()
-    }
-    result = chain.workspace.run(
+    needs, inputs = generator_inputs(plan, trials[0].candidate)
+    step = Step(
         "tune",
-        lambda context: _search(chain, trials, context),
+        partial(_search, session, trials),
         settings={
-            "tune": recipe.tune.model_dump(mode="json"),
-            "generator": recipe.generator.model_dump(mode="json"),
+            "tune": step_settings(recipe.tune),
+            "generator": step_settings(recipe.generator.completed()),
         },
+        needs=needs,
         inputs=inputs,
     )
+    result = session.workspace.run({**session.table, step.name: step}, step.name)[step.name]
     # what is not searched may differ from what it was when the search was done: write it anew
     path = result.path / "best.yaml"
     write_recipe(recipe.with_settings(result.values["settings"]), path)
@@ -151,16 +154,15 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _search(chain: Chain, trials: Sequence[Trial], context: StepContext) -> dict[str, Any]:
-    recipe = chain.recipe
+def _search(session: Session, trials: Sequence[Trial], context: StepContext) -> dict[str, Any]:
+    plan, recipe = session.plan, session.plan.recipe
     config, budget = recipe.tune, recipe.generator.train.max_steps
     assert config is not None
-    encoder = load_caption_encoder(recipe.caption_encoder, cache=chain.cache)
-    configs = [generation.shape_of_base(t.recipe.generator, chain.base) for t in trials]
-    tasks = [chain.generator_task(config, encoder) for config in configs]
+    check_room(config, trials)
+    tasks = [generator_task(plan, trial.candidate, context.results) for trial in trials]
     folders = [context.path / "trials" / trial.name for trial in trials]
     jobs = [
-        _Job(trial.name, trial.settings, task, folder, chain.home, context.run)
+        _Job(trial.name, trial.settings, task, folder, plan.home, context.run)
         for trial, task, folder in zip(trials, tasks, folders, strict=True)
     ]
     scheduler = ASHAScheduler(
@@ -180,7 +182,7 @@ def _search(chain: Chain, trials: Sequence[Trial], context: StepContext) -> dict
             ),
             run_config=tune.RunConfig(
                 name="ray-tune", storage_path=str(context.path), verbose=0,
-                callbacks=[_Follower(jobs, budget, chain.tracker, context.on_progress)],
+                callbacks=[_Follower(jobs, budget, session.workspace.tracker, context.on_progress)],
             ),
         )  # fmt: skip
         results = tuner.fit()
@@ -191,7 +193,7 @@ def _search(chain: Chain, trials: Sequence[Trial], context: StepContext) -> dict
     }
     for trial, job in zip(trials, jobs, strict=True):
         if trial.number not in failures:  # one that was interrupted before may say otherwise
-            _close_run(job, chain.tracker)
+            _close_run(job, session.workspace.tracker)
     return _conclude(trials, folders, failures, recipe, context)
 
 

@@ -24,9 +24,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from jobs.console import ConsoleReporter
 from pipeline.config import load_recipe
+from pipeline.plan import Plan, resolve
 from pipeline.pretrained import find_language_model
-from pipeline.runtime import ray_runtime
-from pipeline.workflow import Chain
+from pipeline.workflow import Session, opened
 
 POLICIES = ("full", "head", "lora", "frozen")
 METRICS = ("retrieval_seen", "retrieval_unseen", "retrieval", "kid_seen", "kid_unseen", "kid")
@@ -59,7 +59,7 @@ def candidates(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     }
 
 
-def make_chain(args: argparse.Namespace) -> Chain:
+def make_plan(args: argparse.Namespace) -> Plan:
     wanted = [
         f"candidates={json.dumps(candidates(args))}",
         "generator.train.optimizer=adamw",
@@ -81,19 +81,20 @@ def make_chain(args: argparse.Namespace) -> Chain:
         "evaluate.languages=[en]",
     ]
     recipe = load_recipe("emoji-smollm2", [*wanted, *args.settings], environment={})
-    return Chain(recipe, args.home, ConsoleReporter())
+    return resolve(recipe, args.home)
 
 
-def measure(chain: Chain) -> dict[str, dict[str, Any]]:
+def measure(session: Session) -> dict[str, dict[str, Any]]:
     """What training and evaluation found, by candidate."""
     found = {}
-    for name, report in chain.judged.items():
-        if name not in chain.generators:
+    judged, results = session.judge(), session.run()
+    for name, report in judged.reports.items():
+        if name not in session.plan.candidates:
             print(json.dumps({"floor": name, **_metrics(report)}), flush=True)
             continue
-        step = chain.generators[name]
+        step = results[session.plan.candidates[name].step]
         run_id = json.loads((step.path / "run.json").read_text())["run_id"]
-        client = chain.tracker.client
+        client = session.workspace.tracker.client
         run = client.get_run(run_id)
         curves = {
             key: [(m.step, m.value) for m in client.get_metric_history(run_id, key)]
@@ -169,9 +170,8 @@ def main() -> None:
     args.home = args.home.absolute()
     args.cache = args.cache or args.home / "pretrained"
     args.home.mkdir(parents=True, exist_ok=True)
-    chain = make_chain(args)
-    with chain.open(), ray_runtime():
-        found = measure(chain)
+    with opened(make_plan(args), ConsoleReporter()) as session:
+        found = measure(session)
     summarise(found)
     plot(found, args.plot)
 

@@ -25,16 +25,19 @@ from torch import Tensor
 from jobs.console import ConsoleReporter
 from pipeline.aligner import Aligner
 from pipeline.artifacts import ASSETS
+from pipeline.chain_steps import pixels_of
 from pipeline.config import CaptionEncoderConfig, EvaluateConfig, load_recipe
 from pipeline.contracts import ImageTokenizer
 from pipeline.evalset import EvalSet
 from pipeline.evaluate import Evaluator
 from pipeline.features import ImageNetFeatures
 from pipeline.images import to_float
+from pipeline.plan import Plan, resolve
 from pipeline.runtime import choose_device, ray_runtime
+from pipeline.steps import Results
 from pipeline.text import load_caption_encoder
 from pipeline.tokenizers._saved import load_tokenizer
-from pipeline.workflow import Chain
+from pipeline.workflow import opened
 
 CODEBOOK = 4_375
 BATCH = 60
@@ -63,15 +66,16 @@ def settings(name: str, args: argparse.Namespace, source: Path | None) -> list[s
     ]
 
 
-def train(name: str, args: argparse.Namespace, source: Path | None) -> tuple[Chain, Path, dict]:
-    """The chain, the trained tokenizer's directory and what its training reported."""
+def train(name: str, args: argparse.Namespace, source: Path | None) -> tuple[Plan, Results, dict]:
+    """The plan, its results, the trained tokenizer among them, and what its training reported."""
     recipe = load_recipe("emoji-base", settings(name, args, source), environment={})
-    chain = Chain(recipe, args.home, ConsoleReporter())
-    with chain.open():
-        path = chain.tokenizer
-        run_id = json.loads((path.parent / "run.json").read_text())["run_id"]
-        run = chain.tracker.client.get_run(run_id).data.metrics
-    return chain, path, {"memory_gb": run["memory_gb"], "images_per_s": run["images_per_s"]}
+    plan = resolve(recipe, args.home)
+    with opened(plan, ConsoleReporter()) as session:
+        results = session.run("tokenizer")
+        record = results["tokenizer"].path / "run.json"
+        client = session.workspace.tracker.client
+        run = client.get_run(json.loads(record.read_text())["run_id"]).data.metrics
+    return plan, results, {"memory_gb": run["memory_gb"], "images_per_s": run["images_per_s"]}
 
 
 def make_judge(pixels: Path, image_size: int, args: argparse.Namespace) -> Evaluator:
@@ -126,9 +130,9 @@ def main() -> None:
         for name in args.names:
             source: Path | None = None
             for phase in ("plain", "adversarial")[: 2 if args.adversarial_steps else 1]:
-                chain, source, costs = train(name, args, source)
-                size = chain.recipe.preprocess.image_size
-                judge = judge or make_judge(chain.pixels, size, args)
+                plan, results, costs = train(name, args, source)
+                source, size = results["tokenizer"].bundle, plan.tokenizer.image_size
+                judge = judge or make_judge(pixels_of(results), size, args)
                 found = measure(judge, load_tokenizer(source))
                 print(json.dumps({"tokenizer": name, "phase": phase, **found, **costs}), flush=True)
 

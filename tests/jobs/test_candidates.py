@@ -10,9 +10,10 @@ import yaml
 
 from jobs.steps import run_step
 from pipeline.bundle import load_bundle
-from pipeline.config import Recipe, load_recipe
+from pipeline.config import load_recipe
+from pipeline.plan import resolve
 from pipeline.progress import Progress
-from pipeline.workflow import Chain, Outcome
+from pipeline.workflow import retrain
 
 TRAIN = {"batch_size": 32, "max_steps": 20, "warmup_steps": 2, "validate_every": 10,
          "validation_batches": 1, "learning_rate": 1e-3}  # fmt: skip
@@ -49,12 +50,6 @@ class Finished:
             self.done.append(step)
 
 
-def retrain(recipe: Recipe, home: Path, reporter: Finished) -> Outcome:
-    chain = Chain(recipe, home, reporter)
-    with chain.open():
-        return chain.retrain()
-
-
 @pytest.mark.slow
 def test_the_best_of_three_families_becomes_champion(
     tmp_path: Path, pretrained_cache: Path, ray_session: None
@@ -72,7 +67,7 @@ def test_the_best_of_three_families_becomes_champion(
     assert len(trained["choice"]) == 3 and trained["choice"][0].startswith(f"{winner} is the best")
 
     again = Finished()
-    outcome = retrain(recipe, home, again)
+    outcome = retrain(resolve(recipe, home), again)
     assert not again.done, "what `train` did is skipped"
     assert str(outcome.bundle) == trained["path"]
     assert load_bundle(outcome.bundle).manifest.generator.family == winner
@@ -85,12 +80,12 @@ def test_the_best_of_three_families_becomes_champion(
 
     for done in (["evaluate"], []):  # once anew, because gains are told over the champion
         crowned = Finished()
-        decision = retrain(recipe, home, crowned).decision
+        decision = retrain(resolve(recipe, home), crowned).decision
         assert crowned.done == done and "it is already the champion" in decision.reasons[0]
 
     changed = load_recipe(path, ["candidates.gan.train.max_steps=12"], environment={})
     last = Finished()
-    retried = retrain(changed, home, last)
+    retried = retrain(resolve(changed, home), last)
     assert sorted(last.done) == ["evaluate", "generator-gan"], "the others stay trained"
     assert json.dumps(retried.decision.reasons)
     assert set(retried.reports) >= {"candidate", "real", "tokenizer"}

@@ -21,12 +21,15 @@ from served import TESSERA, tessera_serve
 
 from pipeline.artifacts import ASSETS
 from pipeline.bundle import load_bundle
+from pipeline.chain_steps import pixels_of
 from pipeline.config import load_recipe
 from pipeline.errors import BundleError
+from pipeline.model_registry import ModelRegistry
+from pipeline.plan import resolve
 from pipeline.progress import Progress
 from pipeline.steps import exclusive
 from pipeline.tokenizers._saved import load_tokenizer
-from pipeline.workflow import Chain, Outcome
+from pipeline.workflow import Outcome, opened, other_splits, retrain, run_steps
 
 CHAMPION = "models:/tessera-smoke@champion"
 STEPS = ["preprocess", "tokenizer", "tokens", "captions", "generator", "aligner", "evaluate"]
@@ -63,9 +66,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, pretrained_cache: Path) -> Pa
 def outcome(home: Path, ray_session: None) -> Outcome:
     """The smoke recipe, with a worker killed on the way."""
     killer = Killer()
-    chain = Chain(load_recipe("smoke", environment={}), home, killer)
-    with chain.open():
-        result = chain.retrain()
+    result = retrain(resolve(load_recipe("smoke", environment={}), home), killer)
     assert killer.killed
     assert sorted(killer.finished_steps) == sorted(STEPS)
     return result
@@ -129,34 +130,36 @@ def test_done_again_everything_is_skipped(outcome: Outcome, home: Path) -> None:
 
 def test_another_limit_of_bad_samples_redoes_nothing(outcome: Outcome, home: Path) -> None:
     recipe = load_recipe("smoke", ["preprocess.max_bad_fraction=0.9"], environment={})
-    chain = Chain(recipe, home, Killer())
-    with chain.open():
-        assert chain.pixels == outcome.pixels and not chain.workspace.seconds["preprocess"]
+    with opened(resolve(recipe, home), Killer()) as session:
+        results = session.run("preprocess")
+        assert pixels_of(results) == outcome.pixels
+        assert not session.workspace.seconds["preprocess"]
 
 
 def test_a_shard_that_is_back_is_another_input(home: Path, tmp_path: Path) -> None:
     shards, away = tmp_path / "set", tmp_path / "away"
     shutil.copytree(ASSETS / "emoji", shards)
     settings = [f"data.shards=[{shards}]", "data.allow_missing_shards=true"]
-    chain = Chain(load_recipe("smoke", settings, environment={}), home, Killer())
+    recipe = load_recipe("smoke", settings, environment={})
     lost = sorted(shards.glob("*.tar.gz"))[-1]
     lost.rename(away)
-    assert chain._lacking() == {"shards-0-without": lost.name}
+    assert resolve(recipe, home).lacking == {"shards-0-without": lost.name}
     away.rename(lost)
-    assert chain._lacking() == {}
+    assert resolve(recipe, home).lacking == {}
 
 
 def test_another_encoder_than_the_bases_is_refused_at_once(home: Path) -> None:
     settings = ["base=asset:base", "caption_encoder.prefix='passage: '"]
+    plan = resolve(load_recipe("emoji-demo", settings, environment={}), home)
     with pytest.raises(BundleError, match="reads captions differently"):
-        Chain(load_recipe("emoji-demo", settings, environment={}), home, Killer())
+        retrain(plan, Killer())
 
 
 def test_a_bases_decoder_is_tuned_and_its_tokens_stay(outcome: Outcome, home: Path) -> None:
     settings = [f"base={outcome.bundle}", "tokenizer.train.policy=head"]
-    chain = Chain(load_recipe("smoke", settings, environment={}), home, Killer())
-    with chain.open():
-        tuned, base = load_tokenizer(chain.tokenizer), load_bundle(outcome.bundle).tokenizer
+    plan = resolve(load_recipe("smoke", settings, environment={}), home)
+    trained = run_steps(plan, Killer(), "tokenizer")["tokenizer"].bundle
+    tuned, base = load_tokenizer(trained), load_bundle(outcome.bundle).tokenizer
     images = torch.rand(4, 3, 64, 64) * 2 - 1
     tokens = base.encode(images)
     assert torch.equal(tuned.encode(images), tokens)
@@ -165,8 +168,9 @@ def test_a_bases_decoder_is_tuned_and_its_tokens_stay(outcome: Outcome, home: Pa
 
 def test_another_split_than_the_champions_is_noted(outcome: Outcome, home: Path) -> None:
     assert not any("another split" in reason for reason in outcome.decision.reasons)
-    chain = Chain(load_recipe("smoke", ["data.split_seed=3"], environment={}), home, Killer())
-    (note,) = chain._other_splits()
+    plan = resolve(load_recipe("smoke", ["data.split_seed=3"], environment={}), home)
+    champion = ModelRegistry(home).champion("tessera-smoke")
+    (note,) = other_splits(plan, champion)
     assert "the champion was trained with another split (seed 0," in note
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pipeline.config import load_recipe
 from pipeline.errors import DataError, RecipeError, TesseraError
+from pipeline.plan import Plan, resolve
+from pipeline.preflight import check, check_candidate
 from pipeline.tokenizers._saved import load_tokenizer
-from pipeline.workflow import Chain
 
 
-def chain(recipe: str, *settings: str, home: Path) -> Chain:
-    return Chain(load_recipe(recipe, settings, environment={}), home, None)  # type: ignore[arg-type]
+def checked(recipe: str, *settings: str, home: Path) -> Plan:
+    """What a chain does before any work."""
+    plan = resolve(load_recipe(recipe, settings, environment={}), home)
+    check(plan)
+    return plan
 
 
 @pytest.fixture(scope="module")
@@ -46,37 +51,37 @@ def test_mistakes_are_told_before_any_work(
     home: Path, recipe: str, setting: str, said: str
 ) -> None:
     with pytest.raises(RecipeError, match=said):
-        chain(recipe, setting, home=home)
+        checked(recipe, setting, home=home)
 
 
 def test_a_size_that_the_family_cannot_draw_is_refused(home: Path) -> None:
     settings = ["preprocess.image_size=96", "generator.family=gan"]
     with pytest.raises(RecipeError, match="the gan family doubles"):
-        chain("smoke", *settings, home=home)
+        checked("smoke", *settings, home=home)
 
 
 def test_a_width_that_no_heads_share_is_no_mistake(home: Path) -> None:
-    chain("emoji-gan", "generator.width=130", home=home)
+    checked("emoji-gan", "generator.width=130", home=home)
 
 
 def test_a_size_that_the_tokens_of_a_source_do_not_fill_is_refused(home: Path) -> None:
     settings = ["tokenizer.source=asset:base", "preprocess.image_size=68"]
     with pytest.raises(RecipeError, match=r"image_size=68 must be a multiple of .*downsample=8"):
-        chain("emoji-causal", "tokenizer.freeze=false", *settings, home=home)
+        checked("emoji-causal", "tokenizer.freeze=false", *settings, home=home)
 
 
 def test_a_trial_is_checked_as_the_recipe_itself_is(home: Path) -> None:
-    made = chain("emoji-gan", home=home)
+    plan = checked("emoji-gan", home=home)
+    options = plan.recipe.generator.gan.model_copy(update={"patch": 3})
+    trial = plan.candidate(plan.recipe.generator.model_copy(update={"gan": options}))
     with pytest.raises(RecipeError, match="the gan family doubles"):
-        made.checked(made.recipe.generator.model_copy(
-            update={"gan": made.recipe.generator.gan.model_copy(update={"patch": 3})}
-        ))  # fmt: skip
+        check_candidate(trial)
 
 
 def test_missing_perceptual_features_are_told_at_once(home: Path) -> None:
     settings = ["tokenizer.perceptual_weight=0.1", "tokenizer.perceptual_features=nowhere"]
     with pytest.raises(TesseraError, match="no perceptual features at 'nowhere'"):
-        chain("smoke", *settings, home=home)
+        checked("smoke", *settings, home=home)
 
 
 def test_shards_on_two_file_systems_are_refused(
@@ -87,18 +92,19 @@ def test_shards_on_two_file_systems_are_refused(
     from pipeline import preflight
     from pipeline.shards import locate, read_manifest
 
+    plan = resolve(load_recipe("smoke", environment={}), home)
     uri = locate("asset:emoji")
     sets = {uri: read_manifest(uri), "elsewhere": read_manifest(uri)}
     systems = iter([LocalFileSystem(), SubTreeFileSystem("/tmp", LocalFileSystem())])
     monkeypatch.setattr(preflight, "open_shards", lambda *_: (next(systems), ""))
     with pytest.raises(DataError, match=r"several file systems .*elsewhere.* copy them to one"):
-        preflight.check_data(load_recipe("smoke", environment={}), sets)
+        preflight.check_data(replace(plan, shards=sets))
 
 
 def test_idle_sections_are_named(home: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = ["tokenizer.train.policy=full", "aligner.embedding=8"]
     with caplog.at_level(logging.WARNING):
-        chain("emoji-demo", *settings, home=home)
+        checked("emoji-demo", *settings, home=home)
     assert (
         "tokenizer: data, train are without effect because base=asset:base brings its tokenizer"
         in caplog.text
@@ -108,11 +114,11 @@ def test_idle_sections_are_named(home: Path, caplog: pytest.LogCaptureFixture) -
         in caplog.text
     )
     with caplog.at_level(logging.WARNING):
-        chain("emoji-gan", "encode.num_views=2", "generator.depth=3", home=home)
+        checked("emoji-gan", "encode.num_views=2", "generator.depth=3", home=home)
     assert "encode: num_views is without effect because gan reads no image tokens" in caplog.text
     assert "generator: depth is without effect on the family gan" in caplog.text
     with caplog.at_level(logging.WARNING):
-        chain("emoji-causal", "generator.num_steps=4", "generator.train.lora_rank=2", home=home)
+        checked("emoji-causal", "generator.num_steps=4", "generator.train.lora_rank=2", home=home)
     assert "generator: num_steps is without effect on the family causal" in caplog.text
     assert "generator.train: lora_rank is without effect with policy=full" in caplog.text
 
@@ -120,10 +126,10 @@ def test_idle_sections_are_named(home: Path, caplog: pytest.LogCaptureFixture) -
 def test_the_decoder_of_the_bases_tokenizer_is_trained(
     home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = chain("emoji-demo", "tokenizer.source=asset:base", home=home)
-    assert made.given_tokenizer is None and made.tokenizer_source is not None
-    built = load_tokenizer(made.tokenizer_source).config
-    assert made.tokenizer_config.levels == built.levels
+    made = checked("emoji-demo", "tokenizer.source=asset:base", home=home)
+    assert made.tokenizer.trains and made.tokenizer.source is not None
+    built = load_tokenizer(made.tokenizer.source).config
+    assert made.tokenizer.config.levels == built.levels
     assert "source is without effect because the decoder of base=asset:base trains" in caplog.text
-    taken = chain("emoji-demo", "tokenizer.train.policy=full", home=home)
-    assert taken.given_tokenizer == made.tokenizer_source
+    taken = checked("emoji-demo", "tokenizer.train.policy=full", home=home)
+    assert not taken.tokenizer.trains and taken.tokenizer.source == made.tokenizer.source
