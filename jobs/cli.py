@@ -86,6 +86,33 @@ def demo(
 
 
 @app.command()
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    home: Home = DEFAULT_HOME,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show what `retrain` would do and why, without doing it.
+
+    Prints each step: done or to do, what changed since it was last done, the inputs it is made
+    from, and how much disk space it takes at most. Trains nothing and starts no Ray. The inputs are
+    shown by the first digits of their digests; --json has them whole, and the resolved settings.
+    """
+    from pipeline.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    from jobs.plan import as_json as to_json
+    from jobs.plan import plan_table, preview
+
+    found = preview(loaded, home)
+    if as_json:
+        typer.echo(json.dumps(to_json(found), ensure_ascii=False))
+    else:
+        Console().print(plan_table(found))
+
+
+@app.command()
 def retrain(
     recipe: RecipeName,
     overrides: Overrides = None,
