@@ -147,7 +147,9 @@ def build_training(
         PerceptualLoss(config.perceptual_features, cache) if config.perceptual_weight else None
     )
     train, validation = (
-        ImageDataset.from_parquet(pixels, image_size=image_size, split=split, only=config.data)
+        ImageDataset.from_parquet(
+            pixels, image_size=image_size, split=split, image_filter=config.data
+        )
         for split in ("train", "validation")
     )
     objective = TokenizerObjective(config, image_size, perceptual)

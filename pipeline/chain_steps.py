@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipeline import evaluate, generation, reports
-from pipeline.accounting import check_fraction
+from pipeline.accounting import check_bad_fraction
 from pipeline.aligner import Aligner
 from pipeline.aligning import train_aligner
 from pipeline.artifacts import bundle_digest, file_digest
@@ -102,7 +102,7 @@ def _preprocess_step(plan: Plan) -> Step:
             **{f"shards-{i}": m.digest for i, m in enumerate(plan.shards.values())},
             **plan.lacking,
         },
-        accept=lambda result: check_fraction(
+        accept=lambda result: check_bad_fraction(
             result.values["reasons"], result.values["promised"], limit
         ),
     )

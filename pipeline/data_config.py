@@ -72,7 +72,9 @@ class PreprocessConfig(Config):
     crop_seed: int = Field(0, ge=0, description="random_crop depends on (key, seed) alone")
     min_side: int = Field(16, ge=1, description="pixels; smaller pictures are quarantined")
     max_aspect: float = Field(4.0, ge=1, description="long side / short side")
-    max_pixels: int = Field(64_000_000, ge=1, description="width * height; more is a bomb")
+    max_pixels: int = Field(
+        64_000_000, ge=1, description="width * height; images with more are quarantined"
+    )
     max_caption_chars: int = Field(1_000, ge=1, description="longer captions are quarantined")
     max_bad_fraction: float = Field(
         0.05,

@@ -1,10 +1,13 @@
 """Data sets for training: images alone, or images (pixels or image tokens) with captions.
 
 They read what preprocessing (pixels) and encoding (image tokens, caption states) wrote, mapped from
-disk where it is large, and give batches of any rows as tensors. `pipeline.feed` decides which rows.
+disk where it is large, and give any rows as a batch of tensors. Which rows a step sees is decided
+by pipeline/feed.py, whose protocol `Dataset` they implement.
 
     dataset = ImageDataset.from_parquet(pixels, image_size=64, split="train")
     dataset.batch(np.array([7, 3]), None)        # {"images": uint8 (2, 3, 64, 64)}
+
+Shapes: B rows, L = max_tokens caption tokens.
 """
 
 from __future__ import annotations
@@ -12,11 +15,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.config import ImageFilter
@@ -25,35 +30,47 @@ from pipeline.mirror import may_mirror
 from pipeline.models._captions import CaptionTokenizer
 from pipeline.pixel_store import MappedRows, read_pixels, read_table, read_tokens
 
-ROWS_AT_ONCE = 4_096  # whose captions are Python objects at a time
+ROWS_AT_ONCE = 4_096  # whose captions are Python objects at one time
 
 
 class ImageDataset:
-    """Pixels alone, for training without captions.
+    """Images alone, for training without captions.
 
     Batches: {"images": uint8 (B, 3, H, W)}.
     """
 
     def __init__(
-        self, images: np.ndarray | MappedRows, *, weights: RowWeights | None = None
+        self, images: NDArray[np.uint8] | MappedRows, *, weights: RowWeights | None = None
     ) -> None:
         self.images, self.weights = images, weights
 
     @classmethod
     def from_parquet(
-        cls, directory: Path, *, image_size: int, split: str, only: ImageFilter | None = None
+        cls,
+        directory: Path,
+        *,
+        image_size: int,
+        split: str,
+        image_filter: ImageFilter | None = None,
     ) -> ImageDataset:
-        """The accepted pixels of one split, mapped from disk where they are many."""
-        grouped = only is not None and only.group_exponent != 1
-        columns = ["group"] if grouped else []  # a text a row, which many rows would feel
-        table = read_table(directory, split=split, only=only, columns=columns)
-        images = read_pixels(directory, table["place"].to_numpy(), image_size=image_size)
-        return cls(images, weights=RowWeights.of(table, only))
+        """The accepted images of one split, mapped from disk where they are many.
+
+        Raises:
+            DataError: as `read_table` and `read_pixels`.
+        """
+        grouped = image_filter is not None and image_filter.group_exponent != 1
+        columns = ["group"] if grouped else []  # a text per row: read only if it is needed
+        table = read_table(directory, split=split, image_filter=image_filter, columns=columns)
+        images = read_pixels(directory, table["row_index"].to_numpy(), image_size=image_size)
+        return cls(images, weights=RowWeights.from_table(table, image_filter))
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def batch(self, rows: np.ndarray, draws: np.ndarray | None) -> dict[str, Tensor]:
+    def batch(
+        self, rows: NDArray[np.int64], draws: NDArray[np.float64] | None
+    ) -> dict[str, Tensor]:
+        """See feed.Dataset.batch."""
         return {"images": torch.from_numpy(self.images[rows])}
 
 
@@ -70,10 +87,11 @@ class CaptionStates:
 
     @property
     def width(self) -> int:
+        """Numbers per token."""
         return int(self.states.shape[1])
 
-    def batch(self, ids: np.ndarray) -> dict[str, Tensor]:
-        """{"caption_states": float16 (B, L, width), "caption_mask": bool (B, L)}, L max_tokens."""
+    def batch(self, ids: NDArray[np.int64]) -> dict[str, Tensor]:
+        """{"caption_states": float16 (B, L, width), "caption_mask": bool (B, L)}."""
         states = np.zeros((len(ids), self.max_tokens, self.width), np.float16)
         mask = np.zeros((len(ids), self.max_tokens), bool)
         for row, caption in enumerate(ids):
@@ -84,67 +102,89 @@ class CaptionStates:
 
 
 class CaptionIds:
-    """Every distinct caption as token ids; `read` gives ids int64 (B, L) and mask bool (B, L)."""
+    """Every distinct caption as token ids.
+
+    Args:
+        texts: the captions.
+        tokenize: texts -> ids int64 (texts, L), mask bool (texts, L).
+    """
 
     def __init__(
-        self, texts: Sequence[str], read: Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+        self, texts: Sequence[str], tokenize: Callable[[Sequence[str]], tuple[Tensor, Tensor]]
     ) -> None:
-        self.ids, self.mask = read(texts)
+        self.ids, self.mask = tokenize(texts)
 
-    def batch(self, ids: np.ndarray) -> dict[str, Tensor]:
+    def batch(self, ids: NDArray[np.int64]) -> dict[str, Tensor]:
         """{"caption_ids": int64 (B, L), "caption_mask": bool (B, L)}."""
         return {"caption_ids": self.ids[ids], "caption_mask": self.mask[ids]}
 
 
-class Ragged:
-    """Arrays of unequal lengths, one a row, without an object for each."""
+class RaggedRows:
+    """One array per row, of unequal lengths, held without an object for each.
 
-    def __init__(self, values: np.ndarray, lengths: np.ndarray) -> None:
+    Args:
+        values: the arrays one after another.
+        lengths: of each array.
+    """
+
+    def __init__(self, values: NDArray[Any], lengths: NDArray[Any]) -> None:
         self.values = values
         self.ends = np.concatenate([[0], np.cumsum(lengths)])
 
     def __len__(self) -> int:
         return len(self.ends) - 1
 
-    def __getitem__(self, row: int) -> np.ndarray:
+    def __getitem__(self, row: int) -> NDArray[Any]:
         return self.values[self.ends[row] : self.ends[row + 1]]
 
 
 class CaptionedDataset:
-    """Pictures (pixels or image tokens), each with one of its captions.
+    """Images (pixels or image tokens), each with one of its captions.
 
-    Batches: `arrays`, each (rows, ...) or with views (rows, views, ...); "caption_states" or
-    "caption_ids", "caption_mask"; "style" and "group" int64 (B,). An array "flippable", bool
-    (rows,), says which pictures `Augment` may mirror.
+    Batches: `arrays` by name; "caption_states" or "caption_ids", and "caption_mask"; "style" and
+    "group" int64 (B,). An array "flippable", bool (rows,), says which images may be mirrored by
+    `augment.Augment`.
+
+    Args:
+        arrays: by name, (rows, ...), or (rows, views, ...) if the name is in `with_views`.
+        with_views: names of the arrays of which a batch takes one view per row.
+        caption_ids: per row, the numbers of its captions in `captions`.
+        captions: what stands for a caption in a batch.
+        style: int64 (rows,).
+        group: int64 (rows,); images of one group show the same thing.
+        weights: how often training draws each row.
     """
 
     def __init__(
         self,
         *,
-        arrays: Mapping[str, np.ndarray | MappedRows],
-        viewed: frozenset[str],
-        caption_ids: Sequence[np.ndarray] | Ragged,
+        arrays: Mapping[str, NDArray[Any] | MappedRows],
+        with_views: frozenset[str],
+        caption_ids: Sequence[NDArray[np.int64]] | RaggedRows,
         captions: CaptionStates | CaptionIds,
-        style: np.ndarray,
-        group: np.ndarray,
+        style: NDArray[np.int64],
+        group: NDArray[np.int64],
         weights: RowWeights | None = None,
     ) -> None:
-        self.arrays, self.viewed = dict(arrays), viewed
+        self.arrays, self.with_views = dict(arrays), with_views
         self.caption_ids, self.captions = caption_ids, captions
         self.style, self.group, self.weights = style, group, weights
 
     def __len__(self) -> int:
         return len(self.caption_ids)
 
-    def batch(self, rows: np.ndarray, draws: np.ndarray | None) -> dict[str, Tensor]:
+    def batch(
+        self, rows: NDArray[np.int64], draws: NDArray[np.float64] | None
+    ) -> dict[str, Tensor]:
+        """See feed.Dataset.batch."""
         draws = np.zeros((len(rows), 2)) if draws is None else draws
-        known = [self.caption_ids[row] for row in rows]
+        choices = [self.caption_ids[row] for row in rows]
         chosen = np.array(
-            [ids[int(d * len(ids))] for ids, d in zip(known, draws[:, 0], strict=True)]
+            [ids[int(d * len(ids))] for ids, d in zip(choices, draws[:, 0], strict=True)]
         )
         batch = self.captions.batch(chosen)
         for name, array in self.arrays.items():
-            if name in self.viewed:
+            if name in self.with_views:
                 picked = array[rows, (draws[:, 1] * array.shape[1]).astype(int)]
             else:
                 picked = array[rows]
@@ -163,71 +203,88 @@ def captioned_dataset(
     split: str | Sequence[str],
     styles: Sequence[str],
     max_tokens: int,
-    only: ImageFilter | None = None,
+    image_filter: ImageFilter | None = None,
     num_tokens: int | None = None,
     image_size: int | None = None,
     caption_tokenizer: CaptionTokenizer | None = None,
 ) -> CaptionedDataset:
-    """Pictures with their captions' states, or token ids, for training.
+    """Images with their captions' states, or with their captions' token ids.
 
     Args:
-        rows: `encode_images`' output (give num_tokens) or preprocess' pixels (give image_size).
-        captions: `encode_captions`' output.
+        rows: the output of `encode_images` (give num_tokens) or the pixels that `preprocess` wrote
+            (give image_size).
+        captions: the output of `encode_captions`.
         split: "train", "validation" or "test", or several of them.
         styles: names by style id.
+        max_tokens: of a caption's states.
+        image_filter: which styles to keep, and how often each row is drawn.
+        num_tokens: image tokens per image.
+        image_size: pixels a side.
         caption_tokenizer: gives captions as its token ids instead of the encoder's states.
 
     Raises:
-        DataError: no picture is left after filtering.
+        DataError: no image is left after filtering.
     """
-    table = read_table(rows, split=split, only=only, columns=["group", "captions"], captioned=True)
-    places = table["place"].to_numpy()
+    table = read_table(
+        rows,
+        split=split,
+        image_filter=image_filter,
+        columns=["group", "captions"],
+        captioned=True,
+    )
+    indices = table["row_index"].to_numpy()
     texts = json.loads((captions / "captions.json").read_text(encoding="utf-8"))
+    arrays: dict[str, NDArray[Any] | MappedRows]
     if num_tokens:
-        arrays = {"image_tokens": read_tokens(rows, places, num_tokens=num_tokens)}
-        viewed = frozenset({"image_tokens"})
+        arrays = {"image_tokens": read_tokens(rows, indices, num_tokens=num_tokens)}
+        with_views = frozenset({"image_tokens"})
     else:
-        assert image_size is not None
-        flippable = np.fromiter(map(may_mirror, _said(table["captions"])), bool, len(table))
-        pixels = read_pixels(rows, places, image_size=image_size)
-        arrays, viewed = {"images": pixels, "flippable": flippable}, frozenset()
+        assert image_size is not None, "either num_tokens or image_size is given"
+        flippable = map(may_mirror, _texts_by_row(table["captions"]))
+        arrays = {
+            "images": read_pixels(rows, indices, image_size=image_size),
+            "flippable": np.fromiter(flippable, bool, len(table)),
+        }
+        with_views = frozenset()
     return CaptionedDataset(
         arrays=arrays,
-        viewed=viewed,
+        with_views=with_views,
         caption_ids=_caption_ids(table["captions"], texts),
         captions=(
             CaptionStates(captions, max_tokens=max_tokens)
             if caption_tokenizer is None
             else CaptionIds(texts, caption_tokenizer)
         ),
-        style=_known(table["style"], styles),
+        style=_positions(table["style"], styles),
         group=pc.rank(table["group"], tiebreaker="dense").to_numpy().astype(np.int64) - 1,
-        weights=RowWeights.of(table, only),
+        weights=RowWeights.from_table(table, image_filter),
     )
 
 
-def _said(captions: pa.ChunkedArray) -> Iterator[list[str]]:
-    """Every row's texts, a few rows in memory at a time."""
+def sample_captions(dataset: CaptionedDataset, count: int = 1_024) -> tuple[Tensor, Tensor]:
+    """Up to `count` rows' captions, evenly spread over the rows: states float16 (count, L, width)
+    and mask bool (count, L)."""
+    batch = dataset.batch(spread(len(dataset), count), None)
+    return batch["caption_states"], batch["caption_mask"]
+
+
+def _texts_by_row(captions: pa.ChunkedArray) -> Iterator[list[str]]:
+    """Every row's caption texts; few rows are Python objects at one time."""
     for start in range(0, len(captions), ROWS_AT_ONCE):
         for row in captions.slice(start, ROWS_AT_ONCE).to_pylist():
             yield [caption["text"] for caption in row]
 
 
-def _caption_ids(captions: pa.ChunkedArray, texts: Sequence[str]) -> Ragged:
-    """Places in `texts` of every row's captions."""
-    said = [chunk.flatten().field("text") for chunk in captions.chunks]
+def _caption_ids(captions: pa.ChunkedArray, texts: Sequence[str]) -> RaggedRows:
+    """By row, the positions of its captions in `texts`."""
+    flat = [chunk.flatten().field("text") for chunk in captions.chunks]
     lengths = pc.list_value_length(captions).to_numpy()
-    return Ragged(_known(pa.chunked_array(said, pa.string()), texts), lengths)
+    return RaggedRows(_positions(pa.chunked_array(flat, pa.string()), texts), lengths)
 
 
-def _known(column: pa.ChunkedArray, names: Sequence[str]) -> np.ndarray:
-    """The places in `names` of a column's values, int64."""
+def _positions(column: pa.ChunkedArray, names: Sequence[str]) -> NDArray[np.int64]:
+    """The positions of a column's values in `names`, int64."""
     found = pc.index_in(column, pa.array(names, pa.string()))
-    assert not found.null_count, "the step before named every one"
-    return found.to_numpy().astype(np.int64)
-
-
-def sample_captions(dataset: CaptionedDataset, count: int = 1_024) -> tuple[Tensor, Tensor]:
-    """States float (count, L, C) and mask bool (count, L) of captions spread over the rows."""
-    batch = dataset.batch(spread(len(dataset), count), None)
-    return batch["caption_states"], batch["caption_mask"]
+    assert not found.null_count, "the step before wrote every one of them"
+    positions: NDArray[np.int64] = found.to_numpy().astype(np.int64)
+    return positions

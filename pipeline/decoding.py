@@ -1,9 +1,14 @@
-"""One encoded sample -> one row of pixels, or the reason why not.
+"""Encoded samples -> rows of pixels: each sample becomes one row, whatever is wrong with it.
 
-Ray Data has no error handling by row (one bad picture costs its whole block), so `Decoder` catches
-what a bad sample raises and writes it down as the row's outcome.
+Preprocessing decodes the samples of a shard into rows (schema STAGED). A sample that can be used
+gets its pixels, captions and split; any other keeps its row with the reason as its outcome. Nothing
+that a sample holds raises, because Ray Data knows no errors by row: one bad image would cost its
+whole block.
 
-    row = Decoder(None, data, config).row({"key": "k", "shard": "s", "number": 0, ...})
+    row = RowDecoder(None, data, config).row(sample)      # a reading.EncodedSample
+    row["outcome"]                                        # "accepted", "left_out" or a reason
+
+Rules that compare rows with each other, such as duplicates, come after in pipeline/accounting.py.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +30,11 @@ from pipeline.contracts import Caption
 from pipeline.errors import ResourceError
 from pipeline.image_decode import BadImage, decode
 from pipeline.images import to_pil
+from pipeline.reading import EncodedSample
 from pipeline.records import TEXTS
 from pipeline.splits import split_of
 
-ACCEPTED, LEFT_OUT = "accepted", "left_out"
+ACCEPTED, LEFT_OUT = "accepted", "left_out"  # outcomes; every other one is a reason for quarantine
 
 _CAPTION = pa.struct([("text", pa.string()), ("language", pa.string())])
 PIXELS = pa.schema(
@@ -37,7 +43,7 @@ PIXELS = pa.schema(
         ("group", pa.string()),
         ("style", pa.string()),
         ("split", pa.string()),
-        ("image", pa.binary()),
+        ("image", pa.binary()),  # uint8 (3, S, S)
         ("captions", pa.list_(_CAPTION)),
         ("source", pa.string()),
         ("license", pa.string()),
@@ -45,57 +51,69 @@ PIXELS = pa.schema(
         ("shard", pa.string()),
     ]
 )
+"""What preprocessing writes of accepted samples."""
 STAGED = pa.schema(
     [
         *PIXELS,
-        ("number", pa.int64()),  # place in the shard
-        ("digest", pa.binary()),  # of the pixels
-        ("looks", pa.uint64()),  # perceptual hash; null unless pictures are deduplicated by it
-        ("outcome", pa.string()),  # accepted, left_out, or why the row is quarantined
+        ("index", pa.int64()),  # of the sample in its shard
+        ("digest", pa.binary()),  # of the pixels: equal images have equal ones
+        ("perceptual_hash", pa.uint64()),  # null unless preprocess.deduplicate=perceptual
+        ("outcome", pa.string()),
     ]
 )
+"""What is kept of every sample while preprocessing runs."""
 
 
 @dataclass(frozen=True)
-class Decoder:
+class RowDecoder:
     """Encoded samples -> STAGED rows.
 
     Attributes:
-        groups: the groups that are wanted; None wants all.
+        groups: samples of other groups are left out; None keeps all.
         data: how groups are split.
-        config: what a picture becomes and what is refused.
+        config: what an image becomes and what is refused.
     """
 
     groups: frozenset[str] | None
     data: DataConfig
     config: PreprocessConfig
 
-    def table(self, samples: Sequence[Mapping[str, Any]]) -> pa.Table:
-        """reading.Samples -> a STAGED table."""
+    def table(self, samples: Sequence[EncodedSample]) -> pa.Table:
+        """One STAGED row per sample."""
         return pa.Table.from_pylist([self.row(sample) for sample in samples], schema=STAGED)
 
-    def row(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+    def row(self, sample: EncodedSample) -> dict[str, Any]:
         """One sample's row; columns that its outcome leaves unknown are absent."""
-        found = {name: sample[name] for name in ("key", "shard", "number")}
-        config = self.config
+        row: dict[str, Any] = {
+            "key": sample["key"],
+            "shard": sample["shard"],
+            "index": sample["index"],
+        }
         try:
             if sample["problem"] is not None:
                 raise BadImage(sample["problem"])
             record = parse_record(sample["record"])
             if self.groups is not None and record["group"] not in self.groups:
-                return found | {"outcome": LEFT_OUT}
+                return row | {"outcome": LEFT_OUT}
             captions = self._captions(record.get("captions"))
-            if sample["picture"] is None:
+            if sample["image"] is None:
                 raise BadImage("no_picture")
-            pixels = decode(sample["picture"], config, key=sample["key"])
+            pixels = decode(sample["image"], self.config, key=sample["key"])
         except (BadCaption, BadImage) as error:
-            return found | {"outcome": error.reason}
+            return row | {"outcome": error.reason}
+        return row | self._accepted(record, captions, pixels)
+
+    def _accepted(
+        self, record: dict[str, Any], captions: Sequence[Caption], pixels: NDArray[np.uint8]
+    ) -> dict[str, Any]:
+        """The columns that only accepted rows have, and their outcome."""
         image = pixels.tobytes()
-        return found | {
+        is_hashed = self.config.deduplicate == "perceptual"
+        return {
             "outcome": ACCEPTED,
             "image": image,
             "digest": hashlib.blake2b(image, digest_size=16).digest(),
-            "looks": perceptual_hash(pixels) if config.deduplicate == "perceptual" else None,
+            "perceptual_hash": perceptual_hash(pixels) if is_hashed else None,
             "captions": [dataclasses.asdict(caption) for caption in captions],
             "split": split_of(
                 record["group"],
@@ -107,28 +125,28 @@ class Decoder:
         }
 
     def _captions(self, raw: Any) -> tuple[Caption, ...]:
-        """The captions in the languages that are wanted.
+        """The captions in the languages that the config keeps.
 
         Raises:
-            BadCaption: as `captions_of`; other_language if none is left.
+            BadCaption: as `captions_of`; other_language if no caption is left.
         """
         config = self.config
         if config.languages and isinstance(raw, list) and raw:
-            raw = [caption for caption in raw if self._is_wanted(caption)]
+            raw = [caption for caption in raw if self._is_kept(caption)]
             if not raw and config.require_captions:
                 raise BadCaption("other_language")
         if raw == [] and not config.require_captions:
             return ()
         return captions_of(raw, config.max_caption_chars)
 
-    def _is_wanted(self, caption: Any) -> bool:
-        """Of a wanted language, or so malformed that it names none."""
+    def _is_kept(self, caption: Any) -> bool:
+        """In a language to keep; or malformed, so that `captions_of` refuses it."""
         language = caption.get("language") if isinstance(caption, dict) else None
         return not isinstance(language, str) or speaks(language, self.config.languages)
 
 
 def perceptual_hash(pixels: NDArray[np.uint8]) -> int:
-    """uint8 (3, S, S) -> 64 bits that nearly agree where pictures look alike (pHash)."""
+    """uint8 (3, S, S) -> 64 bits, few of which differ between images that look alike (pHash)."""
     imagehash = load_imagehash()
     bits = imagehash.phash(to_pil(pixels)).hash
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
@@ -149,8 +167,8 @@ def load_imagehash() -> Any:
     return imagehash
 
 
-def parse_record(encoded: Any) -> dict[str, Any]:
-    """A sample's JSON with every text field present, and none but the attribution empty.
+def parse_record(encoded: bytes | None) -> dict[str, Any]:
+    """A sample's JSON record: every text field is present, and none but the attribution is empty.
 
     Raises:
         BadCaption: bad_utf8 or bad_json.
@@ -172,8 +190,8 @@ def parse_record(encoded: Any) -> dict[str, Any]:
     return dict(record)
 
 
-def group_of(encoded: Any) -> str | None:
-    """A record's group; None where the record is one that `Decoder` will quarantine."""
+def group_of(encoded: bytes | None) -> str | None:
+    """A record's group; None where the record is one that `RowDecoder` refuses."""
     try:
         return str(parse_record(encoded)["group"])
     except BadCaption:

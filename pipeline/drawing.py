@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeline.contracts import GenerationRequest, ImageGenerator, ImageTokenizer
 from pipeline.evalset import ImageSet
 from pipeline.image_grid import grid
-from pipeline.images import resized, to_float, to_uint8
+from pipeline.images import resize_batch, to_float, to_uint8
 
 GRID_ROWS = 12
 
@@ -58,7 +58,7 @@ def draw(
         drawn.append(generator.generate(batch).cpu())
         seconds.extend([(time.perf_counter() - started) / len(batch)] * len(batch))
     pictures = torch.cat(drawn)
-    return pictures if image_size is None else resized(pictures, image_size), seconds
+    return pictures if image_size is None else resize_batch(pictures, image_size), seconds
 
 
 @torch.inference_mode()

@@ -109,8 +109,10 @@ def _styles(directory: Path) -> tuple[str, ...]:
 
 def _read(directory: Path, style: str, split: str) -> pa.Table:
     columns = ["group", "image", "captions"]
-    only = ImageFilter(styles=(style,))
-    return read_table(directory, split=split, only=only, columns=columns, captioned=True)
+    image_filter = ImageFilter(styles=(style,))
+    return read_table(
+        directory, split=split, image_filter=image_filter, columns=columns, captioned=True
+    )
 
 
 def _languages(tables: Sequence[pa.Table], wanted: Sequence[str]) -> tuple[str, ...]:

@@ -109,7 +109,7 @@ class GeneratorTask:
                 split=split,
                 styles=self.spec.styles,
                 max_tokens=self.sample_prompts.max_tokens,
-                only=self.config.data,
+                image_filter=self.config.data,
                 caption_tokenizer=tokenizer,
                 **sizes,
             )

@@ -1,9 +1,10 @@
-"""Decoding images that nobody vouches for: formats and sizes are checked before pixels are loaded.
+"""Decoding images of unknown origin into square RGB pixels, without trusting them.
 
-An encoded image is opened with a closed list of formats, checked for its size before its pixels
-are loaded, turned upright by its EXIF tag, composited on white, made square and resized with
-antialiasing. Whatever a damaged file makes the decoder raise arrives as `BadImage`, whose `reason`
-goes into the quarantine table (preprocessing) or into the answer to a request (serving).
+Files come from the web and from users, so they may be damaged or made to exhaust the memory. An
+image is opened with a closed list of formats, checked for its size before its pixels are loaded,
+turned upright by its EXIF tag, composited on white, made square and resized with antialiasing.
+Whatever a bad file makes Pillow raise arrives as `BadImage`, whose `reason` goes into the
+quarantine table (preprocessing) or into the answer to a request (serving).
 
     pixels = decode(Path("apple.webp").read_bytes(), PreprocessConfig())     # uint8 (3, 64, 64)
 
@@ -15,7 +16,8 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,14 +29,21 @@ from pipeline.images import WHITE, resize
 from pipeline.splits import hash_fraction
 
 FORMATS = ("PNG", "WEBP", "JPEG")
-BAND_PIXELS = 1 << 20  # composited and narrowed at once
+BAND_PIXELS = 1 << 20  # of an image that are composited and resized at a time
 
 
-class BadImage(ValueError):  # noqa: N818 - a verdict on one row, not a failure of the program
-    """A picture that cannot be used.
+class BadImage(ValueError):  # noqa: N818 - a verdict on one image, not a failure of the program
+    """An image that cannot be used.
 
     Attributes:
-        reason: undecodable, truncated, bomb, too_small or extreme_aspect.
+        reason: a key for tables and messages:
+            undecodable: no PNG, WebP or JPEG, or one that Pillow cannot read;
+            truncated: the file ends early;
+            too_many_pixels: width * height is beyond config.max_pixels;
+            too_small: a side is below config.min_side;
+            extreme_aspect: the long side is beyond config.max_aspect times the short one.
+            Preprocessing also uses the reasons of samples whose image could not be read from the
+            shard at all: no_picture, and those of `tars.TarSample.problem`.
     """
 
     def __init__(self, reason: str) -> None:
@@ -43,32 +52,33 @@ class BadImage(ValueError):  # noqa: N818 - a verdict on one row, not a failure 
 
 
 def decode(encoded: bytes, config: PreprocessConfig, *, key: str = "") -> NDArray[np.uint8]:
-    """An encoded PNG, WebP or JPEG (an animation's first frame) -> uint8 (3, S, S) RGB on white.
+    """An encoded PNG, WebP or JPEG -> uint8 (3, S, S), RGB on white; of an animation, frame one.
 
     Args:
-        encoded: the file, whatever its name says it is.
-        config: size and limits.
-        key: where square="random_crop" cuts depends on it and config.crop_seed alone.
+        encoded: the file's content; the format is recognised by it, not by a name.
+        config: S and the limits.
+        key: the sample's key; with square="random_crop" the crop's position depends on it and on
+            config.crop_seed alone.
 
     Raises:
         BadImage: it cannot be decoded, or breaks one of the config's limits.
     """
     image = open_checked(encoded, config)
-    where = 0.5
+    position = 0.5
     if config.square == "random_crop":
-        where = hash_fraction("crop", key, config.crop_seed)
-    with reading(encoded):
-        square = make_square(image, config.square, config.image_size, where=where)
+        position = hash_fraction("crop", key, config.crop_seed)
+    with raising_bad_image(encoded):
+        square = make_square(image, config.square, config.image_size, position=position)
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
 
 def open_checked(encoded: bytes, config: PreprocessConfig) -> Image.Image:
-    """Open, check the size, only then load the pixels and turn the picture upright.
+    """Open an image, check its size, and only then load its pixels and turn it upright.
 
     Raises:
         BadImage: as for `decode`.
     """
-    with reading(encoded):
+    with raising_bad_image(encoded):
         with warnings.catch_warnings():
             # config.max_pixels is the limit; Pillow's warning below its own would only repeat it
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -79,34 +89,36 @@ def open_checked(encoded: bytes, config: PreprocessConfig) -> Image.Image:
 
 
 @contextlib.contextmanager
-def reading(encoded: bytes) -> Iterator[None]:
-    """Whatever a damaged file makes Pillow raise in here is a BadImage: beside OSError and
-    ValueError there are struct.error, AssertionError, KeyError and more, and palettes and
-    transparency are only looked at when a picture is converted."""
+def raising_bad_image(encoded: bytes) -> Iterator[None]:
+    """Turn every error that a bad file causes in the block into BadImage.
+
+    Beside OSError and ValueError Pillow raises struct.error, AssertionError, KeyError and more.
+    Converting an image must be in such a block, too: Pillow reads palettes and transparency then.
+    """
     try:
         yield
     except (BadImage, TesseraError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
-        raise BadImage("bomb") from error
+        raise BadImage("too_many_pixels") from error
     except Exception as error:
-        cut = "truncated" in str(error).lower() or _is_cut_webp(encoded)
-        raise BadImage("truncated" if cut else "undecodable") from error
+        is_truncated = "truncated" in str(error).lower() or _is_truncated_webp(encoded)
+        raise BadImage("truncated" if is_truncated else "undecodable") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF tag says; a tag that cannot be read says nothing.
+    """Turned as its EXIF tag says; a tag that cannot be read counts as none.
 
-    ImageOps.exif_transpose would write the whole EXIF anew, which odd tags in it prevent.
+    ImageOps.exif_transpose would write the whole EXIF anew, which fails on malformed tags in it.
     """
     try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # noqa: BLE001 - see `reading`
+        transpose = _TRANSPOSES.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # noqa: BLE001 - see `raising_bad_image`
         return image
-    return image if turn is None else image.transpose(turn)
+    return image if transpose is None else image.transpose(transpose)
 
 
-_TURNS = {
+_TRANSPOSES: Mapping[Any, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -115,18 +127,18 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""By EXIF orientation."""
+"""What undoes each EXIF orientation; a malformed tag may have a value of any type."""
 
 
-def _is_cut_webp(encoded: bytes) -> bool:
-    """Pillow does not say that a WebP is truncated; its RIFF header names its length."""
+def _is_truncated_webp(encoded: bytes) -> bool:
+    """Pillow cannot tell a truncated WebP from a damaged one, but its header gives its length."""
     is_webp = encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP"
     return is_webp and len(encoded) < 8 + int.from_bytes(encoded[4:8], "little")
 
 
 def _check_size(width: int, height: int, config: PreprocessConfig) -> None:
     if width * height > config.max_pixels:
-        raise BadImage("bomb")
+        raise BadImage("too_many_pixels")
     if min(width, height) < config.min_side:
         raise BadImage("too_small")
     if max(width, height) > config.max_aspect * min(width, height):
@@ -134,34 +146,34 @@ def _check_size(width: int, height: int, config: PreprocessConfig) -> None:
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """RGB, transparent pixels composited on white, 16-bit grey reduced to 8."""
+    """Any mode -> RGB; transparent pixels are composited on white, 16-bit grey is reduced to 8."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if not image.has_transparency_data:
         return image.convert("RGB")
-    picture = image.convert("RGBA")
-    ground = Image.new("RGBA", picture.size, (*WHITE, 255))
-    return Image.alpha_composite(ground, picture).convert("RGB")
+    foreground = image.convert("RGBA")
+    background = Image.new("RGBA", foreground.size, (*WHITE, 255))
+    return Image.alpha_composite(background, foreground).convert("RGB")
 
 
-def make_square(image: Image.Image, how: str, side: int, *, where: float = 0.5) -> Image.Image:
-    """Any picture to RGB on white, side x side; Pillow's Lanczos widens its kernel when it shrinks.
+def make_square(image: Image.Image, how: str, side: int, *, position: float = 0.5) -> Image.Image:
+    """An image of any size and mode -> RGB on white, side x side pixels.
 
-    A band of rows at a time, which gives the same pixels as the whole at once (the resize goes
-    along the rows first) and needs little memory beside the picture itself.
+    The image is worked on in bands of rows, which needs little memory beside the image itself and
+    gives the same pixels as working on the whole: the resize goes along the rows first.
 
     Args:
-        image: of any size and mode.
-        how: PreprocessConfig.square: pad with white to the long side ("pad") or cut to the short.
+        image: what to make square.
+        how: PreprocessConfig.square: "pad" with white to the long side; else crop to the short one.
         side: in pixels.
-        where: the cut along the long side, from 0 (left, top) to 1; 0.5 is the centre.
+        position: of the crop along the long side, from 0 (left, top) to 1; 0.5 is the centre.
     """
     if how == "pad":
         length = max(image.size)
         left, top = (-round((length - extent) / 2) for extent in image.size)
     else:
         length = min(image.size)
-        left, top = (int((extent - length) * where) for extent in image.size)
+        left, top = (int((extent - length) * position) for extent in image.size)
     right, bottom = min(left + length, image.width), min(top + length, image.height)
     narrow = Image.new("RGB", (side, length), WHITE)
     rows = max(1, BAND_PIXELS // length)

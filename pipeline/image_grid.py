@@ -1,4 +1,4 @@
-"""Contact sheets: images side by side on white, with labels and captions.
+"""Images side by side on white, with labels and captions, for people to look at.
 
 grid(images, columns=4, captions=captions).save("grid.png")
 """
@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.images import WHITE, to_pil
-from pipeline.labels import draw_label, load_font
+from pipeline.labels import draw_text, load_font
 
-if TYPE_CHECKING:  # importing PyTorch takes seconds, and a grid of arrays does not need it
+if TYPE_CHECKING:  # importing PyTorch takes seconds, and a grid of arrays does without it
     from torch import Tensor
 
 
@@ -29,23 +29,23 @@ def grid(
     scale: int = 1,
     gap: int = 4,
 ) -> Image.Image:
-    """Pictures side by side, row by row, on white.
+    """The images row by row.
 
     Args:
         images: uint8 (B, 3, H, W).
-        columns: pictures a row.
-        row_labels: one a row, drawn left of it.
-        column_labels: one a column, drawn above it.
-        captions: one a picture, drawn below it and cut to its width.
-        scale: every pixel becomes scale x scale.
-        gap: pixels between pictures.
+        columns: images per row.
+        row_labels: one per row, drawn left of it.
+        column_labels: one per column, drawn above it.
+        captions: one per image, drawn below it and cut to its width.
+        scale: every pixel becomes scale x scale pixels.
+        gap: pixels between images.
 
     Raises:
-        ValueError: fewer than one column, or labels that do not match the pictures in number.
+        ValueError: no image, no column, or labels that do not match the images in number.
     """
     num_rows = _num_rows(len(images), columns, row_labels, column_labels, captions)
-    pictures = [to_pil(image) for image in images]
-    cell_w, cell_h = (side * scale for side in pictures[0].size)
+    cells = [to_pil(image) for image in images]
+    cell_w, cell_h = (side * scale for side in cells[0].size)
     font = load_font()
     line = sum(font.getmetrics()) + 2
     left = max((round(font.getlength(label)) + gap for label in row_labels), default=0)
@@ -53,18 +53,18 @@ def grid(
     step_x, step_y = cell_w + gap, cell_h + gap + (line if captions else 0)
     size = (left + columns * step_x + gap, top + num_rows * step_y + gap)
     canvas = Image.new("RGB", size, WHITE)
-    for index, picture in enumerate(pictures):
+    for index, cell in enumerate(cells):
         x = left + gap + index % columns * step_x
         y = top + gap + index // columns * step_y
-        canvas.paste(picture.resize((cell_w, cell_h), Image.Resampling.NEAREST), (x, y))
+        canvas.paste(cell.resize((cell_w, cell_h), Image.Resampling.NEAREST), (x, y))
         if captions:
-            draw_label(canvas, (x, y + cell_h), captions[index], font, max_width=cell_w)
+            draw_text(canvas, (x, y + cell_h), captions[index], font, max_width=cell_w)
     for row, label in enumerate(row_labels):
         y = top + gap + row * step_y + (cell_h - line) // 2
-        draw_label(canvas, (gap, y), label, font, max_width=left)
+        draw_text(canvas, (gap, y), label, font, max_width=left)
     for column, label in enumerate(column_labels):
         x = left + gap + column * step_x
-        draw_label(canvas, (x, 0), label, font, max_width=cell_w)
+        draw_text(canvas, (x, 0), label, font, max_width=cell_w)
     return canvas
 
 
@@ -83,7 +83,7 @@ def _num_rows(
         "column_labels": (len(column_labels), columns),
         "captions": (len(captions), num_images),
     }
-    for name, (given, wanted) in counts.items():
-        if given not in (0, wanted):
-            raise ValueError(f"{name} has {given} entries, the grid needs {wanted}")
+    for name, (given, needed) in counts.items():
+        if given not in (0, needed):
+            raise ValueError(f"{name} has {given} entries, the grid needs {needed}")
     return num_rows

@@ -1,8 +1,6 @@
-"""Text on picture grids, in a font that has Chinese glyphs where the system owns one.
+"""Fonts for text on image grids: one with Chinese glyphs if the machine has any.
 
-Use:
-
-    draw_label(canvas, (4, 4), "红苹果", load_font(), max_width=64)
+draw_text(canvas, (4, 4), "红苹果", load_font(), max_width=64)
 """
 
 from __future__ import annotations
@@ -17,11 +15,11 @@ from PIL import Image, ImageDraw, ImageFont
 LOG = logging.getLogger(__name__)
 SIZE = 13  # pixels
 NO_CHINESE = (
-    "no font with Chinese glyphs found: Chinese labels on picture grids show as boxes "
+    "no font with Chinese glyphs found: Chinese labels on image grids show as boxes "
     "(pip install 'tessera[fonts]', or a system package such as fonts-noto-cjk)"
 )
-# Files with Chinese glyphs, then any with accents, as Linux, macOS and Windows name them.
-_CJK = (
+# Font files as Linux, macOS and Windows name them, the best ones first.
+_WITH_CHINESE = (
     "NotoSansCJK-Regular.ttc",
     "NotoSansCJKjp-Regular.otf",
     "NotoSansSC-Regular.otf",
@@ -51,13 +49,16 @@ _FOLDERS = (
 
 @functools.cache
 def load_font() -> ImageFont.FreeTypeFont:
-    """A system font with Chinese glyphs, else one without, which is logged once."""
+    """A font of the system or of the extra "fonts" with Chinese glyphs, SIZE pixels high.
+
+    Where there is none: a font without them, and one warning in the log.
+    """
     folders = [Path(folder).expanduser() for folder in _FOLDERS]
     packaged = importlib.util.find_spec(_PACKAGE)
     if packaged is not None and packaged.origin is not None:
         folders.append(Path(packaged.origin).parent)
     files = {path.name: path for folder in folders for path in sorted(folder.rglob("*.[ot]t[cf]"))}
-    for name in (*_CJK, *_LATIN):
+    for name in (*_WITH_CHINESE, *_LATIN):
         if name in files:
             if name in _LATIN:
                 LOG.warning(NO_CHINESE)
@@ -68,7 +69,7 @@ def load_font() -> ImageFont.FreeTypeFont:
     return font
 
 
-def draw_label(
+def draw_text(
     canvas: Image.Image,
     corner: tuple[int, int],
     text: str,
@@ -76,7 +77,12 @@ def draw_label(
     *,
     max_width: int,
 ) -> None:
-    """Draw one line from its upper left corner, cut with an ellipsis at max_width pixels."""
+    """Draw one black line of text, cut with an ellipsis where it is wider than max_width pixels.
+
+    Args:
+        canvas: the image that is drawn on.
+        corner: x and y of the text's upper left corner, in pixels.
+    """
     if font.getlength(text) > max_width:
         while text and font.getlength(text + "…") > max_width:
             text = text[:-1]

@@ -1,9 +1,10 @@
-"""Which pictures may be mirrored: none whose caption or picture says which way round it is.
+"""Which images augmentation may mirror: none whose caption would become wrong.
 
     may_mirror(["flag: France"]), may_mirror(["red apple", "红苹果"])        # (False, True)
 
-Captions alone are read, in English and Chinese: a picture that bears text without its captions
-saying so is mirrored.
+A mirrored image of a left arrow, a flag or a written word no longer shows what its caption says.
+Captions in English and Chinese are searched for such words. The image itself is not looked at: one
+that bears text which no caption mentions is mirrored.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-# sides and turns; flags; letters, digits and writing
+# In both languages: sides and turns; flags; letters, digits and writing.
 _ENGLISH = re.compile(
     r"\b(?:left|right|leftwards|rightwards|clockwise|anticlockwise|counterclockwise|"
     r"east|west|eastern|western|back arrow|"
@@ -29,10 +30,10 @@ _CHINESE = re.compile(
     r"順時針|逆時針|地图|地圖|日历|日曆|报纸|報紙|书法|書法|車牌|车牌|乐谱|樂譜|字樣|標籤|标签"
 )
 _QUOTED = re.compile(r"[\"“”„«»「」『』][^\"“”„«»「」『』]+[\"“”„«»「」『』]")
-_CAPITALS = re.compile(r"\b[A-Z]{2,}\b|\b[B-HJ-Z]\b(?!['’.])")  # OK, SOS, A button; not "I", "A"
+_CAPITALS = re.compile(r"\b[A-Z]{2,}\b|\b[B-HJ-Z]\b(?!['’.])")  # OK, SOS, B button; not "I", "A"
 
 
 def may_mirror(captions: Iterable[str]) -> bool:
-    """Whether a picture with these captions may be flipped horizontally."""
+    """Whether an image with these captions may be flipped left to right."""
     patterns = (_ENGLISH, _CHINESE, _QUOTED, _CAPITALS)
     return not any(pattern.search(caption) for caption in captions for pattern in patterns)

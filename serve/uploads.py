@@ -16,13 +16,19 @@ from PIL import Image
 from pipeline.config import PreprocessConfig
 from pipeline.contracts import Canvas
 from pipeline.errors import RequestError
-from pipeline.image_decode import BAND_PIXELS, BadImage, make_square, open_checked, reading
+from pipeline.image_decode import (
+    BAND_PIXELS,
+    BadImage,
+    make_square,
+    open_checked,
+    raising_bad_image,
+)
 from pipeline.runtime import return_memory
 from serve.pictures import Upload
 
 LIMITS = PreprocessConfig(max_pixels=16_777_216, min_side=16, max_aspect=1.0)
 _REASONS = {
-    "bomb": f"has more than {LIMITS.max_pixels:,} pixels; send a smaller one",
+    "too_many_pixels": f"has more than {LIMITS.max_pixels:,} pixels; send a smaller one",
     "too_small": f"is less than {LIMITS.min_side} pixels wide or high; send a larger one",
     "extreme_aspect": "is not square; crop or pad it",
     "truncated": "is cut off; send all of it",
@@ -57,7 +63,7 @@ def _lay_out(upload: Upload, image_size: int) -> tuple[Canvas, int]:
 @contextlib.contextmanager
 def _readable(encoded: bytes, param: str) -> Iterator[None]:
     try:
-        with reading(encoded):
+        with raising_bad_image(encoded):
             yield
     except BadImage as error:
         raise RequestError(f"the {param} {_REASONS[error.reason]}", param=param) from error

@@ -15,7 +15,7 @@ def test_captions_are_padded_and_views_are_drawn(tmp_path: Path) -> None:
     captions = CaptionStates(tmp_path, max_tokens=4)
     tokens = np.arange(2 * 3 * 4, dtype=np.uint16).reshape(2, 3, 4)
     data = CaptionedDataset(
-        arrays={"image_tokens": tokens}, viewed=frozenset({"image_tokens"}),
+        arrays={"image_tokens": tokens}, with_views=frozenset({"image_tokens"}),
         caption_ids=[np.array([0]), np.array([1, 0])], captions=captions,
         style=np.array([0, 1]), group=np.array([0, 1]),
     )  # fmt: skip

@@ -37,7 +37,7 @@ def test_groups_are_drawn_by_the_power_of_their_size(
     sizes: list[int], exponent: float, seed: int
 ) -> None:
     groups = np.repeat(np.arange(len(sizes)), sizes)
-    weights = feed.RowWeights.of(rows_of(groups), ImageFilter(group_exponent=exponent))
+    weights = feed.RowWeights.from_table(rows_of(groups), ImageFilter(group_exponent=exponent))
     epoch = feed.global_rows(
         0, length=len(groups), batch_size=len(groups), seed=seed, weights=weights
     )
@@ -53,16 +53,16 @@ def test_groups_are_drawn_by_the_power_of_their_size(
 
 def test_every_group_is_drawn_equally_often_with_exponent_0() -> None:
     groups = np.array([0] * 90 + [1] * 9 + [2])
-    weights = feed.RowWeights.of(rows_of(groups), ImageFilter(group_exponent=0.0))
+    weights = feed.RowWeights.from_table(rows_of(groups), ImageFilter(group_exponent=0.0))
     shares = np.bincount(groups[thirty_epochs(weights)]) / 3_000
     assert shares == pytest.approx([1 / 3] * 3, abs=0.01)
-    assert feed.RowWeights.of(rows_of(groups), ImageFilter()) is None
+    assert feed.RowWeights.from_table(rows_of(groups), ImageFilter()) is None
 
 
 def test_styles_are_drawn_by_their_weight() -> None:
     style = np.array(["old"] * 60 + ["new"] * 40)
     table = pa.table({"style": style})
-    weights = feed.RowWeights.of(table, ImageFilter(style_weights={"new": 3.0}))
+    weights = feed.RowWeights.from_table(table, ImageFilter(style_weights={"new": 3.0}))
     drawn = style[thirty_epochs(weights)]
     assert (drawn == "new").mean() == pytest.approx(120 / 180, abs=0.01)
 
@@ -121,7 +121,7 @@ def captioned(tmp_path_factory: pytest.TempPathFactory) -> CaptionedDataset:
     np.save(folder / "offsets.npy", np.arange(31))
     return CaptionedDataset(
         arrays={"image_tokens": np.arange(10 * 3 * 4, dtype=np.uint16).reshape(10, 3, 4)},
-        viewed=frozenset({"image_tokens"}),
+        with_views=frozenset({"image_tokens"}),
         caption_ids=[np.arange(3 * i, 3 * i + 3) for i in range(10)],
         captions=CaptionStates(folder, max_tokens=2),
         style=np.zeros(10, np.int64), group=np.arange(10),

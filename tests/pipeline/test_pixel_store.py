@@ -41,7 +41,7 @@ def write(directory: Path, rows: int, size: int, files: int = 3) -> np.ndarray:
 
 def test_mapped_pixels_are_those_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = write(tmp_path, 200, 8)
-    settings = {"image_size": 8, "split": "train", "only": ImageFilter(styles=("odd",))}
+    settings = {"image_size": 8, "split": "train", "image_filter": ImageFilter(styles=("odd",))}
     here = ImageDataset.from_parquet(tmp_path, **settings)
     monkeypatch.setattr(pixel_store, "IN_MEMORY_BYTES", 0)
     there = ImageDataset.from_parquet(tmp_path, **settings)
@@ -66,8 +66,10 @@ def test_pictures_of_a_group_share_its_weight(tmp_path: Path) -> None:
         table = pq.read_table(path)
         groups = [key if int(key) % 2 else "one" for key in table["key"].to_pylist()]
         pq.write_table(table.append_column("group", pa.array(groups)), path)
-    only = ImageFilter(group_exponent=0.0)
-    data = ImageDataset.from_parquet(tmp_path, image_size=8, split="train", only=only)
+    image_filter = ImageFilter(group_exponent=0.0)
+    data = ImageDataset.from_parquet(
+        tmp_path, image_size=8, split="train", image_filter=image_filter
+    )
     assert data.weights is not None
     weights = dict(zip((i for i in range(40) if i % 5), data.weights.values, strict=True))
     assert weights[1] == 1 and weights[2] * 16 == pytest.approx(1), "16 even rows train"
@@ -113,16 +115,16 @@ def test_filters_name_what_they_left_nothing_of(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "rows.parquet")
     assert read_table(tmp_path)["key"].to_pylist() == ["a", "b"]
     assert read_table(tmp_path, split="train")["key"].to_pylist() == ["b"]
-    assert read_table(tmp_path, only=ImageFilter(exclude_styles=("x",))).num_rows == 1
+    assert read_table(tmp_path, image_filter=ImageFilter(exclude_styles=("x",))).num_rows == 1
     with pytest.raises(DataError, match=r"style_weights names z, .* the styles are x, y"):
-        read_table(tmp_path, only=ImageFilter(style_weights={"x": 2, "z": 3}))
+        read_table(tmp_path, image_filter=ImageFilter(style_weights={"x": 2, "z": 3}))
     captions = pa.array([[], [{"text": "a", "language": "en"}]])
     pq.write_table(table.append_column("captions", captions), tmp_path / "rows.parquet")
     assert read_table(tmp_path, captioned=True)["key"].to_pylist() == ["a"]
     with pytest.raises(DataError, match=r"split='train'.*and a caption"):
         read_table(tmp_path, split="train", captioned=True)
     with pytest.raises(DataError, match=r"none of the 2 pictures.*split='train'"):
-        read_table(tmp_path, split="train", only=ImageFilter(styles=("y",)))
+        read_table(tmp_path, split="train", image_filter=ImageFilter(styles=("y",)))
 
 
 PROBE = """

@@ -22,13 +22,18 @@ from hypothesis import strategies as st
 from layouts import img2dataset
 from PIL import Image
 
-from pipeline.accounting import check_counts, check_fraction, quarantine_table, settle
+from pipeline.accounting import (
+    check_bad_fraction,
+    check_counts,
+    quarantine_table,
+    resolve_outcomes,
+)
 from pipeline.config import DataConfig, PreprocessConfig
 from pipeline.contracts import Caption, Sample
-from pipeline.decoding import PIXELS, Decoder, perceptual_hash
+from pipeline.decoding import PIXELS, RowDecoder, perceptual_hash
 from pipeline.errors import DataError, ResourceError
 from pipeline.image_decode import decode
-from pipeline.preprocess import _plan, preprocess
+from pipeline.preprocess import _plan_shards, preprocess
 from pipeline.records import Credits
 from pipeline.shard_writer import write_index, write_shards
 from pipeline.shards import MANIFEST, dataset_digest, read_manifest
@@ -63,7 +68,7 @@ def sample(i: int, style: str = "noto") -> Sample:
 def encoded(**changes: Any) -> dict[str, Any]:
     """A sample as pipeline/reading.py hands it over."""
     said = record("g") | changes.pop("said", {})
-    row = {"shard": "set/0.tar", "number": 0, "key": "k", "picture": picture(0), "problem": None}
+    row = {"shard": "set/0.tar", "index": 0, "key": "k", "image": picture(0), "problem": None}
     return row | {"record": json.dumps(said).encode()} | changes
 
 
@@ -79,27 +84,27 @@ def files(folder: Path) -> dict[str, str]:
     ("row", "outcome"),
     [
         (encoded(), "accepted"),
-        (encoded(picture=None), "no_picture"),
+        (encoded(image=None), "no_picture"),
         (encoded(problem="link"), "link"),
         (encoded(said={"group": "other"}), "left_out"),
         (encoded(said={"attribution": ""}), "accepted"),
         (encoded(said={"license": ""}), "bad_json"),
-        *((encoded(picture=content), outcome) for content, outcome in corpus.pictures().values()),
+        *((encoded(image=content), outcome) for content, outcome in corpus.pictures().values()),
         *((encoded(record=content), outcome) for content, outcome in corpus.records().values()),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_one_row_never_raises(row: dict[str, Any], outcome: str) -> None:
-    found = Decoder(frozenset({"g", "x"}), DATA, CONFIG).row(row)
+    found = RowDecoder(frozenset({"g", "x"}), DATA, CONFIG).row(row)
     assert (found["outcome"], found["key"], found["shard"]) == (outcome, "k", "set/0.tar")
     assert ("image" in found) == (outcome == "accepted")
 
 
-def test_captions_by_language_and_pictures_without_any() -> None:
+def test_captions_by_language_and_images_without_any() -> None:
     def row(**settings: Any) -> dict[str, Any]:
         captions = settings.pop("captions")
         config = CONFIG.model_copy(update=settings)
-        return Decoder(None, DATA, config).row(encoded(said={"captions": captions}))
+        return RowDecoder(None, DATA, config).row(encoded(said={"captions": captions}))
 
     both = [{"text": "apple", "language": "en"}, {"text": "蘋果", "language": "zh-Hant"}]
     assert [c["language"] for c in row(captions=both, languages=("zh",))["captions"]] == ["zh-Hant"]
@@ -117,8 +122,8 @@ def table(*rows: tuple[str, str, str, bytes]) -> pa.Table:
     return pa.table(
         {
             "key": list(keys),
-            "number": list(range(len(rows))),
-            "looks": pa.array([int.from_bytes(d, "big") for d in digests], pa.uint64()),
+            "index": list(range(len(rows))),
+            "perceptual_hash": pa.array([int.from_bytes(d, "big") for d in digests], pa.uint64()),
             "shard": list(shards),
             "split": list(splits),
             "digest": list(digests),
@@ -129,11 +134,11 @@ def table(*rows: tuple[str, str, str, bytes]) -> pa.Table:
 
 def test_the_first_of_equal_keys_stays() -> None:
     rows = table(("k", "b", "train", b"1"), ("k", "a", "train", b"2"), ("j", "b", "test", b"3"))
-    found = quarantine_table(settle(rows, {"a": 0, "b": 1}, CONFIG)).to_pylist()
+    found = quarantine_table(resolve_outcomes(rows, {"a": 0, "b": 1}, CONFIG)).to_pylist()
     assert found == [{"shard": "b", "key": "k", "reason": "duplicate_key"}]
 
 
-def test_a_training_picture_equal_to_a_held_out_one_goes() -> None:
+def test_a_training_image_equal_to_a_held_out_one_goes() -> None:
     rows = table(
         ("a", "s", "train", b"1"),
         ("b", "s", "test", b"1"),
@@ -141,11 +146,11 @@ def test_a_training_picture_equal_to_a_held_out_one_goes() -> None:
         ("d", "s", "train", b"2"),
         ("e", "s", "train", b"2"),
     )
-    found = quarantine_table(settle(rows, {"s": 0}, CONFIG)).to_pylist()
+    found = quarantine_table(resolve_outcomes(rows, {"s": 0}, CONFIG)).to_pylist()
     assert found == [{"shard": "s", "key": "a", "reason": "held_out_twin"}]
 
 
-def test_of_equal_or_similar_pictures_one_stays_and_a_held_out_one_first() -> None:
+def test_of_equal_or_similar_images_one_stays_and_a_held_out_one_first() -> None:
     rows = table(
         ("a", "s", "train", b"\x00\x01"),
         ("b", "s", "train", b"\x00\x01"),
@@ -157,7 +162,7 @@ def test_of_equal_or_similar_pictures_one_stays_and_a_held_out_one_first() -> No
 
     def gone(how: str, distance: int = 4) -> dict[str, str]:
         config = CONFIG.model_copy(update={"deduplicate": how, "perceptual_distance": distance})
-        found = quarantine_table(settle(rows, {"s": 0}, config)).to_pylist()
+        found = quarantine_table(resolve_outcomes(rows, {"s": 0}, config)).to_pylist()
         return {row["key"]: row["reason"] for row in found}
 
     assert gone("no") == {}
@@ -172,37 +177,37 @@ def test_of_equal_or_similar_pictures_one_stays_and_a_held_out_one_first() -> No
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=20), st.data())
-def test_near_duplicates_are_found_as_by_comparing_all(looks: list[int], data: Any) -> None:
+def test_near_duplicates_are_found_as_by_comparing_all(hashes: list[int], data: Any) -> None:
     distance = data.draw(st.integers(0, 12))
     for _ in range(10):  # neighbours within and beyond the distance
-        look = data.draw(st.sampled_from(looks))
+        value = data.draw(st.sampled_from(hashes))
         for bit in data.draw(st.sets(st.integers(0, 63), max_size=distance + 2)):
-            look ^= 1 << bit
-        looks.append(look)
-    rows = table(*((f"{i:03d}", "s", "train", bytes([i])) for i in range(len(looks))))
-    place = rows.schema.get_field_index("looks")
-    rows = rows.set_column(place, "looks", pa.array(looks, pa.uint64()))
+            value ^= 1 << bit
+        hashes.append(value)
+    rows = table(*((f"{i:03d}", "s", "train", bytes([i])) for i in range(len(hashes))))
+    column = rows.schema.get_field_index("perceptual_hash")
+    rows = rows.set_column(column, "perceptual_hash", pa.array(hashes, pa.uint64()))
     config = CONFIG.model_copy(
         update={"deduplicate": "perceptual", "perceptual_distance": distance}
     )
-    found = settle(rows, {"s": 0}, config)["outcome"].to_pylist()
+    found = resolve_outcomes(rows, {"s": 0}, config)["outcome"].to_pylist()
     kept: list[int] = []
-    for look, outcome in zip(looks, found, strict=True):
-        near = any((look ^ other).bit_count() <= distance for other in kept)
+    for value, outcome in zip(hashes, found, strict=True):
+        near = any((value ^ other).bit_count() <= distance for other in kept)
         assert outcome == ("near_duplicate" if near else "accepted")
-        kept += [] if near else [look]
+        kept += [] if near else [value]
 
 
-def test_a_perceptual_hash_survives_compression_and_tells_pictures_apart() -> None:
-    def look(image: Image.Image, kind: str, **options: Any) -> int:
+def test_a_perceptual_hash_survives_compression_and_tells_images_apart() -> None:
+    def hash_of(image: Image.Image, kind: str, **options: Any) -> int:
         return perceptual_hash(decode(corpus.encode(image, kind, **options), PreprocessConfig()))
 
     smooth = [
         corpus.noise(5, 5, seed).resize((200, 200), Image.Resampling.BICUBIC) for seed in (1, 2)
     ]
-    one, other = (look(image, "PNG") for image in smooth)
-    assert (one ^ look(smooth[0], "JPEG", quality=40)).bit_count() <= 4
-    assert (one ^ look(smooth[0].resize((90, 90)), "WEBP")).bit_count() <= 4
+    one, other = (hash_of(image, "PNG") for image in smooth)
+    assert (one ^ hash_of(smooth[0], "JPEG", quality=40)).bit_count() <= 4
+    assert (one ^ hash_of(smooth[0].resize((90, 90)), "WEBP")).bit_count() <= 4
     assert (one ^ other).bit_count() > 12
 
 
@@ -211,20 +216,22 @@ def test_counts_and_fractions_are_enforced() -> None:
     check_counts(rows, {"s": 1})
     with pytest.raises(DataError, match=r"s: 1 of 2; .*write the set again"):
         check_counts(rows, {"s": 2})
-    check_fraction({"bomb": 2, "bad_json": 1}, 10, 0.3)
-    with pytest.raises(DataError, match=r"3 of 10 .*bomb 2, bad_json 1.*max_bad_fraction=0\.2"):
-        check_fraction({"bomb": 2, "bad_json": 1}, 10, 0.2)
-    check_fraction({"other_language": 7, "near_duplicate": 2, "bomb": 1}, 10, 0.1)
+    check_bad_fraction({"too_many_pixels": 2, "bad_json": 1}, 10, 0.3)
+    with pytest.raises(
+        DataError, match=r"3 of 10 .*too_many_pixels 2, bad_json 1.*max_bad_fraction=0\.2"
+    ):
+        check_bad_fraction({"too_many_pixels": 2, "bad_json": 1}, 10, 0.2)
+    check_bad_fraction({"other_language": 7, "near_duplicate": 2, "too_many_pixels": 1}, 10, 0.1)
     with pytest.raises(DataError, match="keys must be unique over all sets"):
-        check_fraction({"duplicate_key": 3}, 10, 0.1)
+        check_bad_fraction({"duplicate_key": 3}, 10, 0.1)
 
 
 def test_captions_in_other_languages_are_not_judged() -> None:
     config = CONFIG.model_copy(update={"languages": ("en",), "max_caption_chars": 20})
     captions = [{"text": "a cat", "language": "en"}, {"text": "x" * 99, "language": "fr"}]
-    row = Decoder(None, DATA, config).row(encoded(said={"captions": captions}))
+    row = RowDecoder(None, DATA, config).row(encoded(said={"captions": captions}))
     assert row["outcome"] == "accepted" and [c["text"] for c in row["captions"]] == ["a cat"]
-    row = Decoder(None, DATA, config).row(encoded(said={"captions": captions[1:]}))
+    row = RowDecoder(None, DATA, config).row(encoded(said={"captions": captions[1:]}))
     assert row["outcome"] == "other_language"
 
 
@@ -232,8 +239,8 @@ def test_sets_of_one_name_keep_all_their_shards(tmp_path: Path) -> None:
     sets = [tmp_path / "laion-2", tmp_path / "a" / "laion", tmp_path / "b" / "laion"]
     for number, folder in enumerate(sets):
         write_shards([sample(number)], str(folder))
-    plan = _plan([str(folder) for folder in sets], DATA)
-    assert plan.total == len(plan.order) == 3
+    plan = _plan_shards([str(folder) for folder in sets], DATA)
+    assert plan.promised == len(plan.shard_index) == 3
 
 
 def mixed() -> Iterator[Sample]:
@@ -274,7 +281,7 @@ class TestThroughRay:
         }
         self.check_row(rows, report.splits, report.split_groups)
         saved = json.loads((tmp_path / "a" / "report.json").read_text())
-        assert saved["reasons"] == report.reasons and "_Reader" in saved["stats"]
+        assert saved["reasons"] == report.reasons and "_PartReader" in saved["stats"]
         preprocess([str(tmp_path / "set")], tmp_path / "b", **arguments)
         assert files(tmp_path / "a") == files(tmp_path / "b"), "the same bytes again"
         assert {p.name for p in tmp_path.iterdir()} == {"set", "a", "b"}, "nothing half done stays"
@@ -378,11 +385,11 @@ class TestThroughRay:
         arguments = {"data": DATA, "config": CONFIG}
         preprocess([str(tmp_path / "set")], tmp_path / "whole", **arguments)
 
-        def full(*_: object) -> None:
+        def full(*_: object, **__: object) -> None:
             raise OSError(errno.ENOSPC, "full")
 
         with monkeypatch.context() as patch, pytest.raises(ResourceError, match="no space"):
-            patch.setattr("pipeline.preprocess._write_tables", full)
+            patch.setattr("pipeline.preprocess.write_tables", full)
             preprocess([str(tmp_path / "set")], tmp_path / "out", **arguments)
         staged = tmp_path / ".out.partial" / "staged"
         kept, broken, *_ = sorted(staged.iterdir())
@@ -393,14 +400,14 @@ class TestThroughRay:
         seen: list[float] = []
         report = preprocess(
             [str(tmp_path / "set")], tmp_path / "out", **arguments,
-            on_progress=lambda progress: seen.append(self.look(times, progress.share)),
+            on_progress=lambda progress: seen.append(self.check_kept(times, progress.share)),
         )  # fmt: skip
         assert seen and seen[-1] == 1 and report.accepted == 80
         assert files(tmp_path / "out") == files(tmp_path / "whole")
         assert not staged.exists()
 
     @staticmethod
-    def look(times: dict[Path, int], share: float) -> float:
+    def check_kept(times: dict[Path, int], share: float) -> float:
         assert all(path.stat().st_mtime_ns == time for path, time in times.items())
         return share
 
