@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import socket
 import sys
 import tempfile
@@ -21,7 +20,13 @@ from typing import TYPE_CHECKING, Any
 from pipeline.artifacts import ASSETS
 from pipeline.config import CaptionEncoderConfig
 from pipeline.errors import TesseraError
-from pipeline.runtime import autocast_dtype, available_cpus, can_compile, choose_device
+from pipeline.runtime import (
+    autocast_dtype,
+    available_cpus,
+    can_compile,
+    choose_device,
+    free_disk_mb,
+)
 from pipeline.text import check_available
 from pipeline.tracking import connect, tracking_uri
 
@@ -91,8 +96,7 @@ def _memory() -> Finding:
 
 
 def _disk(home: Path) -> Finding:
-    existing = next(p for p in (home, *home.absolute().parents) if p.exists())
-    free = shutil.disk_usage(existing).free / 2**30
+    free = free_disk_mb(home) / 1024
     return Finding(
         f"disk under {home}", f"{free:.0f} GB free", free >= MIN_DISK_GB,
         f"free {MIN_DISK_GB} GB or choose another --home",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +20,7 @@ from pipeline.config import Recipe
 from pipeline.contracts import EvalReport
 from pipeline.pixel_store import parquet_files
 from pipeline.reports import markdown_table
-from pipeline.runtime import available_cpus
+from pipeline.runtime import available_cpus, code_commit
 from pipeline.shards import Manifest
 
 TEMPLATE = """# {name}
@@ -101,7 +100,7 @@ def write_card(
         description=recipe.description,
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
         version=__version__,
-        commit=code_version(),
+        commit=f"commit {commit}" if (commit := code_commit()) else "installed package",
         hardware=hardware(),
         seconds=", ".join(f"{step} {value:.0f}" for step, value in seconds.items()),
         data=data,
@@ -143,19 +142,6 @@ def _credit(row: Mapping[str, Any]) -> str:
     """A row of the table; what would end a cell does not."""
     cells = (str(value).replace("|", "\\|").replace("\n", " ") for value in row.values())
     return f"| {' | '.join(cells)} |"
-
-
-def code_version() -> str:
-    """The checkout's commit, marked when it has local changes, or "installed package"."""
-    here = Path(__file__).parent
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=here, capture_output=True, text=True, check=True, timeout=10,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return "installed package"
-    return f"commit {commit.stdout.strip()}"
 
 
 def hardware() -> str:

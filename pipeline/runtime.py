@@ -1,7 +1,11 @@
-"""The machine or cluster underneath: starting Ray, choosing a device, its dtype and its threads.
+"""The machine or cluster underneath: starting Ray, choosing a device, its dtype, memory and disk.
 
-with ray_runtime():
-    ...                # one local Ray, or the cluster that RAY_ADDRESS names
+Importing this imports neither Ray nor PyTorch, which take a process seconds: a command that finds
+its work done needs neither, and a data task does without PyTorch.
+
+    set_environment()  # before PyTorch is imported
+    with ray_runtime():
+        ...            # one local Ray, or the cluster that RAY_ADDRESS names
 """
 
 from __future__ import annotations
@@ -21,12 +25,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import ray
-
 from pipeline import __version__
 from pipeline.errors import ResourceError
 
-if TYPE_CHECKING:  # data tasks do without PyTorch, which takes each process seconds to import
+if TYPE_CHECKING:
     import torch
     from torch import nn
 
@@ -34,7 +36,7 @@ LOCAL_LOGICAL_CPUS = 8
 """Fewest logical CPUs of a local Ray, however few the machine has: data tasks, two training workers
 and a replica must fit beside each other on two cores without waiting for each other forever."""
 
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_DEDUP_LOGS": "1",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -45,21 +47,24 @@ _ENVIRONMENT = {
     "RAY_raylet_start_wait_time_s": "240",  # a loaded machine is slow, not broken
     # Ray runs its workers at nice 15, behind everything else on the machine; they are the work here
     "RAY_worker_niceness": "0",
-    # big tensors come and go every step: keep their memory instead of returning it to the system
+    # tensors of the same sizes come and go every step: the allocator keeps their memory instead of
+    # returning it to the system
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
-    # GNU OpenMP's threads wait for each other spinning, by default so long that of two processes
-    # with a thread for every core one nearly stands still; a thirtieth of it costs one alone little
+    # GNU OpenMP's threads wait for each other spinning. By default they do so for so long that, of
+    # two processes with a thread per core, one nearly stands still; with a thirtieth of that a
+    # process that is alone loses little
     "GOMP_SPINCOUNT": "10000",
 }
 
 
 def set_environment() -> None:
-    """What a run's processes start with, where the user's environment does not say otherwise.
+    """Set the defaults of a run's environment variables; those the user has set stay.
 
-    Call it before PyTorch is imported, whose OpenMP reads it once. A local Ray hands it on.
+    Call it before PyTorch is imported, whose OpenMP reads them once. A local Ray hands them on to
+    its workers.
     """
-    for name, value in _ENVIRONMENT.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
@@ -72,9 +77,11 @@ def start_ray(*, object_store_mb: int = 600, debug: bool = False) -> bool:
     Raises:
         ResourceError: Ray did not start or could not be reached.
     """
+    set_environment()
+    import ray
+
     if ray.is_initialized():
         return False
-    set_environment()
     address = os.environ.get("RAY_ADDRESS")
     level = logging.INFO if debug else logging.ERROR
     for library in ("ray.data", "ray.train", "ray.tune"):
@@ -102,8 +109,10 @@ def start_ray(*, object_store_mb: int = 600, debug: bool = False) -> bool:
 def ray_runtime(*, debug: bool = False) -> Iterator[None]:
     """Ray for the duration of a job; a local one that this call started is shut down after.
 
-    Standard output is the job's own, for its result: what Ray prints goes to standard error.
+    What Ray prints goes to standard error: standard output is for the job's result alone.
     """
+    import ray
+
     with contextlib.redirect_stdout(sys.stderr):
         started = start_ray(debug=debug)
         try:
@@ -114,7 +123,7 @@ def ray_runtime(*, debug: bool = False) -> Iterator[None]:
 
 
 def choose_device(device: str = "auto") -> torch.device:
-    """ "auto" is the GPU where there is one, else the CPU."""
+    """The device of that name; "auto" stands for the GPU where there is one, else the CPU."""
     import torch
 
     if device == "auto":
@@ -144,7 +153,8 @@ def autocast(device: torch.device) -> Iterator[None]:
 
 
 def cast_weights(model: nn.Module, device: torch.device) -> None:
-    """Keep the weights of a network that only draws as `autocast` would cast them at every use."""
+    """Store the weights of a network that is not trained any more in `autocast_dtype`, which
+    `autocast` would otherwise cast them to at every use."""
     from torch import nn
 
     dtype, layers = autocast_dtype(device), (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
@@ -154,21 +164,21 @@ def cast_weights(model: nn.Module, device: torch.device) -> None:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether a GPU's kernels can be compiled: that wants Triton, and a C compiler for what starts
-    them."""
+    """Whether torch.compile works here: on a GPU, with Triton and with a C compiler, which builds
+    the launchers of the kernels."""
     compiler = any(map(shutil.which, ("cc", "gcc", "clang")))
     return device.type == "cuda" and compiler and find_spec("triton") is not None
 
 
 def compile_modules(modules: Iterable[nn.Module]) -> None:
-    """torch.compile each in its place; names and weights stay. Blocks that are alike are compiled
-    once, which takes seconds where a whole network takes minutes."""
+    """torch.compile every module in place; names and weights stay. Blocks of equal shape share one
+    compilation, which takes seconds where a whole network takes minutes."""
     for module in modules:
         module.compile()
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Most memory that this process has held so far: the GPU's if it computes there."""
+    """The most memory that this process has held so far, in GiB: of the GPU if `device` is one."""
     import torch
 
     if device.type == "cuda":
@@ -178,13 +188,14 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def return_memory(beyond_mb: int = 400) -> None:
-    """Give freed memory back to the system if this process holds more than that.
+    """Give freed memory back to the system if this process holds more than `beyond_mb` MB.
 
-    Ray's processes keep what they free (see _ENVIRONMENT), which suits a training: it wants the
-    same sizes at every step. A decoder wants a hundred times its usual once, for one large picture.
+    Ray's processes keep what they free (see ENVIRONMENT), which suits a training: it allocates
+    the same sizes at every step. An image decoder may need a hundred times its usual memory once,
+    for one large image.
     """
     statistics = Path("/proc/self/statm")
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
     if trim is None or not statistics.is_file():
         return
     resident = int(statistics.read_text().split()[1]) * resource.getpagesize()
@@ -197,17 +208,27 @@ def environment(device: torch.device) -> dict[str, str]:
     import torch
 
     found = {"code_version": __version__, "python": platform.python_version()}
-    where = str(Path(__file__).parent)
-    command = ["git", "-C", where, "describe", "--always", "--dirty", "--abbrev=40"]
-    with contextlib.suppress(FileNotFoundError):  # no git here
-        told = subprocess.run(command, capture_output=True, text=True, check=False)
-        if told.returncode == 0:  # else the package is no checkout
-            found["code_commit"] = told.stdout.strip()
+    if commit := code_commit():
+        found["code_commit"] = commit
     for package in ("torch", "ray", "transformers"):
         found[package] = metadata.version(package)
     on_gpu = device.type == "cuda"
     found["device"] = torch.cuda.get_device_name(device) if on_gpu else platform.machine()
     return found | {"cpus": str(available_cpus()), "threads": str(torch.get_num_threads())}
+
+
+def code_commit() -> str:
+    """The commit of the checkout that this code lies in, with "-dirty" after it if files differ
+    from it; "" for an installed package."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        git = subprocess.run(
+            command, cwd=Path(__file__).parent,
+            capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return git.stdout.strip()
 
 
 def available_cpus() -> int:
@@ -216,24 +237,32 @@ def available_cpus() -> int:
 
 
 def task_slots() -> int:
-    """CPU-bound Ray tasks that truly run at once: the cluster's CPUs, on one machine its own.
+    """How many CPU-bound Ray tasks the hardware runs at once: one per CPU of the cluster.
 
-    More would only start more processes, since a local Ray has at least LOCAL_LOGICAL_CPUS.
+    Ray counts at least LOCAL_LOGICAL_CPUS on a machine of its own, whatever the machine has; as
+    many tasks would only start more processes.
     """
+    import ray
+
     cpus = int(ray.cluster_resources().get("CPU", 1))
     if sum(node["Alive"] for node in ray.nodes()) == 1:
         cpus = min(cpus, available_cpus())
     return max(1, cpus)
 
 
+def free_disk_mb(path: Path) -> int:
+    """Free space, in MB, where `path` lies or will lie."""
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    return shutil.disk_usage(existing).free // 2**20
+
+
 def check_disk(path: Path, needed_mb: int) -> None:
-    """Refuse to start what would fill the disk.
+    """Make sure that there is room before work starts.
 
     Raises:
         ResourceError: fewer than `needed_mb` MB are free where `path` lies.
     """
-    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
-    free_mb = shutil.disk_usage(existing).free // 2**20
+    free_mb = free_disk_mb(path)
     if free_mb < needed_mb:
         raise ResourceError(
             f"{path} has {free_mb} MB free and this needs {needed_mb} MB: "

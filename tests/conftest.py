@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("RAY_raylet_start_wait_time_s", "240")
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # see pipeline/runtime.py
+from pipeline.runtime import ENVIRONMENT, start_ray
+
+# before PyTorch and Ray are imported; what the user has set stays
+os.environ.update({"HF_HUB_OFFLINE": "1", **ENVIRONMENT, **os.environ})
 
 import pytest
 import ray
@@ -23,7 +24,6 @@ from pipeline.config import CaptionEncoderConfig, GeneratorConfig, TokenizerConf
 from pipeline.contracts import ModelSpec
 from pipeline.models import load_family
 from pipeline.models.gan import GanConfig
-from pipeline.runtime import start_ray
 from pipeline.text import HFCaptionEncoder, identify, load_caption_encoder
 from pipeline.tokenizers import fsq
 from pipeline.tokenizers._saved import save_tokenizer

@@ -29,7 +29,7 @@ from pipeline.config import GeneratorConfig, TrainConfig
 from pipeline.contracts import ModelSpec
 from pipeline.finetune import build_optimizers
 from pipeline.models.networks import masked
-from pipeline.progress import ProgressBoard
+from pipeline.progress import start_board
 from pipeline.runtime import autocast, compile_modules, environment, ray_runtime
 from pipeline.train import Training, _Worker, scaling_for
 from pipeline.train_window import Window
@@ -163,7 +163,7 @@ def main() -> None:
     )  # fmt: skip
     out = Path.cwd() / ".loop-benchmark.json"
     with ray_runtime():
-        board = ProgressBoard.remote()  # type: ignore[attr-defined]
+        board = start_board()
         scaling = scaling_for(1, ray.cluster_resources())
         task = {"plan": plan, "board": board, "out": str(out)}
         trainer = TorchTrainer(

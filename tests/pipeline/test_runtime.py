@@ -45,3 +45,13 @@ def test_the_users_environment_comes_first(monkeypatch: pytest.MonkeyPatch) -> N
     set_environment()
     assert os.environ["GOMP_SPINCOUNT"] == "7"
     assert os.environ["RAY_DEDUP_LOGS"] == "1"
+
+
+def test_a_command_without_work_starts_without_ray_and_pytorch() -> None:
+    """Each takes seconds to import: what plans and reports a run must not."""
+    light = ("runtime", "progress", "artifacts", "tracking", "model_registry")
+    script = f"import sys, {', '.join(f'pipeline.{name}' for name in light)}; print(*sys.modules)"
+    told = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert not {"ray", "torch", "transformers", "mlflow"} & set(told.stdout.split())
