@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from pipeline import registry
 from pipeline.checkpoint import best_weights
 from pipeline.config import TokenizerConfig
 from pipeline.datasets import ImageDataset
@@ -23,6 +22,7 @@ from pipeline.images import gradient_l1, to_float, to_uint8
 from pipeline.objective import Objective
 from pipeline.perceptual import PerceptualLoss
 from pipeline.steps import StepContext
+from pipeline.tokenizers import build_tokenizer
 from pipeline.tokenizers._saved import load_tokenizer, save_tokenizer
 from pipeline.train import Training, fit
 
@@ -64,7 +64,7 @@ class TokenizerObjective(Objective):
     ) -> None:
         super().__init__()
         self.config = config
-        self.model = registry.load("tokenizers", config.name).build(config, image_size)
+        self.model = build_tokenizer(config, image_size)
         self.perceptual = perceptual
         self.phases, self.discriminator = ("reconstruct",), None
         if config.adversarial_weight:

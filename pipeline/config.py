@@ -16,15 +16,14 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, cast
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import InitErrorDetails
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline import registry
+from pipeline.config_section import ChoiceConfig, merged
 from pipeline.config_section import Config as Config
-from pipeline.config_section import merged
 from pipeline.data_config import AugmentConfig as AugmentConfig
 from pipeline.data_config import DataConfig as DataConfig
 from pipeline.data_config import ImageFilter as ImageFilter
@@ -71,13 +70,11 @@ class EncodeConfig(Config):
         return self
 
 
-Options = TypeVar("Options", bound=Config)
-
-
-class GeneratorConfig(Config):
+class GeneratorConfig(ChoiceConfig):
     """The text-to-image model. A family's own settings are in a section of its name."""
 
-    model_config = ConfigDict(extra="allow")  # the families' sections, checked below
+    kind = "models"
+    chosen_by = "family"
 
     family: str = Field("masked", description="a file of pipeline/models")
     tasks: tuple[str, ...] = Field(
@@ -123,52 +120,10 @@ class GeneratorConfig(Config):
         return family
 
     @classmethod
-    def sections_by_name(cls) -> dict[str, type[Config]]:
-        """The families' own sections, each named for its family."""
-        return {name: _family_options(name) for name in registry.names("models")}
-
-    @model_validator(mode="after")
-    def _families_check_their_sections(self) -> Self:
-        """A section `generator.NAME` is what the family NAME says in `Family.options`."""
-        sections = self.__pydantic_extra__ or {}
-        mistakes: list[InitErrorDetails] = []
-        for name, given in sections.items():
-            if name not in registry.names("models"):
-                mistakes.append({"type": "extra_forbidden", "loc": (name,), "input": given})
-                continue
-            try:
-                sections[name] = _family_options(name).model_validate(given)
-            except ValidationError as error:
-                mistakes += [
-                    cast(InitErrorDetails, {**mistake, "loc": (name, *mistake["loc"])})
-                    for mistake in error.errors(include_url=False)
-                ]
-        if mistakes:
-            raise ValidationError.from_exception_data(type(self).__name__, mistakes)
-        return self
-
-    def options(self, kind: type[Options]) -> Options:
-        """The section of the family that is chosen, whose class the family knows; at its defaults
-        where the recipe says nothing."""
-        given = (self.__pydantic_extra__ or {}).get(self.family, kind())
-        assert isinstance(given, kind), f"{self.family} has no section of {kind}"
-        return given
-
-    def completed(self) -> Self:
-        """The same with the chosen family's section stated and no other family's."""
-        options = self.options(_family_options(self.family))
-        other = dict.fromkeys(self.__pydantic_extra__ or {})
-        made = self.model_copy()
-        object.__setattr__(made, "__pydantic_extra__", {self.family: options})
-        object.__setattr__(
-            made, "__pydantic_fields_set__", made.model_fields_set - other.keys() | {self.family}
-        )
-        return made
-
-
-def _family_options(name: str) -> type[Config]:
-    options: type[Config] = registry.load("models", name).FAMILY.options
-    return options
+    def section_of(cls, name: str) -> type[Config]:
+        """See `contracts.Family.options`."""
+        options: type[Config] = registry.load("models", name).FAMILY.options
+        return options
 
 
 class AlignerConfig(Config):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Self, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import InitErrorDetails
+
+from pipeline import registry
 
 
 def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,3 +48,77 @@ class Config(BaseModel):
             if field and isinstance(field.default, Config) and isinstance(given, Mapping):
                 values[name] = merged(field.default.model_dump(exclude_unset=True), given)
         return values
+
+
+Options = TypeVar("Options", bound=Config)
+
+
+class ChoiceConfig(Config):
+    """A section with a setting that names a file of the registry, such as `generator.family`.
+
+    What only that file reads stands in a section of its name:
+
+        generator: {family: gan, gan: {channels: 64}}
+
+    Attributes:
+        kind: of the registry.
+        chosen_by: the setting that names the file.
+    """
+
+    model_config = ConfigDict(extra="allow")  # the files' own sections, checked below
+
+    kind: ClassVar[str]
+    chosen_by: ClassVar[str]
+
+    @classmethod
+    def section_of(cls, name: str) -> type[Config]:
+        """The class of a file's own section.
+
+        Raises:
+            RecipeError: there is no such file; the message lists what there is.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def sections_by_name(cls) -> dict[str, type[Config]]:
+        """The files' own sections, each named for its file."""
+        return {name: cls.section_of(name) for name in registry.names(cls.kind)}
+
+    @model_validator(mode="after")
+    def _own_sections_are_checked(self) -> Self:
+        sections = self.__pydantic_extra__ or {}
+        mistakes: list[InitErrorDetails] = []
+        for name, given in sections.items():
+            if name not in registry.names(self.kind):
+                mistakes.append({"type": "extra_forbidden", "loc": (name,), "input": given})
+                continue
+            try:
+                sections[name] = self.section_of(name).model_validate(given)
+            except ValidationError as error:
+                mistakes += [
+                    cast(InitErrorDetails, {**mistake, "loc": (name, *mistake["loc"])})
+                    for mistake in error.errors(include_url=False)
+                ]
+        if mistakes:
+            raise ValidationError.from_exception_data(type(self).__name__, mistakes)
+        return self
+
+    def options(self, section: type[Options]) -> Options:
+        """The own section of the file that is chosen, whose class the file knows; at its defaults
+        where the recipe says nothing."""
+        chosen = getattr(self, self.chosen_by)
+        given = (self.__pydantic_extra__ or {}).get(chosen, section())
+        assert isinstance(given, section), f"{chosen} has no section of {section}"
+        return given
+
+    def completed(self) -> Self:
+        """The same with the chosen file's own section stated and no other file's."""
+        chosen = getattr(self, self.chosen_by)
+        options = self.options(self.section_of(chosen))
+        other = dict.fromkeys(self.__pydantic_extra__ or {})
+        made = self.model_copy()
+        object.__setattr__(made, "__pydantic_extra__", {chosen: options})
+        object.__setattr__(
+            made, "__pydantic_fields_set__", made.model_fields_set - other.keys() | {chosen}
+        )
+        return made

@@ -21,7 +21,8 @@ if TYPE_CHECKING:  # the HTTP ingress imports this file and does without PyTorch
 
     from pipeline.config import GeneratorConfig
     from pipeline.config_section import Config
-    from pipeline.objective import GeneratorNetwork, Objective
+    from pipeline.objective import GeneratorNetwork, Objective, TokenizerNetwork
+    from pipeline.tokenizer_config import TokenizerConfig
 
 MAX_SEED = 2**63 - 1
 
@@ -195,9 +196,14 @@ class SteppedGenerator(ImageGenerator, Protocol):
 
 @runtime_checkable
 class ImageTokenizer(Protocol):
-    """An image <-> a grid of discrete tokens.
+    """An image <-> a grid of discrete tokens. Encoding, generators and evaluation know no more.
 
-    `levels` are the FSQ levels of a token's dimensions, empty for other tokenizers.
+    Attributes:
+        codebook_size: how many values a token can have.
+        levels: the FSQ levels of a token's dimensions, by which generators embed neighbouring codes
+            alike; empty for other tokenizers.
+        grid_size: tokens per side, so that N = grid_size ** 2.
+        image_size: pixels per side.
     """
 
     codebook_size: int
@@ -210,6 +216,33 @@ class ImageTokenizer(Protocol):
 
     def decode(self, image_tokens: Tensor) -> Tensor:
         """int64 (B, N) -> float (B, 3, H, W) in [-1, 1]."""
+
+
+class TokenizerKind(Protocol):
+    """A kind of image tokenizer: everything that the rest of Tessera asks of it, in one object.
+
+    A file of pipeline/tokenizers (or of a plugin directory) defines `TOKENIZER`, an instance of a
+    subclass of this protocol; the file's name is what a recipe calls it in `tokenizer.name`.
+
+    Attributes:
+        options: the config class of the section `tokenizer.NAME`, where NAME is the file's name.
+        shape_fields: dotted settings below `tokenizer` that decide which weights the network has,
+            beside the name; a training that goes on from a tokenizer takes them from there.
+        unread: settings below `tokenizer` that have no effect, each with the reason as the end of
+            the sentence "SETTING is without effect REASON".
+    """
+
+    options: type[Config]
+    shape_fields: tuple[str, ...] = ()
+    unread: Mapping[str, str] = {}
+
+    def build(self, config: TokenizerConfig, image_size: int) -> TokenizerNetwork:
+        """The network, freshly initialised, for square images of `image_size` pixels per side.
+
+        Raises:
+            RecipeError: the settings do not fit each other or the image size.
+        """
+        ...
 
 
 class CaptionEncoder(Protocol):

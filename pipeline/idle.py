@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pipeline import registry
 from pipeline.config import GeneratorConfig, Recipe
 from pipeline.models import load_family
+from pipeline.tokenizers import load_tokenizer_kind
 from pipeline.train_config import ONLY_WITH
 
 
@@ -90,6 +91,11 @@ def _tokenizer(recipe: Recipe) -> Iterator[Idle]:
     elif section.freeze:
         reason = f"because {section.source} is taken as it is"
         yield from _named("tokenizer", stated - {"source", "freeze"}, reason)
+    else:
+        others = set(registry.names("tokenizers")) - {section.name}
+        yield from _named("tokenizer", stated & others, f"on the tokenizer {section.name}")
+        for name, reason in load_tokenizer_kind(section.name).unread.items():
+            yield from _named("tokenizer", stated & {name}, reason)
 
 
 def _named(section: str, names: set[str], reason: str) -> Iterator[Idle]:

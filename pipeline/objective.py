@@ -59,6 +59,45 @@ class GeneratorNetwork(TrainableNetwork):
         raise NotImplementedError
 
 
+class TokenizerNetwork(TrainableNetwork):
+    """The network of an image tokenizer (`contracts.TokenizerKind.build`): an autoencoder that is
+    a `contracts.ImageTokenizer`, with its attributes.
+
+    Shapes: B images, H = W = image_size, N = grid_size ** 2 tokens.
+    """
+
+    codebook_size: int
+    levels: tuple[int, ...] = ()
+    grid_size: int
+    image_size: int
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What training learns by.
+
+        Args:
+            images: float (B, 3, H, W) in [-1, 1].
+
+        Returns:
+            The reconstruction through the tokens, float (B, 3, H, W), not clamped, with gradients
+            to everything that trains; and the tokenizer's own loss, a scalar that is added to the
+            reconstruction losses (0 where it has none).
+        """
+        raise NotImplementedError
+
+    def encode(self, images: Tensor) -> Tensor:
+        """float (B, 3, H, W) in [-1, 1] -> int64 (B, N) in [0, codebook_size), row by row."""
+        raise NotImplementedError
+
+    def decode(self, image_tokens: Tensor) -> Tensor:
+        """int64 (B, N) -> float (B, 3, H, W) in [-1, 1]."""
+        raise NotImplementedError
+
+    def head_modules(self) -> Sequence[nn.Module]:
+        """What the policy `head` trains: modules that `decode` uses and `encode` does not, so that
+        image tokens keep their meaning."""
+        raise NotImplementedError
+
+
 class Objective(nn.Module):
     """A network together with the losses it is trained by.
 

@@ -130,7 +130,8 @@ def _known_keys(root: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
         section = models[0]
         if get_origin(annotation) is dict:
             next(parts, None)  # a name of the user's
-    return sorted(section.model_fields)
+    own = section.sections_by_name() if issubclass(section, Config) else {}
+    return sorted({*section.model_fields, *own})
 
 
 def _is_section(annotation: Any) -> bool:

@@ -18,18 +18,19 @@ from pathlib import Path
 import torch
 import transformers
 
-from pipeline import registry
 from pipeline.artifacts import bundle_digest, resolve_path
 from pipeline.bundle import text_tokenizer_of
 from pipeline.config import CaptionEncoderConfig, GeneratorConfig, Recipe, TokenizerConfig
-from pipeline.contracts import Family, ImageTokenizer, ModelSpec
+from pipeline.contracts import Family, ModelSpec
 from pipeline.generation import check_generator, make_spec, shape_of_base
 from pipeline.model_registry import resolve_model
 from pipeline.models import load_family
+from pipeline.objective import TokenizerNetwork
 from pipeline.pretrained import content_digest, find_language_model
 from pipeline.runtime import choose_device
 from pipeline.shards import Manifest, locate, read_manifest, verify
 from pipeline.text import HFCaptionEncoder, check_available, load_caption_encoder
+from pipeline.tokenizers import build_tokenizer
 from pipeline.tokenizers._saved import (
     TokenizerManifest,
     tokenizer_shape_of_source,
@@ -78,7 +79,7 @@ class TokenizerPlan:
     source: Path | None
     trains: bool
 
-    def shape(self) -> ImageTokenizer:
+    def shape(self) -> TokenizerNetwork:
         """The network on PyTorch's meta device: sizes without weights.
 
         Raises:
@@ -86,10 +87,7 @@ class TokenizerPlan:
         """
         self.config.check_grid(self.image_size)
         with torch.device("meta"):
-            made: ImageTokenizer = registry.load("tokenizers", self.config.name).build(
-                self.config, self.image_size
-            )
-        return made
+            return build_tokenizer(self.config, self.image_size)
 
 
 @dataclass(frozen=True)

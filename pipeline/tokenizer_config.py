@@ -1,4 +1,4 @@
-"""What a recipe may say of the image tokenizer.
+"""The recipe's section `tokenizer`: the image tokenizer and its training.
 
 The other sections, and reading recipes, are in pipeline/config.py.
 """
@@ -10,44 +10,53 @@ from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config_section import Config
+from pipeline import registry
+from pipeline.config_section import ChoiceConfig, Config
 from pipeline.data_config import ImageFilter
 from pipeline.errors import RecipeError
 from pipeline.train_config import TrainConfig
 
 MAX_CODES = 65_536
-"""Of a codebook: image tokens are kept as 16-bit numbers."""
+"""The largest codebook: image tokens are stored as 16-bit numbers."""
 ATTENTION_HEADS = 4
+"""Of the self-attention over the token grid."""
 
 
-class TokenizerConfig(Config):
-    """The self-supervised autoencoder: image <-> grid of discrete tokens."""
+class TokenizerConfig(ChoiceConfig):
+    """The self-supervised autoencoder: image <-> grid of discrete tokens.
+
+    The settings of fsq and vq stand in this section itself, those of any other tokenizer in a
+    section of its name.
+    """
+
+    kind = "tokenizers"
+    chosen_by = "name"
 
     name: str = Field("fsq", description="a file of pipeline/tokenizers")
     levels: tuple[int, ...] = Field(
-        (8, 8, 5, 5, 5), description="fsq: levels a channel; the codebook size is their product"
+        (8, 8, 5, 5, 5), description="fsq: levels per channel; the codebook size is their product"
     )
-    codebook_size: int = Field(4_096, ge=2, le=MAX_CODES, description="vq")
+    codebook_size: int = Field(4_096, ge=2, le=MAX_CODES, description="vq: number of codes")
     code_width: int = Field(8, ge=2, description="vq: dimensions of a code")
     commitment_weight: float = Field(0.25, ge=0, description="vq: draws latents to their codes")
     entropy_weight: float = Field(0.1, ge=0, description="vq: keeps all codes in use")
-    downsample: int = Field(8, ge=2, description="pixels a token, a side")
-    patch: int = Field(4, ge=1, description="pixels a patch, a side: the encoder's first step")
+    downsample: int = Field(8, ge=2, description="pixels per token, per side")
+    patch: int = Field(4, ge=1, description="pixels per patch, per side: the encoder's first step")
     widths: tuple[int, int] = Field((128, 256), description="channels at the patch and token grids")
     encoder_depths: tuple[int, int] = Field((1, 2), description="residual blocks at either grid")
     decoder_depths: tuple[int, int] = Field((2, 3), description="residual blocks at either grid")
-    l1_weight: float = Field(1.0, ge=0)
-    l2_weight: float = Field(5.0, ge=0)
+    l1_weight: float = Field(1.0, ge=0, description="of the mean absolute difference")
+    l2_weight: float = Field(5.0, ge=0, description="of the mean squared difference")
     gradient_weight: float = Field(
         1.0, ge=0, description="L1 of horizontal and vertical differences"
     )
     perceptual_weight: float = Field(0.0, ge=0, description="VGG features; 0 switches the term off")
     perceptual_fraction: float = Field(
-        0.25, gt=0, le=1, description="of each batch that the perceptual term sees"
+        0.25, gt=0, le=1, description="the part of each batch that the perceptual term sees"
     )
     perceptual_features: str = Field("hed-vgg16", description="pretrained.VGG_SOURCES or a path")
     adversarial_weight: float = Field(
-        0.0, ge=0, description="of a patch discriminator's opinion, best in a training on `source`"
+        0.0, ge=0, description="of a patch discriminator's loss, best in a training on `source`"
     )
     adversarial_channels: int = Field(48, ge=8, description="of the discriminator's first layer")
     source: str | None = Field(
@@ -60,12 +69,25 @@ class TokenizerConfig(Config):
     train: TrainConfig = Field(
         TrainConfig(),
         description="policy full, or head: the decoder alone, so that image tokens keep their "
-        "meaning and a generator that draws them its worth",
+        "meaning and generators that were trained on them stay valid",
     )
 
     def is_trained(self, *, on_base: bool) -> bool:
         """Whether there is anything to train in a recipe with a base, or in one without."""
         return self.train.policy == "head" or not (on_base or self.freeze)
+
+    @classmethod
+    def section_of(cls, name: str) -> type[Config]:
+        """See `contracts.TokenizerKind.options`."""
+        options: type[Config] = registry.load("tokenizers", name).TOKENIZER.options
+        return options
+
+    @field_validator("name")
+    @classmethod
+    def _tokenizer_exists(cls, name: str) -> str:
+        if name not in registry.names("tokenizers"):
+            registry.load("tokenizers", name)  # says what there is
+        return name
 
     @field_validator("levels")
     @classmethod
@@ -92,12 +114,11 @@ class TokenizerConfig(Config):
         return widths
 
     def check_grid(self, image_size: int) -> None:
-        """Raises RecipeError if pictures of that size are no whole number of tokens."""
-        down, patch = self.downsample, self.patch
-        if image_size % down or down % patch:
+        """Raises RecipeError if images of that size are no whole number of tokens."""
+        if image_size % self.downsample:
             raise RecipeError(
                 f"preprocess.image_size={image_size} must be a multiple of "
-                f"tokenizer.downsample={down}, and that of tokenizer.patch={patch}"
+                f"tokenizer.downsample={self.downsample}"
             )
 
     @model_validator(mode="after")

@@ -25,7 +25,7 @@ from pipeline.contracts import ModelSpec
 from pipeline.models import load_family
 from pipeline.models.gan import GanConfig
 from pipeline.text import HFCaptionEncoder, identify, load_caption_encoder
-from pipeline.tokenizers import fsq
+from pipeline.tokenizers import build_tokenizer
 from pipeline.tokenizers._saved import save_tokenizer
 
 settings.register_profile("shared-machine", deadline=None, max_examples=50)
@@ -71,7 +71,7 @@ def tiny_bundles(
     """A bundle with random weights for every family: everything real but the training."""
     directory = tmp_path_factory.mktemp("bundles")
     torch.manual_seed(0)
-    tokenizer = fsq.build(TINY_TOKENIZER, 64)
+    tokenizer = build_tokenizer(TINY_TOKENIZER, 64)
     save_tokenizer(directory / "tokenizer", tokenizer.state_dict(), TINY_TOKENIZER, 64)
     spec = ModelSpec(
         image_size=64,

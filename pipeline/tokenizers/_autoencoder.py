@@ -1,10 +1,11 @@
 """The convolutional autoencoder around a quantiser, whichever that is.
 
-Work starts at the patch grid (16x16 for 64-pixel pictures), because convolutions at full resolution
-are ruinous on CPUs.
+Work starts at the patch grid (16 x 16 for 64-pixel images), because convolutions at full resolution
+cost most of the time on CPUs. The encoder goes on at the token grid; the decoder mirrors it.
 
-Shapes: B pictures, H = W = image_size, P = H / patch, G = H / downsample, N = G * G tokens, D code
-dimensions.
+    tokenizer = QuantizedAutoencoder(config, image_size=64, quantizer=FSQ(config.levels))
+
+Shapes: B images, H = W = image_size, G = H / downsample, N = G * G tokens, D code dimensions.
 """
 
 from __future__ import annotations
@@ -14,18 +15,22 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from pipeline.objective import TrainableNetwork
+from pipeline.errors import RecipeError
+from pipeline.objective import TokenizerNetwork
 from pipeline.tokenizer_config import TokenizerConfig
 from pipeline.tokenizers._blocks import AttentionBlock, ChannelNorm, ResidualBlock
 
+CONVOLUTIONAL_SHAPE = ("downsample", "patch", "widths", "encoder_depths", "decoder_depths")
+"""`TokenizerKind.shape_fields` of the autoencoder."""
+
 
 class Quantizer(Protocol):
-    """Latents <-> codes <-> indices, an nn.Module.
+    """Latents -> codes <-> indices; an nn.Module.
 
     Attributes:
         width: D, dimensions of a latent and of a code.
         codebook_size: how many codes there are.
-        levels: FSQ levels of each dimension; empty if codes are no grid.
+        levels: FSQ levels of each dimension; empty for quantisers of another kind.
     """
 
     width: int
@@ -33,7 +38,7 @@ class Quantizer(Protocol):
     levels: tuple[int, ...]
 
     def __call__(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """float (..., D) -> codes (..., D), differentiable, and the quantiser's loss ()."""
+        """float (..., D) -> codes (..., D), differentiable, and the quantiser's loss, a scalar."""
 
     def to_indices(self, codes: Tensor) -> Tensor:
         """codes (..., D) -> int64 (...,) in [0, codebook_size)."""
@@ -49,11 +54,20 @@ def _stack(width: int, depth: int, *, attention: bool = False) -> nn.Sequential:
     return nn.Sequential(*blocks)
 
 
-class QuantizedAutoencoder(TrainableNetwork):
-    """contracts.ImageTokenizer."""
+class QuantizedAutoencoder(TokenizerNetwork):
+    """Convolutions, a quantiser, and convolutions back.
+
+    Raises:
+        RecipeError: `downsample` is no multiple of `patch`.
+    """
 
     def __init__(self, config: TokenizerConfig, image_size: int, quantizer: Quantizer) -> None:
         super().__init__()
+        if config.downsample % config.patch:
+            raise RecipeError(
+                f"tokenizer.downsample={config.downsample} must be a multiple of "
+                f"tokenizer.patch={config.patch}"
+            )
         self.config = config
         self.image_size = image_size
         self.grid_size = image_size // config.downsample
@@ -80,14 +94,14 @@ class QuantizedAutoencoder(TrainableNetwork):
             nn.Conv2d(fine, 3 * patch * patch, 3, padding=1),
             nn.PixelShuffle(patch),
         )
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def head_modules(self) -> list[nn.Module]:
-        """What the policy `head` trains: image tokens mean what they meant, and look better."""
+        """The decoder."""
         return [self.decoder]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """float (B, 3, H, W) in [-1, 1] -> (reconstruction (B, 3, H, W), quantiser loss ())."""
+        """float (B, 3, H, W) in [-1, 1] -> reconstruction (B, 3, H, W) and the quantiser's loss."""
         codes, loss = self._codes(images)
         return self._decode_codes(codes), loss
 

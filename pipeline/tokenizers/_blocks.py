@@ -15,13 +15,14 @@ class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of (B, C, H, W); on CPUs several times faster than GroupNorm."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        normed: Tensor = super().forward(x.permute(0, 2, 3, 1))
+        return normed.permute(0, 3, 1, 2)
 
 
 class ResidualBlock(nn.Module):
     """norm, SiLU, 3x3, norm, SiLU, 3x3 beside a skip connection: (B, C, H, W) -> the same shape.
 
-    The last convolution starts at zero, so that the block is the identity at initialisation.
+    The last convolution's kernels start at zero: at first the block adds a bias and nothing else.
     """
 
     def __init__(self, width: int) -> None:
@@ -33,12 +34,15 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        return x + self.conv2(F.silu(self.norm2(h)))
+        change: Tensor = self.conv2(F.silu(self.norm2(h)))
+        return x + change
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over the H * W positions of (B, C, H, W): a token may depend on the whole
-    image. The identity at initialisation.
+    """Self-attention over the H * W positions, so that a token may depend on the whole image:
+    (B, C, H, W) -> the same shape.
+
+    The output projection's weights start at zero: at first the block adds a bias and nothing else.
     """
 
     def __init__(self, width: int) -> None:
@@ -55,4 +59,5 @@ class AttentionBlock(nn.Module):
         qkv = self.qkv(self.norm(tokens)).view(B, H * W, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H * W, C)
-        return x + self.out(mixed).transpose(1, 2).view(B, C, H, W)
+        change: Tensor = self.out(mixed).transpose(1, 2).view(B, C, H, W)
+        return x + change

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from pydantic import BaseModel, Field, ValidationError
@@ -23,21 +23,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from pipeline import registry
 from pipeline.artifacts import WEIGHTS, file_digest, resolve_path
 from pipeline.config_section import Config
 from pipeline.errors import BundleError, RecipeError
+from pipeline.objective import TokenizerNetwork
 from pipeline.overrides import shaped_like
 from pipeline.tokenizer_config import TokenizerConfig
+from pipeline.tokenizers import build_tokenizer, load_tokenizer_kind
 
 FORMAT = 1
 """Of manifests; this version of Tessera reads no other."""
 MANIFEST = "config.json"
-TOKENIZER_SHAPE = (
-    "name", "levels", "codebook_size", "code_width", "downsample", "patch", "widths",
-    "encoder_depths", "decoder_depths",
-)  # fmt: skip
-"""The settings that decide which weights a tokenizer has, so those its training can start from."""
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -104,7 +100,12 @@ def tokenizer_shape_of_source(config: TokenizerConfig, source: Path | None) -> T
         return config
     built = read_manifest(source, TokenizerManifest).tokenizer
     whose = f"that of the tokenizer in {source}"
-    values = shaped_like(config, built, TOKENIZER_SHAPE, section="tokenizer", whose=whose)
+    values = shaped_like(config, built, ("name",), section="tokenizer", whose=whose)
+    config = TokenizerConfig.model_validate(values)
+    fields = load_tokenizer_kind(built.name).shape_fields
+    values = shaped_like(
+        config.completed(), built.completed(), fields, section="tokenizer", whose=whose
+    )
     return TokenizerConfig.model_validate(values)
 
 
@@ -119,15 +120,15 @@ def save_tokenizer(
     write_manifest(directory, manifest)
 
 
-def load_tokenizer(directory: Path) -> Any:
-    """The ImageTokenizer of a tokenizer directory, in evaluation mode.
+def load_tokenizer(directory: Path) -> TokenizerNetwork:
+    """The tokenizer of a tokenizer directory, on the CPU, in float32 and evaluation mode.
 
     Raises:
-        BundleError: it is missing, damaged, or of another format.
+        BundleError: it is missing, damaged, of another format, or of a kind of tokenizer that is
+            not installed here.
     """
     manifest = read_manifest(directory, TokenizerManifest)
-    module = registry.load("tokenizers", manifest.tokenizer.name)
-    tokenizer = module.build(manifest.tokenizer, manifest.image_size)
+    tokenizer = build_tokenizer(manifest.tokenizer, manifest.image_size)
     load_weights(tokenizer, directory, manifest.files)
     return tokenizer.eval()
 

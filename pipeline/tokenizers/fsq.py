@@ -1,4 +1,7 @@
-"""Finite scalar quantisation: every dimension rounds to one of a few levels; nothing can collapse.
+"""Finite scalar quantisation (FSQ): each dimension of a latent rounds to one of a few levels.
+
+There is no codebook to learn, so none can collapse. A token's index is a number whose digits are
+the levels of its dimensions.
 
 Source: Mentzer et al. 2023, "Finite Scalar Quantization: VQ-VAE Made Simple" (arXiv 2309.15505),
 section 3; the bound and the index arithmetic follow its equations.
@@ -7,16 +10,19 @@ section 3; the bound and the index arithmetic follow its equations.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import TokenizerConfig
-from pipeline.tokenizers._autoencoder import QuantizedAutoencoder
+from pipeline.config_section import Config
+from pipeline.contracts import TokenizerKind
+from pipeline.tokenizer_config import TokenizerConfig
+from pipeline.tokenizers._autoencoder import CONVOLUTIONAL_SHAPE, QuantizedAutoencoder
 
 
 class FSQ(nn.Module):
-    """Rounds each of D bounded dimensions to one of levels[d] values."""
+    """Rounds each of D bounded dimensions to one of levels[d] values; `_autoencoder.Quantizer`."""
 
     counts: Tensor
     basis: Tensor
@@ -30,14 +36,17 @@ class FSQ(nn.Module):
         self.codebook_size = math.prod(levels)
 
     def bound(self, latents: Tensor) -> Tensor:
-        """(..., D) -> (..., D) with levels[d] integers inside the range of dimension d."""
+        """float (..., D) -> (..., D), bounded so that levels[d] integers lie within dimension d."""
         half = (self.counts - 1) * (1 + 1e-3) / 2
         offset = torch.where(self.counts % 2 == 0, 0.5, 0.0)
         shift = torch.atanh(offset / half)
         return torch.tanh(latents + shift) * half - offset
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """float (..., D) -> codes (..., D) in [-1, 1], straight-through; there is no loss: 0."""
+        """float (..., D) -> codes (..., D) in [-1, 1] and no loss: 0.
+
+        Gradients pass straight through the rounding.
+        """
         bounded = self.bound(latents.float())
         rounded = bounded + (bounded.round() - bounded).detach()
         return rounded / (self.counts // 2), latents.new_zeros(())
@@ -57,6 +66,19 @@ class FSQ(nn.Module):
         return indices.unsqueeze(-1) // self.basis % self.counts
 
 
-def build(config: TokenizerConfig, image_size: int) -> QuantizedAutoencoder:
-    """A freshly initialised tokenizer."""
-    return QuantizedAutoencoder(config, image_size, FSQ(config.levels))
+class FSQTokenizer(TokenizerKind):
+    """See `contracts.TokenizerKind`."""
+
+    options = Config  # its settings stand in the section `tokenizer` itself
+    shape_fields = ("levels", *CONVOLUTIONAL_SHAPE)
+    unread: Mapping[str, str] = dict.fromkeys(
+        ("codebook_size", "code_width", "commitment_weight", "entropy_weight"),
+        "on the tokenizer fsq, whose levels make up its codebook",
+    )
+
+    def build(self, config: TokenizerConfig, image_size: int) -> QuantizedAutoencoder:
+        """A freshly initialised network."""
+        return QuantizedAutoencoder(config, image_size, FSQ(config.levels))
+
+
+TOKENIZER = FSQTokenizer()

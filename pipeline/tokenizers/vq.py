@@ -1,27 +1,35 @@
-"""Vector quantisation by cosine similarity, with an entropy term that keeps codes in use.
+"""Vector quantisation (VQ) by cosine similarity, with an entropy loss that keeps codes in use.
 
-Sources: Yu et al. 2022, "Vector-quantized Image Modeling with Improved VQGAN" (arXiv 2110.04627),
-section 3.1: few dimensions, codes and latents of unit length; van den Oord et al. 2017, VQ-VAE
-(arXiv 1711.00937), equation 3: codebook and commitment losses; Yu et al. 2024, MAGVIT-v2 (arXiv
-2310.05737), equation 5: each latent sure of its code, all codes used alike. The term is
-differentiable, so that no worker has to revive dead codes on its own.
+Sources:
+    few dimensions, latents and codes of unit length: Yu et al. 2022, "Vector-quantized Image
+        Modeling with Improved VQGAN" (arXiv 2110.04627), section 3.1
+    codebook and commitment losses: van den Oord et al. 2017, VQ-VAE (arXiv 1711.00937), equation 3
+    entropy loss, for latents that are sure of their code and codes that are used alike: Yu et al.
+        2024, MAGVIT-v2 (arXiv 2310.05737), equation 5
+
+The entropy loss is differentiable, so no worker of a distributed training has to revive dead codes
+on its own.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.config import TokenizerConfig
-from pipeline.tokenizers._autoencoder import QuantizedAutoencoder
+from pipeline.config_section import Config
+from pipeline.contracts import TokenizerKind
+from pipeline.tokenizer_config import TokenizerConfig
+from pipeline.tokenizers._autoencoder import CONVOLUTIONAL_SHAPE, QuantizedAutoencoder
 
-ENTROPY_SHARPNESS = 20.0  # of the soft assignment, cosines times this
-ENTROPY_LATENTS = 512  # a batch's latents that the entropies are estimated from
+ENTROPY_SHARPNESS = 20.0  # cosines times this are the logits of the soft assignment
+ENTROPY_LATENTS = 512  # latents of a batch that the entropies are estimated from
 
 
 class CosineVQ(nn.Module):
-    """The nearest of codebook_size unit vectors."""
+    """The nearest of codebook_size learned unit vectors; `_autoencoder.Quantizer`."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -32,7 +40,7 @@ class CosineVQ(nn.Module):
         self.codebook = nn.Embedding(self.codebook_size, self.width)
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """float (..., D) -> unit codes (..., D), straight-through, and the loss ()."""
+        """float (..., D) -> unit codes (..., D), straight-through, and the loss, a scalar."""
         latents = F.normalize(latents.float(), dim=-1)
         codes = self.to_codes(self.to_indices(latents))
         loss = (codes - latents.detach()).square().mean()
@@ -44,7 +52,7 @@ class CosineVQ(nn.Module):
     def _entropy_loss(self, latents: Tensor) -> Tensor:
         """Mean entropy of the soft assignments minus the entropy of their mean, in nats."""
         some = latents[torch.randperm(len(latents), device=latents.device)[:ENTROPY_LATENTS]]
-        log_p = (ENTROPY_SHARPNESS * some @ self._table().T).log_softmax(-1)
+        log_p = (ENTROPY_SHARPNESS * some @ self.unit_codes().T).log_softmax(-1)
         each = -(log_p.exp() * log_p).sum(-1).mean()
         mean = log_p.exp().mean(0)
         return each + (mean * mean.clamp_min(1e-9).log()).sum()
@@ -52,16 +60,27 @@ class CosineVQ(nn.Module):
     def to_indices(self, codes: Tensor) -> Tensor:
         """float (..., D) -> int64 (...,): the codes of the largest cosine."""
         with torch.autocast(codes.device.type, enabled=False):
-            return (codes.float() @ self._table().T).argmax(-1)
+            return (codes.float() @ self.unit_codes().T).argmax(-1)
 
     def to_codes(self, indices: Tensor) -> Tensor:
         """int64 (...,) -> float (..., D)."""
-        return F.embedding(indices, self._table())
+        return F.embedding(indices, self.unit_codes())
 
-    def _table(self) -> Tensor:
+    def unit_codes(self) -> Tensor:
+        """The codebook, l2-normalised float32 (codebook_size, D)."""
         return F.normalize(self.codebook.weight.float(), dim=-1)
 
 
-def build(config: TokenizerConfig, image_size: int) -> QuantizedAutoencoder:
-    """A freshly initialised tokenizer."""
-    return QuantizedAutoencoder(config, image_size, CosineVQ(config))
+class VQTokenizer(TokenizerKind):
+    """See `contracts.TokenizerKind`."""
+
+    options = Config  # its settings stand in the section `tokenizer` itself
+    shape_fields = ("codebook_size", "code_width", *CONVOLUTIONAL_SHAPE)
+    unread: Mapping[str, str] = {"levels": "on the tokenizer vq"}
+
+    def build(self, config: TokenizerConfig, image_size: int) -> QuantizedAutoencoder:
+        """A freshly initialised network."""
+        return QuantizedAutoencoder(config, image_size, CosineVQ(config))
+
+
+TOKENIZER = VQTokenizer()

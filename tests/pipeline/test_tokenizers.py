@@ -16,8 +16,9 @@ from pipeline.contracts import ImageTokenizer
 from pipeline.errors import RecipeError
 from pipeline.finetune import apply_policy
 from pipeline.images import to_float
+from pipeline.objective import TokenizerNetwork
+from pipeline.tokenizers import build_tokenizer, load_tokenizer_kind
 from pipeline.tokenizers._saved import (
-    TOKENIZER_SHAPE,
     load_tokenizer,
     save_tokenizer,
     tokenizer_shape_of_source,
@@ -36,11 +37,9 @@ CONFIG = TokenizerConfig(
 tokenizers = pytest.mark.parametrize("name", registry.names("tokenizers"))
 
 
-def build(name: str, image_size: int = 32) -> torch.nn.Module:
+def build(name: str, image_size: int = 32) -> TokenizerNetwork:
     torch.manual_seed(0)
-    config = CONFIG.model_copy(update={"name": name})
-    made: torch.nn.Module = registry.load("tokenizers", name).build(config, image_size)
-    return made.eval()
+    return build_tokenizer(CONFIG.model_copy(update={"name": name}), image_size).eval()
 
 
 @tokenizers
@@ -192,10 +191,17 @@ def test_a_tokenizers_shape_comes_from_its_source() -> None:
     shaped = tokenizer_shape_of_source(TokenizerConfig(l1_weight=2), source)
     built = load_tokenizer(source).config
     assert shaped.l1_weight == 2
-    assert all(getattr(shaped, key) == getattr(built, key) for key in TOKENIZER_SHAPE)
+    shape = ("name", *load_tokenizer_kind("fsq").shape_fields)
+    assert {"levels", "downsample", "patch", "widths", "encoder_depths"} < set(shape)
+    assert all(getattr(shaped, key) == getattr(built, key) for key in shape)
     assert tokenizer_shape_of_source(TokenizerConfig(), None) == TokenizerConfig()
     with pytest.raises(RecipeError, match=r"tokenizer\.patch=2 is not that of the tokenizer in"):
         tokenizer_shape_of_source(TokenizerConfig(patch=2), source)
+
+
+def test_a_patch_that_does_not_fill_a_token_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"downsample=8 must be a multiple of tokenizer\.patch=3"):
+        build_tokenizer(CONFIG.model_copy(update={"patch": 3}), 32)
 
 
 @tokenizers
