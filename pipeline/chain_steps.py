@@ -8,7 +8,9 @@
     aligner       pixels, captions -> a trained aligner (not where one is taken as it is)
     evaluate      candidates, champion and untuned base on the same images -> reports
 
-Each step's work is one function of the plan and its context; `pipeline.steps` runs the table.
+Each step's work is one function of the plan and its context; `pipeline.steps` runs the table. A
+step imports what it works with (the training stacks of PyTorch and Ray, metrics: seconds each) when
+it works: most scheduled retrains find every step done.
 """
 
 from __future__ import annotations
@@ -17,30 +19,21 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow.parquet as pq
-
-from pipeline import evaluate, generation, reports
+from pipeline import reports
 from pipeline.accounting import check_bad_fraction
-from pipeline.aligner import Aligner
-from pipeline.aligning import train_aligner
 from pipeline.artifacts import bundle_digest, file_digest
-from pipeline.autoencoding import train_tokenizer
 from pipeline.config import PreprocessConfig
-from pipeline.encode import encode_captions, encode_images
-from pipeline.evalset import EvalSet
-from pipeline.features import ImageNetFeatures
-from pipeline.generation import GeneratorTask, make_spec
 from pipeline.model_registry import ResolvedModel
-from pipeline.models._captions import KnownCaptions
 from pipeline.plan import Candidate, Plan, given_inputs
-from pipeline.preprocess import preprocess
 from pipeline.pretrained import content_digest
-from pipeline.runtime import choose_device
+from pipeline.shapes import make_spec
 from pipeline.steps import Results, Step, StepContext, StepResult, step_settings
-from pipeline.tokenizers._saved import load_tokenizer
 from pipeline.tracking import RunLogger
+
+if TYPE_CHECKING:
+    from pipeline.generation import GeneratorTask
 
 
 def training_steps(plan: Plan) -> dict[str, Step]:
@@ -109,6 +102,8 @@ def _preprocess_step(plan: Plan) -> Step:
 
 
 def _preprocess(plan: Plan, context: StepContext) -> dict[str, Any]:
+    from pipeline.preprocess import preprocess
+
     report = preprocess(
         list(plan.shards), context.path / "data", data=plan.recipe.data,
         config=plan.recipe.preprocess, on_progress=context.on_progress,
@@ -130,6 +125,8 @@ def _tokens_step(plan: Plan) -> Step:
 
 
 def _tokens(plan: Plan, context: StepContext) -> dict[str, Any]:
+    from pipeline.encode import encode_images
+
     count = encode_images(
         pixels_of(context.results), tokenizer_of(plan, context.results), context.path / "data",
         config=plan.recipe.encode, image_size=plan.recipe.preprocess.image_size,
@@ -149,6 +146,8 @@ def _captions_step(plan: Plan) -> Step:
 
 
 def _captions(plan: Plan, context: StepContext) -> dict[str, Any]:
+    from pipeline.encode import encode_captions
+
     count = encode_captions(
         pixels_of(context.results), context.path / "data", config=plan.encoder.config,
         cache=plan.cache, on_progress=context.on_progress,
@@ -178,6 +177,8 @@ def _tokenizer_step(plan: Plan) -> Step:
 
 
 def _tokenizer(plan: Plan, context: StepContext) -> dict[str, Any]:
+    from pipeline.autoencoding import train_tokenizer
+
     tokenizer = plan.tokenizer
     return dict(
         train_tokenizer(
@@ -197,6 +198,8 @@ def _aligner_step(plan: Plan) -> Step:
 
 
 def _aligner(plan: Plan, context: StepContext) -> dict[str, Any]:
+    from pipeline.aligning import train_aligner
+
     return dict(
         train_aligner(
             context, pixels_of(context.results), context.results["captions"].path / "data",
@@ -228,8 +231,10 @@ def generator_inputs(plan: Plan, candidate: Candidate) -> tuple[tuple[str, ...],
 
 
 def _generator(plan: Plan, candidate: Candidate, context: StepContext) -> dict[str, Any]:
+    from pipeline.generation import train_generator
+
     return dict(
-        generation.train_generator(
+        train_generator(
             context,
             generator_task(plan, candidate, context.results),
             encoder=plan.encoder.load(),
@@ -242,6 +247,11 @@ def _generator(plan: Plan, candidate: Candidate, context: StepContext) -> dict[s
 def generator_task(plan: Plan, candidate: Candidate, results: Results) -> GeneratorTask:
     """What a worker needs to train a candidate. Of the styles that the shards promise it learns
     those that preprocessing accepted images of."""
+    import pyarrow.parquet as pq
+
+    from pipeline.generation import SAMPLE_PROMPTS, GeneratorTask
+    from pipeline.models._captions import KnownCaptions
+
     encoder = plan.encoder.load()
     pixels, tokenizer = pixels_of(results), tokenizer_of(plan, results)
     found = set(pq.read_table(pixels, columns=["style"])["style"].to_pylist())
@@ -252,7 +262,7 @@ def generator_task(plan: Plan, candidate: Candidate, results: Results) -> Genera
             plan.tokenizer.shape(), encoder.width, candidate.config.data.kept(found), plan.base,
             candidate.config, candidate.language_model,
         ),
-        sample_prompts=KnownCaptions.of(encoder, (*generation.SAMPLE_PROMPTS, "")),
+        sample_prompts=KnownCaptions.of(encoder, (*SAMPLE_PROMPTS, "")),
         tokenizer=tokenizer,
         images=results["tokens"].path / "data" if reads_tokens else pixels,
         captions=results["captions"].path / "data",
@@ -313,6 +323,13 @@ def champion_subject(plan: Plan, results: Results, champion: ResolvedModel | Non
 def _evaluate(
     plan: Plan, others: Mapping[str, Path], champion_is: str | None, context: StepContext
 ) -> dict[str, Any]:
+    from pipeline import evaluate
+    from pipeline.aligner import Aligner
+    from pipeline.evalset import EvalSet
+    from pipeline.features import ImageNetFeatures
+    from pipeline.runtime import choose_device
+    from pipeline.tokenizers._saved import load_tokenizer
+
     recipe, results = plan.recipe, context.results
     pixels = pixels_of(results)
     subjects = {**bundles_of(plan, results), **others}

@@ -22,12 +22,12 @@ from pipeline.artifacts import bundle_digest, resolve_path
 from pipeline.bundle import text_tokenizer_of
 from pipeline.config import CaptionEncoderConfig, GeneratorConfig, Recipe, TokenizerConfig
 from pipeline.contracts import Family, ModelSpec
-from pipeline.generation import check_generator, make_spec, shape_of_base
 from pipeline.model_registry import resolve_model
 from pipeline.models import load_family
 from pipeline.objective import TokenizerNetwork
 from pipeline.pretrained import content_digest, find_language_model
 from pipeline.runtime import choose_device
+from pipeline.shapes import check_generator, make_spec, shape_of_base
 from pipeline.shards import Manifest, locate, read_manifest, verify
 from pipeline.text import HFCaptionEncoder, check_available, load_caption_encoder
 from pipeline.tokenizers import build_tokenizer

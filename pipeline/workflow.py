@@ -17,7 +17,6 @@ from pathlib import Path
 from pipeline import reports
 from pipeline.artifacts import bundle_digest
 from pipeline.bundle import read_bundle
-from pipeline.card import write_card
 from pipeline.chain_steps import (
     champion_subject,
     evaluation_needs,
@@ -29,7 +28,6 @@ from pipeline.chain_steps import (
 from pipeline.contracts import Decision, EvalReport
 from pipeline.model_registry import ModelRegistry, ResolvedModel
 from pipeline.plan import Plan
-from pipeline.preflight import check, disk_mb
 from pipeline.promotion import choose, decide
 from pipeline.runtime import check_disk, ray_runtime
 from pipeline.steps import (
@@ -159,6 +157,8 @@ def check_to_do(plan: Plan) -> None:
     found, _ = statuses(table, table, plan.home)
     waiting = [status.name for status in found if status.state == "to do"]
     if waiting:
+        from pipeline.preflight import check, disk_mb  # builds networks: seconds to import
+
         check(plan)
         needed = disk_mb(plan)
         check_disk(plan.home, round(SPARE_MB + sum(needed.get(name, 0) for name in waiting)))
@@ -213,6 +213,8 @@ def _promote(
     if champion is not None and bundle_digest(champion.path) == bundle_digest(bundle):
         reason = f"it is already the champion, version {champion.version}"
         return Decision(True, (reason,)), champion.version
+    from pipeline.card import write_card
+
     decision = decide(found["candidate"], judged.champion_report, plan.recipe.promote)
     decision = replace(decision, reasons=(*decision.reasons, *other_splits(plan, champion)))
     write_card(

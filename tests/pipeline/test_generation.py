@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import generation, registry
+from pipeline import registry, shapes
 from pipeline.bundle import load_bundle
 from pipeline.config import GeneratorConfig
 from pipeline.errors import BundleError, RecipeError
-from pipeline.generation import make_spec, mixed_with_start, shape_of_base, start_from
+from pipeline.generation import mixed_with_start, start_from
 from pipeline.models import load_family
 from pipeline.models.gan import GanConfig
+from pipeline.shapes import make_spec, shape_of_base
 from pipeline.tokenizers._saved import resolve_tokenizer
 
 
@@ -52,12 +53,12 @@ def test_a_new_style_starts_from_the_mean_of_the_known(
 def test_tasks_that_the_recipe_names_are_its_own(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built = generation.read_bundle(tiny_bundle)
+    built = shapes.read_bundle(tiny_bundle)
     both = ("text_to_image", "completion")
     wider = built.model_copy(
         update={"generator": built.generator.model_copy(update={"tasks": both})}
     )
-    monkeypatch.setattr(generation, "read_bundle", lambda _: wider)
+    monkeypatch.setattr(shapes, "read_bundle", lambda _: wider)
     assert shape_of_base(GeneratorConfig(), tiny_bundle).tasks == both
     assert shape_of_base(GeneratorConfig(tasks=both[:1]), tiny_bundle).tasks == both[:1]
 

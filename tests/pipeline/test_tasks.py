@@ -16,12 +16,12 @@ from pipeline import registry
 from pipeline.config import AugmentConfig, GeneratorConfig, TrainConfig
 from pipeline.contracts import Canvas, GenerationRequest, ModelParts
 from pipeline.errors import RecipeError, RequestError
-from pipeline.generation import check_generator
 from pipeline.models import load_family
 from pipeline.models._captions import CaptionTokenizer
 from pipeline.models.networks import causal
 from pipeline.models.networks.causal import CausalGenerator
 from pipeline.objective import Objective
+from pipeline.shapes import check_generator
 from pipeline.tasks import gives_source
 from pipeline.tasks._dataset import TaskDataset
 
