@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from jobs.console import ConsoleReporter, time_table, trial_table
-from jobs.data_cli import data_app, ingest_app
+from jobs.data_cli import data_app
+from jobs.ingest_cli import ingest_app
 from jobs.options import DEFAULT_HOME, AsJson, Debug, Home, Overrides, RecipeName
 from jobs.serving_cli import bench_app, key
 from pipeline.errors import TesseraError

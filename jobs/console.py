@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,7 +16,8 @@ from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElap
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from pipeline.progress import Progress
+if TYPE_CHECKING:  # it needs Ray, and `tessera --help` does without
+    from pipeline.progress import Progress
 
 # Metrics shown beside the bar, in this order.
 SHOWN = ("validation_loss", "train_loss", "train_psnr", "validation_psnr", "images_per_s")

@@ -79,7 +79,7 @@ def augmentation_grid(
     for sample in _spread(uri, manifest, 4 * count):
         try:
             record = _record(sample, manifest)
-            images.append(decode(sample.picture or b"", recipe.preprocess, key=sample.key))
+            images.append(decode(sample.image or b"", recipe.preprocess, key=sample.key))
             flippable.append(may_mirror([caption["text"] for caption in record["captions"]]))
         except (BadImage, BadCaption):
             continue
@@ -145,10 +145,10 @@ def _cell(sample: TarSample, manifest: Manifest) -> tuple[NDArray[np.uint8], str
     config = PreprocessConfig(image_size=SIDE, min_side=1, max_aspect=1e6)
     try:
         record = _record(sample, manifest)
-        if sample.problem or sample.picture is None:
+        if sample.problem or sample.image is None:
             raise BadImage(sample.problem or "no_picture")
         first = {c["language"]: c["text"] for c in reversed(record["captions"])}
         captions = list(reversed(first.values()))  # a language's first is the shortest
-        return decode(sample.picture, config), clean(" | ".join(captions)) or sample.key
+        return decode(sample.image, config), clean(" | ".join(captions)) or sample.key
     except (BadImage, BadCaption) as error:
         return np.full((3, SIDE, SIDE), WHITE[0] // 2, np.uint8), f"({error.reason})"

@@ -1,4 +1,4 @@
-"""Ingest: captioned pictures from a source into a shard set.
+"""Ingest: captioned images from a source into a shard set.
 
 Run:
 
@@ -7,29 +7,35 @@ Run:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.shard_writer import write_shards
+from pipeline.contracts import Source
+from pipeline.shard_writer import MAX_SHARD_BYTES, write_index, write_shards
 from pipeline.shards import Manifest
-from pipeline.sources.emoji import SHIPPED_VENDORS, EmojiSource
 
 
-def ingest_emoji(
+def ingest(
+    source: Source,
     output: str | Path,
     *,
-    cache: Path,
-    vendors: Sequence[str] = SHIPPED_VENDORS,
-    languages: Sequence[str] = ("en", "zh"),
-    skin_tones: bool = False,
-    max_shard_bytes: int = 256_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     compress: bool = False,
 ) -> Manifest:
-    """Write emoji pictures and captions as shards, replacing what `output` held.
+    """Write a source's samples as shards, replacing the set that `output` held.
+
+    Of a source that is read where it is (`Source.index`) only a manifest is written.
+
+    Args:
+        output: folder or URI.
+        max_shard_bytes: of a shard, before compression.
+        compress: gzip the shards.
 
     Raises:
-        PretrainedNotFoundError: a package cannot be fetched.
-        DataError: an unknown vendor or language, or a damaged package.
+        DataError: the source is missing, empty or damaged.
+        PretrainedNotFoundError: what the source downloads cannot be had.
     """
-    source = EmojiSource(cache, vendors, languages, skin_tones)
-    return write_shards(source.samples(), output, max_bytes=max_shard_bytes, compress=compress)
+    manifest = source.index(str(output))
+    if manifest is None:
+        return write_shards(source.samples(), output, max_bytes=max_shard_bytes, compress=compress)
+    write_index(manifest, output)
+    return manifest

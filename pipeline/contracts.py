@@ -9,19 +9,25 @@ Shapes use B pictures in a batch, H and W pixels (H = W = image_size), N image t
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
-if TYPE_CHECKING:  # the HTTP ingress imports this file and does without PyTorch
-    from pathlib import Path
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pipeline.errors import DataError
+from pipeline.overrides import explain
+
+if TYPE_CHECKING:  # the HTTP ingress imports this file and does without PyTorch and PyArrow
     import torch
     from torch import Tensor
 
     from pipeline.config import GeneratorConfig
     from pipeline.config_section import Config
     from pipeline.objective import GeneratorNetwork, Objective, TokenizerNetwork
+    from pipeline.shards import Manifest
     from pipeline.tokenizer_config import TokenizerConfig
 
 MAX_SEED = 2**63 - 1
@@ -29,10 +35,10 @@ MAX_SEED = 2**63 - 1
 
 @dataclass(frozen=True)
 class Caption:
-    """One description of a picture.
+    """One description of an image.
 
     Attributes:
-        text: what the picture shows, NFC-normalised, not empty.
+        text: what the image shows, NFC-normalised, not empty.
         language: BCP 47 tag, for example "en" or "zh".
     """
 
@@ -42,20 +48,20 @@ class Caption:
 
 @dataclass(frozen=True)
 class Sample:
-    """One captioned picture, still encoded, with its provenance.
+    """One captioned image, still encoded, with its provenance.
 
     Attributes:
         key: unique name within a shard set; letters, digits, "-" and "_" only.
-        image: the encoded picture (PNG, WebP or JPEG); empty where the source has none, which
+        image: the encoded image (PNG, WebP or JPEG); empty where the source has none, which
             preprocessing quarantines.
-        extension: the picture's file name extension without the dot: "png", "webp", "jpg".
+        extension: the image's file name extension without the dot: "png", "webp", "jpg".
         captions: what it shows; the first caption of a language is the shortest, canonical one.
-            None for pictures to train a tokenizer on.
-        group: what the picture is of; a split never parts a group (for emoji: the code point).
-        style: who drew it, or in which manner; a condition the generator can be given.
+            Empty for images that train the tokenizer alone.
+        group: what the image is of; a split never parts a group (for emoji: the code point).
+        style: who made it, or in which manner; a condition that the generator can be given.
         source: where it came from, name and version.
         license: SPDX identifier.
-        attribution: the credit the licence asks for.
+        attribution: the credit that the licence asks for.
     """
 
     key: str
@@ -69,11 +75,79 @@ class Sample:
     attribution: str
 
 
-class Source(Protocol):
-    """Captioned pictures from anywhere."""
+@dataclass(frozen=True)
+class Positional:
+    """Marks a setting of a source that `tessera ingest` takes by its position, not by its name.
 
+    folder: Annotated[str, Positional()] = Field(description="A directory or URI.")
+    """
+
+
+@dataclass(frozen=True)
+class OptionName:
+    """The name of a setting on the command line, where it is not the field's.
+
+    vendors: Annotated[tuple[str, ...], OptionName("vendor")] = Field(("noto",), description="...")
+    """
+
+    name: str
+
+
+class Source(BaseModel):
+    """Captioned images from anywhere, as one stream of `Sample`s.
+
+    A source is one file of pipeline/sources, or of a plugin directory (pipeline/registry.py), that
+    defines one subclass of this class. `tessera ingest` has a command of the file's name. The
+    first paragraph of the file's docstring is the command's help. The fields of the class are its
+    arguments and options, with their descriptions, defaults and limits (`ge`, `le`):
+
+        class SquaresSource(Source):
+            side: int = Field(64, ge=8, description="Side of a square, in pixels.")
+
+            def samples(self) -> Iterator[Sample]:
+                ...
+
+    A field may be a text, number, truth value, path, `Literal`, an optional one of these, or a
+    tuple of any number of them, which becomes an option that may be repeated.
+
+    Attributes:
+        default_output: where `tessera ingest` writes without --out; None: --out must be given.
+        cache: directory to keep downloads in. `tessera ingest` sets it to HOME/downloads.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    default_output: ClassVar[str | None] = None
+    cache: Path = Path(".tessera/downloads")
+
+    def __init__(self, **settings: Any) -> None:
+        """Check the settings.
+
+        Raises:
+            DataError: a setting is unknown, missing, of the wrong type or outside its limits.
+        """
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise DataError(explain(error, type(self))) from error
+
+    @abstractmethod
     def samples(self) -> Iterator[Sample]:
-        """Yield every sample once, in a deterministic order."""
+        """Yield every sample once, in a deterministic order.
+
+        Nothing is dropped without a word: what lacks its image or its captions is yielded all the
+        same, and preprocessing quarantines it with a reason.
+
+        Raises:
+            DataError: the source is missing or damaged as a whole.
+        """
+
+    def index(self, output: str) -> Manifest | None:
+        """The manifest of WebDataset tars that are read where they are, for a set at `output`.
+
+        By default None: the samples are written to `output` as shards.
+        """
+        return None
 
 
 @dataclass(frozen=True)

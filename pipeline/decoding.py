@@ -31,7 +31,7 @@ from pipeline.errors import ResourceError
 from pipeline.image_decode import BadImage, decode
 from pipeline.images import to_pil
 from pipeline.reading import EncodedSample
-from pipeline.records import TEXTS
+from pipeline.records import FIELDS
 from pipeline.splits import split_of
 
 ACCEPTED, LEFT_OUT = "accepted", "left_out"  # outcomes; every other one is a reason for quarantine
@@ -121,7 +121,7 @@ class RowDecoder:
                 self.data.validation_fraction,
                 self.data.test_fraction,
             ),
-            **{name: record[name] for name in TEXTS},
+            **{name: record[name] for name in FIELDS},
         }
 
     def _captions(self, raw: Any) -> tuple[Caption, ...]:
@@ -179,7 +179,7 @@ def parse_record(encoded: bytes | None) -> dict[str, Any]:
         record = json.loads(encoded.decode("utf-8"))
         valid = isinstance(record, dict) and all(
             isinstance(record.get(name), str) and (record[name].encode() or name == "attribution")
-            for name in TEXTS
+            for name in FIELDS
         )
     except UnicodeError as error:
         raise BadCaption("bad_utf8") from error

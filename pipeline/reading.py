@@ -126,7 +126,7 @@ def _encoded_sample(sample: TarSample, shard: ShardFile, index: int) -> EncodedS
         "shard": shard.label,
         "index": index,
         "key": key,
-        "image": sample.picture,
+        "image": sample.image,
         "record": record,
         "problem": problem,
     }

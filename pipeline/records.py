@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pipeline.captions import BadCaption
 from pipeline.contracts import Caption
 
-TEXTS = ("group", "style", "source", "license", "attribution")
+FIELDS = ("group", "style", "source", "license", "attribution")
 LANGUAGE = r"(?P<language>[A-Za-z]{2,3}(?:[-_]\w+)*)"
 """A BCP 47 tag, also with underscores."""
 _NO_CAPTION = r"(?!(?:id|ids|url|raw|old|len)$)"  # caption_id is a number, not Indonesian
@@ -40,11 +40,11 @@ class Credits(BaseModel):
     language: str = Field("en", min_length=2, description="of captions that name none, BCP 47")
 
     def fill(self, said: Mapping[str, Any], *, group: str) -> dict[str, str]:
-        """TEXTS as `said` has them, else these; `group` if it names none."""
-        known = {"group": group, **self.model_dump(include=set(TEXTS))}
-        found = {name: _text(said.get(name)) for name in TEXTS}
+        """FIELDS as `said` has them, else these; `group` if it names none."""
+        known = {"group": group, **self.model_dump(include=set(FIELDS))}
+        found = {name: _text(said.get(name)) for name in FIELDS}
         found["attribution"] = found["attribution"] or _text(said.get("author"))
-        return {name: found[name] or known[name] for name in TEXTS}
+        return {name: found[name] or known[name] for name in FIELDS}
 
 
 def _text(value: Any) -> str:

@@ -1,8 +1,9 @@
 """Shard sets: WebDataset tars beside a manifest that counts, credits and checks them.
 
-A sample is KEY.webp (or .png, .jpg) and KEY.json. Sets lie in a local folder or wherever pyarrow.fs
-reaches (s3://, gs://). Written by pipeline/shard_writer.py. A manifest may also stand for tars that
-someone else wrote and that are read where they are (pipeline/sources/webdataset.py).
+A sample is KEY.webp (or .png, .jpg) and KEY.json. Sets lie in a local folder or wherever PyArrow's
+file systems reach (s3://, gs://), and pipeline/shard_writer.py writes them. A manifest may also
+stand for tars that someone else wrote and that are read where they are
+(pipeline/sources/webdataset.py).
 
     print(read_manifest("shards/emoji").licenses)
     assert verify("shards/emoji") == []
@@ -12,9 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -24,13 +26,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pipeline.artifacts import ASSETS
 from pipeline.errors import DataError
 from pipeline.records import Credits
-from pipeline.storage import open_patiently
+from pipeline.storage import CHUNK, open_patiently
 from pipeline.tars import TAR_SUFFIXES
 
 SCHEMA_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 SHARD_NAME = r"^\d{5}-[0-9a-f]{12}\.tar(\.gz)?$"
-CHUNK = 1 << 20  # bytes read at once
 CHECKED_AT_ONCE = 8  # shards, when a set is verified
 
 
@@ -52,22 +53,26 @@ class Shard(_Record):
 
 
 class InPlace(Credits):
-    """Tars that someone else wrote, read where they are.
+    """Tars that someone else wrote and that are read where they are, and what is true of all their
+    samples that do not say otherwise.
 
     Attributes:
-        root: the folder or URI they are in; "." is the manifest's own.
+        root: the folder or URI that they are in; "." is the manifest's own.
     """
 
     root: str = Field(min_length=1)
 
 
 class Manifest(_Record):
-    """What a set promises: its shards, and how many samples of which kind.
+    """What a set holds: its shards, and how many samples of which kind.
 
     Attributes:
         digest: SHA-256 over the schema version and the shards' digests; names the data set.
+        samples: how many.
+        groups: how many different ones the samples have.
+        styles: samples by style; `licenses` and `sources` likewise.
         languages: captions, not samples, by language.
-        in_place: where the shards are, if they are not ours.
+        in_place: where the shards are, if Tessera did not write them.
     """
 
     schema_version: Literal[1]
@@ -93,6 +98,52 @@ class Manifest(_Record):
         return self
 
 
+@dataclass
+class Totals:
+    """What a set holds, counted sample by sample, as its manifest states it.
+
+    Attributes:
+        groups: those seen.
+        counts: samples by style, license and source, and captions by language; keyed by the field
+            of `Manifest`.
+    """
+
+    groups: set[str] = field(default_factory=set)
+    counts: dict[str, Counter[str]] = field(
+        default_factory=lambda: {
+            name: Counter() for name in ("styles", "licenses", "sources", "languages")
+        }
+    )
+
+    def add(
+        self, *, group: str, style: str, license: str, source: str, languages: Iterable[str]
+    ) -> None:
+        """Count one sample; `languages` has one entry per caption."""
+        self.groups.add(group)
+        self.counts["styles"][style] += 1
+        self.counts["licenses"][license] += 1
+        self.counts["sources"][source] += 1
+        self.counts["languages"].update(languages)
+
+    def merge(self, other: Totals) -> None:
+        """Add what another part of the set holds."""
+        self.groups |= other.groups
+        for name, counter in other.counts.items():
+            self.counts[name].update(counter)
+
+    def manifest(self, shards: Sequence[Shard], in_place: InPlace | None = None) -> Manifest:
+        """The manifest of these shards, whose samples were counted here."""
+        return Manifest(
+            schema_version=SCHEMA_VERSION,
+            digest=dataset_digest(shards, in_place),
+            samples=sum(shard.samples for shard in shards),
+            groups=len(self.groups),
+            shards=tuple(shards),
+            in_place=in_place,
+            **{name: dict(sorted(counter.items())) for name, counter in self.counts.items()},
+        )
+
+
 @dataclass(frozen=True)
 class Problem:
     """A shard that is not what the manifest says."""
@@ -106,7 +157,8 @@ class Problem:
 
 
 def locate(uri: str, home: Path | None = None) -> str:
-    """asset:NAME -> the set that ships with Tessera, home:NAME -> the one under home, else as is.
+    """Where a shard set is: asset:NAME ships with Tessera, home:NAME is HOME/shards/NAME, anything
+    else is a folder or URI already.
 
     Raises:
         DataError: no such asset, or home:NAME without a home.
@@ -125,10 +177,10 @@ def locate(uri: str, home: Path | None = None) -> str:
 
 
 def open_uri(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The file system and the path in it that a folder or URI means.
+    """The file system that a folder or URI is on, and its path there.
 
     Raises:
-        DataError: a URI that pyarrow does not read.
+        DataError: PyArrow does not read such a URI.
     """
     if "://" in uri:
         try:
@@ -142,7 +194,7 @@ def open_uri(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
 
 
 def unreachable(uri: str, error: OSError) -> DataError:
-    """What to say of a file system that does not answer, or does not let us in."""
+    """The error for a file system that does not answer, or refuses the credentials."""
     return DataError(
         f"cannot read {uri}: {error}. Check the address, the network, and the credentials in this "
         "environment (for s3:// AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile)"
@@ -150,7 +202,7 @@ def unreachable(uri: str, error: OSError) -> DataError:
 
 
 def open_shards(uri: str, manifest: Manifest) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The file system and the folder in it that the shards of the set at `uri` lie in."""
+    """The file system that the shards of the set at `uri` are on, and their folder there."""
     there = manifest.in_place
     return open_uri(uri if there is None or there.root == "." else there.root)
 
@@ -191,7 +243,7 @@ def read_manifest(uri: str) -> Manifest:
 
 
 def verify(uri: str) -> list[Problem]:
-    """Every shard that is missing, truncated, altered or not in the manifest; reads all bytes.
+    """Read every byte of a set; return each shard that is missing, truncated, altered or surplus.
 
     Raises:
         DataError: the manifest itself cannot be read.
@@ -207,7 +259,7 @@ def verify(uri: str) -> list[Problem]:
 
 
 def list_tars(fs: pyarrow.fs.FileSystem, root: str) -> list[str]:
-    """Names below root of every tar in it and its folders, sorted; none if there is no folder."""
+    """The path below `root` of every tar in it and its folders, sorted; empty without a folder."""
     selector = pyarrow.fs.FileSelector(root, recursive=True, allow_not_found=True)
     paths = (info.path for info in fs.get_file_info(selector))
     return sorted(p.removeprefix(f"{root}/") for p in paths if p.endswith(TAR_SUFFIXES))
@@ -232,7 +284,7 @@ def _check(fs: pyarrow.fs.FileSystem, root: str, shard: Shard) -> Problem | None
 def dataset_digest(shards: Iterable[Shard], in_place: InPlace | None = None) -> str:
     """The name of a data set: SHA-256 over the schema version and its shards' digests.
 
-    Of tars read in place also over what is said of them, but not over where they are.
+    For tars that are read in place it covers their credits too, but not where they are.
     """
     lines = [f"schema {SCHEMA_VERSION}", *(shard.sha256 for shard in shards)]
     if in_place is not None:

@@ -1,7 +1,11 @@
-"""Reading big files in order from any file system, going on where a transient error struck.
+"""Files on any file system that PyArrow knows: read where it may fail, published in one move.
 
-with open_patiently(fs, "bucket/set/00000.tar") as stream:
-    stream.read(10)
+    with open_patiently(fs, "bucket/set/00000.tar") as stream:
+        stream.read(10)
+    publish(fs, "bucket/set/manifest.json", b"{}")
+
+Directories and files on local disks that several processes may write at once are the business of
+pipeline/artifacts.py; object stores have no locks.
 """
 
 from __future__ import annotations
@@ -10,14 +14,17 @@ import contextlib
 import io
 import logging
 import time
+from typing import IO
 
 import pyarrow.fs
 from pyarrow import NativeFile
 
 LOG = logging.getLogger(__name__)
 BUFFER_BYTES = 4 << 20  # asked of the file system at once: one request of an object store
-ATTEMPTS = 5  # at one place of a file
+CHUNK = 1 << 20  # bytes copied at once
+ATTEMPTS = 5  # to read at one position of a file
 FIRST_WAIT_S = 0.2  # doubled after every attempt
+PARTIAL = ".partial"  # ends the name of a file that is being written
 
 
 def open_patiently(fs: pyarrow.fs.FileSystem, path: str) -> io.BufferedReader:
@@ -29,10 +36,10 @@ def open_patiently(fs: pyarrow.fs.FileSystem, path: str) -> io.BufferedReader:
 
 
 class _Patient(io.RawIOBase):
-    """Reopens the file at the place it had come to; so nothing is read twice or left out."""
+    """A file that is reopened after an error at the byte it had come to."""
 
     def __init__(self, fs: pyarrow.fs.FileSystem, path: str) -> None:
-        self._fs, self._path, self._place = fs, path, 0
+        self._fs, self._path, self._position = fs, path, 0
         self._file: NativeFile = fs.open_input_file(path)
 
     def readable(self) -> bool:
@@ -47,11 +54,11 @@ class _Patient(io.RawIOBase):
             except OSError as error:
                 if attempt + 1 == ATTEMPTS:
                     raise
-                LOG.warning("%s at byte %d: %s; trying again", self._path, self._place, error)
+                LOG.warning("%s at byte %d: %s; trying again", self._path, self._position, error)
                 time.sleep(FIRST_WAIT_S * 2**attempt)
             else:
                 buffer[: len(chunk)] = chunk
-                self._place += len(chunk)
+                self._position += len(chunk)
                 return len(chunk)
         raise AssertionError("the last attempt returns or raises")
 
@@ -59,9 +66,9 @@ class _Patient(io.RawIOBase):
         if self._file.closed:
             self._file = self._fs.open_input_file(self._path)
         try:
-            self._file.seek(self._place)
+            self._file.seek(self._position)
             chunk: bytes = self._file.read(size)
-            if not chunk and self._place < self._file.size():
+            if not chunk and self._position < self._file.size():
                 raise OSError(f"nothing came although the file has {self._file.size()} bytes")
         except OSError:
             with contextlib.suppress(OSError):
@@ -72,3 +79,14 @@ class _Patient(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+def publish(fs: pyarrow.fs.FileSystem, path: str, content: bytes | IO[bytes]) -> None:
+    """Write beside `path`, then move: never half a file under its final name."""
+    with fs.open_output_stream(f"{path}{PARTIAL}", compression=None) as out:
+        if isinstance(content, bytes):
+            out.write(content)
+        else:
+            while chunk := content.read(CHUNK):
+                out.write(chunk)
+    fs.move(f"{path}{PARTIAL}", path)

@@ -20,9 +20,9 @@ from typing import IO, Any
 
 from pipeline.errors import DataError
 
-PICTURES = ("webp", "png", "jpg", "jpeg")
+IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-TEXTS = ("json", "txt")
+TEXT_EXTENSIONS = ("json", "txt")
 MAX_MEMBER_BYTES = 256_000_000  # of a picture, and of all members of a sample together
 MAX_TEXT_BYTES = 4_000_000
 MAX_HEADER_BYTES = 1_000_000  # of a long name or of extended attributes
@@ -46,9 +46,9 @@ class TarSample:
     problem: str | None = None
 
     @property
-    def picture(self) -> bytes | None:
-        """The encoded picture, if there is one."""
-        return next((self.files[name] for name in PICTURES if name in self.files), None)
+    def image(self) -> bytes | None:
+        """The encoded image, if there is one."""
+        return next((self.files[name] for name in IMAGE_EXTENSIONS if name in self.files), None)
 
 
 def read_samples(stream: IO[bytes], *, name: str = "the tar") -> Iterator[TarSample]:
@@ -79,7 +79,7 @@ def read_samples(stream: IO[bytes], *, name: str = "the tar") -> Iterator[TarSam
 
 def _finished(sample: TarSample, seen: set[str]) -> TarSample:
     """Judge a sample that lacks its picture or its text and had members before."""
-    partial = sample.picture is None or len(sample.files) == 1
+    partial = sample.image is None or len(sample.files) == 1
     if sample.key in seen and partial and sample.problem is None:
         sample.problem = "scattered_key"
     seen.add(sample.key)
@@ -98,9 +98,9 @@ def _problem(member: tarfile.TarInfo) -> str | None:
 def _limit(member: tarfile.TarInfo) -> int:
     """Bytes that a member may have; 0 for those that are no part of a sample."""
     extension = member.name.lower().rpartition(".")[2]
-    if extension in PICTURES:
+    if extension in IMAGE_EXTENSIONS:
         return MAX_MEMBER_BYTES
-    return MAX_TEXT_BYTES if extension in TEXTS else 0
+    return MAX_TEXT_BYTES if extension in TEXT_EXTENSIONS else 0
 
 
 class _Header(tarfile.TarInfo):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipeline.runtime import ENVIRONMENT, start_ray
 
+os.environ.pop("TESSERA_PLUGINS", None)  # tests are of Tessera's own files
 # before PyTorch and Ray are imported; what the user has set stays
 os.environ.update({"HF_HUB_OFFLINE": "1", **ENVIRONMENT, **os.environ})
 

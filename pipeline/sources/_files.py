@@ -1,7 +1,8 @@
-"""Picture files of a folder, on any file system pyarrow knows.
+"""Image files of a folder, on any file system that PyArrow knows.
 
-for picture in list_images(*open_uri("s3://bucket/cats")):
-    print(picture.name, picture.stem)       # "tabby/1.jpg", "tabby/1"
+folder = Folder.at("s3://bucket/cats")
+for image in folder.images(folder.names()):
+    print(image.name, image.stem)       # "tabby/1.jpg", "tabby/1"
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ import pyarrow.fs
 from pipeline.contracts import Caption, Sample
 from pipeline.errors import DataError
 from pipeline.records import canonical, plain_key
-from pipeline.shards import unreachable
+from pipeline.shards import open_uri, unreachable
 
 LOG = logging.getLogger(__name__)
 EXTENSIONS = {".png": "png", ".webp": "webp", ".jpg": "jpg", ".jpeg": "jpg"}
-_OTHER_PICTURES = {".gif", ".bmp", ".tif", ".tiff", ".svg", ".heic", ".avif", ".jxl"}
-READ_AHEAD = 64  # pictures fetched beside each other
+_OTHER_IMAGES = {".gif", ".bmp", ".tif", ".tiff", ".svg", ".heic", ".avif", ".jxl"}
+READ_AHEAD = 64  # files fetched beside each other
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A picture below a folder.
+    """An image below a folder.
 
     Attributes:
         name: path below the folder.
@@ -43,65 +44,88 @@ class ImageFile:
 
     @property
     def extension(self) -> str:
+        """The extension that its sample has: "jpg" for .JPEG."""
         return EXTENSIONS[PurePosixPath(self.name).suffix.lower()]
 
 
-def list_files(fs: pyarrow.fs.FileSystem, root: str) -> list[str]:
-    """Names below root of every file, folders within it included, sorted; hidden ones are not.
+@dataclass(frozen=True)
+class Folder:
+    """A folder and the folders in it.
 
-    Raises:
-        DataError: there is no such folder, or what it is on does not answer.
+    Attributes:
+        address: the path or URI that it was opened with.
+        fs: the file system that it lies on.
+        root: its path there.
     """
-    try:
-        found = fs.get_file_info(pyarrow.fs.FileSelector(root, recursive=True))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(f"there is no folder {root}: check the path or URI") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"a file in {root} has a name that is not UTF-8: rename it") from error
-    except OSError as error:
-        raise unreachable(root, error) from error
-    prefix = root.rstrip("/") + "/"
-    names = (i.path.removeprefix(prefix) for i in found if i.type == pyarrow.fs.FileType.File)
-    return sorted(n for n in names if not any(part.startswith(".") for part in n.split("/")))
 
+    address: str
+    fs: pyarrow.fs.FileSystem
+    root: str
 
-def pictures_of(names: Iterable[str], where: str) -> list[ImageFile]:
-    """The pictures among file names; what is a picture of another format is counted in the log.
+    @classmethod
+    def at(cls, address: str) -> Folder:
+        """The folder at a path or URI.
 
-    Raises:
-        DataError: there is none.
-    """
-    names = list(names)
-    suffixes = Counter(PurePosixPath(name).suffix.lower() for name in names)
-    others = {suffix: suffixes[suffix] for suffix in sorted(_OTHER_PICTURES & suffixes.keys())}
-    if others:
-        LOG.warning("%s: left aside, no PNG, JPEG or WebP: %s", where, others)
-    pictures = [ImageFile(n) for n in names if PurePosixPath(n).suffix.lower() in EXTENSIONS]
-    if not pictures:
-        raise DataError(
-            f"{where} holds no .png, .jpg or .webp: it has {dict(suffixes) or 'nothing'}"
-        )
-    return pictures
+        Raises:
+            DataError: a URI that PyArrow does not read.
+        """
+        return cls(address, *open_uri(address))
 
+    def names(self) -> list[str]:
+        """The path of every file below the folder, sorted; hidden files are left out.
 
-def read_all(fs: pyarrow.fs.FileSystem, root: str, names: Iterable[str | None]) -> Iterator[bytes]:
-    """Contents in the order of the names, fetched READ_AHEAD at a time; b"" for None."""
+        Raises:
+            DataError: there is no such folder, or its file system does not answer.
+        """
+        try:
+            found = self.fs.get_file_info(pyarrow.fs.FileSelector(self.root, recursive=True))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise DataError(f"there is no folder {self.root}: check the path or URI") from error
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"a file in {self.root} has a name that is not UTF-8: rename it"
+            ) from error
+        except OSError as error:
+            raise unreachable(self.root, error) from error
+        prefix = self.root.rstrip("/") + "/"
+        names = (i.path.removeprefix(prefix) for i in found if i.type == pyarrow.fs.FileType.File)
+        return sorted(n for n in names if not any(part.startswith(".") for part in n.split("/")))
 
-    def read(name: str | None) -> bytes:
+    def images(self, names: Iterable[str]) -> list[ImageFile]:
+        """The images among file names; those of formats that are not read are counted in the log.
+
+        Raises:
+            DataError: there is none.
+        """
+        names = list(names)
+        suffixes = Counter(PurePosixPath(name).suffix.lower() for name in names)
+        others = {suffix: suffixes[suffix] for suffix in sorted(_OTHER_IMAGES & suffixes.keys())}
+        if others:
+            LOG.warning("%s: left aside, no PNG, JPEG or WebP: %s", self.address, others)
+        images = [ImageFile(n) for n in names if PurePosixPath(n).suffix.lower() in EXTENSIONS]
+        if not images:
+            raise DataError(
+                f"{self.address} holds no .png, .jpg or .webp: it has {dict(suffixes) or 'nothing'}"
+            )
+        return images
+
+    def contents(self, names: Iterable[str | None]) -> Iterator[bytes]:
+        """Contents of the files in the order of the names, READ_AHEAD at a time; b"" for None."""
+        with ThreadPoolExecutor(READ_AHEAD) as pool:
+            window: list[str | None] = []
+            for name in names:
+                window.append(name)
+                if len(window) == READ_AHEAD:
+                    yield from pool.map(self._read, window)
+                    window = []
+            yield from pool.map(self._read, window)
+
+    def _read(self, name: str | None) -> bytes:
         if name is None:
             return b""
-        with fs.open_input_stream(f"{root}/{name}", compression=None) as stream:
+        with self.fs.open_input_stream(f"{self.root}/{name}", compression=None) as stream:
             content: bytes = stream.read()
         return content
-
-    with ThreadPoolExecutor(READ_AHEAD) as pool:
-        window: list[str | None] = []
-        for name in names:
-            window.append(name)
-            if len(window) == READ_AHEAD:
-                yield from pool.map(read, window)
-                window = []
-        yield from pool.map(read, window)
 
 
 def make_sample(
@@ -109,20 +133,20 @@ def make_sample(
     image: bytes,
     extension: str,
     captions: Iterable[Caption],
-    texts: dict[str, str],
+    fields: dict[str, str],
 ) -> Sample:
-    """A Sample under a plain key; `texts` as `Credits.fill` gives them."""
+    """A Sample under a plain key; `fields` as `Credits.fill` gives them."""
     return Sample(
         key=plain_key(key),
         image=image,
         extension=extension,
         captions=canonical(captions),
-        **texts,
+        **fields,
     )
 
 
-def unique_names(pictures: Iterable[ImageFile]) -> dict[str, str]:
-    """A key's text by picture name: the stem, or the whole name where two pictures share a stem."""
-    pictures = list(pictures)
-    stems = Counter(picture.stem for picture in pictures)
-    return {p.name: p.stem if stems[p.stem] == 1 else p.name for p in pictures}
+def unique_names(images: Iterable[ImageFile]) -> dict[str, str]:
+    """By file name what to make a key of: the stem, or the name where two images share a stem."""
+    images = list(images)
+    stems = Counter(image.stem for image in images)
+    return {image.name: image.stem if stems[image.stem] == 1 else image.name for image in images}

@@ -1,8 +1,9 @@
-"""Emoji in the hands of four artists, captioned by emojibase: the default captioned pictures.
+"""Openly licensed emoji with English and Chinese captions, fetched with npm.
 
-Pictures and captions come from npm packages at pinned versions, fetched with `npm pack` once into
-a cache folder, checked against their SHA-256 and read without unpacking. The vendor is the style,
-the emoji without skin tone is the group.
+The images of four vendors are captioned by emojibase: the default captioned images. Images and
+captions come from npm packages at pinned versions, fetched with `npm pack` once into a cache
+folder, checked against their SHA-256 and read without unpacking. The vendor is the style, the emoji
+without skin tone is the group.
 
     for sample in EmojiSource(cache=Path("cache"), vendors=("noto",)).samples():
         print(sample.key, sample.captions[0].text)         # noto-1f34e red apple
@@ -19,15 +20,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Annotated, ClassVar
 
 from PIL import Image
+from pydantic import Field, model_validator
 
 from pipeline.captions import with_tags
-from pipeline.contracts import Caption, Sample
+from pipeline.contracts import Caption, OptionName, Sample, Source
 from pipeline.errors import DataError, MissingExtraError
 from pipeline.sources._npm import Package, fetch, read_member
 
-SVG_SIDE = 128  # pixels a side that SVG pictures are drawn at
+SVG_SIDE = 128  # pixels per side of images that come as SVG
 
 CAPTIONS = Package(
     "emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a"
@@ -37,13 +40,13 @@ _SKIN_TONE = re.compile(r"^1F3F[B-F]$")
 
 @dataclass(frozen=True)
 class Vendor:
-    """Who drew the pictures, where they are and what may be done with them.
+    """Who drew the images, where they are and what may be done with them.
 
     Attributes:
         package: the npm package that carries them.
-        members: matches a picture's path in the package; group 1 is its code points.
+        members: matches an image's path in the package; group 1 is its code points.
         license: SPDX identifier.
-        attribution: the credit the licence asks for.
+        attribution: the credit that the licence asks for.
     """
 
     package: Package
@@ -108,7 +111,7 @@ def hexcode(name: str) -> str:
 
 
 def has_skin_tone(code: str) -> bool:
-    """True for a picture that a skin tone modifies; the five modifiers alone are not."""
+    """True for an emoji that a skin tone modifies; false for the five modifiers alone."""
     return any(_SKIN_TONE.match(point) for point in code.split("-")[1:])
 
 
@@ -154,9 +157,9 @@ def read_annotations(package: Path, languages: Sequence[str]) -> Annotations:
 
 
 def add_openmoji_extras(annotations: Annotations, package: Path) -> None:
-    """OpenMoji's own pictures have no emojibase entry: its own English annotation serves.
+    """Caption OpenMoji's own images, which emojibase does not know, by its English annotation.
 
-    An extra that is called like an emoji (its own pretzel) joins that emoji's group.
+    An image that is called like an emoji (its own pretzel) joins that emoji's group.
     """
     data = read_member(package, "package/data/openmoji.json")
     if data is None:
@@ -174,70 +177,75 @@ def add_openmoji_extras(annotations: Annotations, package: Path) -> None:
             annotations.add(code, label, entry["openmoji_tags"].split(","), "en", group)
 
 
-class EmojiSource:
-    """The pictures of one or more vendors, captions in one or more languages.
+class EmojiSource(Source):
+    """The images of one or more vendors, captioned in one or more languages."""
 
-    Args:
-        cache: folder of the fetched packages.
-        vendors: keys of VENDORS.
-        languages: as emojibase names them; their order is the captions' order.
-        skin_tones: also the pictures a skin tone modifies.
+    default_output: ClassVar[str | None] = "home:emoji"
 
-    Raises:
-        DataError: an unknown vendor, or no language.
-        MissingExtraError: openmoji without the package that draws its pictures.
-    """
+    vendors: Annotated[tuple[str, ...], OptionName("vendor")] = Field(
+        SHIPPED_VENDORS,
+        description="Whose images to take: noto, twemoji, fluent or openmoji; may be repeated.",
+    )
+    languages: Annotated[tuple[str, ...], OptionName("language")] = Field(
+        ("en", "zh"),
+        description="Language of captions, as emojibase names it; may be repeated, and captions "
+        "are stored in this order.",
+    )
+    skin_tones: bool = Field(False, description="Take the skin-tone variants too.")
+    all_images: Annotated[bool, OptionName("all")] = Field(
+        False, description="Take all vendors, with skin tones."
+    )
 
-    def __init__(
-        self,
-        cache: Path,
-        vendors: Sequence[str] = SHIPPED_VENDORS,
-        languages: Sequence[str] = ("en", "zh"),
-        skin_tones: bool = False,
-    ) -> None:
-        unknown = sorted(set(vendors) - VENDORS.keys())
-        if unknown or not vendors:
-            raise DataError(
+    @model_validator(mode="after")
+    def _check(self) -> EmojiSource:
+        unknown = sorted(set(self.vendors) - VENDORS.keys())
+        if unknown or not self.vendors:
+            raise ValueError(
                 f"unknown emoji vendor {', '.join(unknown) or '(none given)'}; "
                 f"there are: {', '.join(VENDORS)}"
             )
-        if not languages:
-            raise DataError("no caption language given; try en,zh")
-        if "openmoji" in vendors:
+        if not self.languages:
+            raise ValueError("no caption language given; try en,zh")
+        if "openmoji" in self._vendors():
             _load_resvg()
-        self.cache, self.vendors, self.languages = cache, vendors, languages
-        self.skin_tones = skin_tones
+        return self
+
+    def _vendors(self) -> tuple[str, ...]:
+        return tuple(VENDORS) if self.all_images else tuple(dict.fromkeys(self.vendors))
 
     def samples(self) -> Iterator[Sample]:
         """Vendor by vendor, by code points.
 
         Raises:
             PretrainedNotFoundError: a package is not in the cache and cannot be fetched.
-            DataError: a cached package is damaged.
+            DataError: a cached package is damaged, or emojibase lacks a language.
         """
         annotations = read_annotations(fetch(CAPTIONS, self.cache), self.languages)
-        for style in dict.fromkeys(self.vendors):
+        for style in self._vendors():
             package = fetch(VENDORS[style].package, self.cache)
             if style == "openmoji" and "en" in self.languages:
                 add_openmoji_extras(annotations, package)
-            yield from _vendor_samples(style, package, annotations, self.skin_tones)
+            yield from _vendor_samples(
+                style, package, annotations, self.skin_tones or self.all_images
+            )
 
 
 def _vendor_samples(
     style: str, package: Path, annotations: Annotations, skin_tones: bool
 ) -> Iterator[Sample]:
     vendor = VENDORS[style]
-    pictures = {
-        code: picture
-        for code, picture in read_pictures(package, vendor.members)
+    images = {
+        code: image
+        for code, image in read_images(package, vendor.members)
         if code in annotations.captions and (skin_tones or not has_skin_tone(code))
     }
-    codes = sorted(pictures)
+    images = dict(sorted(images.items()))
     with ThreadPoolExecutor() as pool:  # Pillow and resvg work outside the interpreter lock
-        for code, encoded in zip(codes, pool.map(to_webp, map(pictures.get, codes)), strict=True):
+        encoded = pool.map(to_webp, images.values())
+        for code, image in zip(images, encoded, strict=True):
             yield Sample(
                 key=f"{style}-{code.lower()}",
-                image=encoded,
+                image=image,
                 extension="webp",
                 captions=tuple(annotations.captions[code]),
                 group=annotations.groups[code],
@@ -248,8 +256,8 @@ def _vendor_samples(
             )
 
 
-def read_pictures(package: Path, members: re.Pattern[str]) -> Iterator[tuple[str, bytes]]:
-    """(hexcode, encoded picture) of every member whose path matches, in the package's order."""
+def read_images(package: Path, members: re.Pattern[str]) -> Iterator[tuple[str, bytes]]:
+    """(hexcode, encoded image) of every member whose path matches, in the package's order."""
     with tarfile.open(package) as tar:
         for member in tar:
             match = members.match(member.name)
@@ -259,15 +267,15 @@ def read_pictures(package: Path, members: re.Pattern[str]) -> Iterator[tuple[str
                 yield hexcode(match[1]), stream.read()
 
 
-def to_webp(picture: bytes) -> bytes:
+def to_webp(image: bytes) -> bytes:
     """PNG or SVG -> lossless WebP with its transparency; WebP passes through unchanged."""
-    if picture[:4] == b"RIFF":
-        return picture
-    if not picture.startswith(b"\x89PNG"):
-        picture = _draw_svg(picture.decode("utf-8"))
+    if image[:4] == b"RIFF":
+        return image
+    if not image.startswith(b"\x89PNG"):
+        image = _draw_svg(image.decode("utf-8"))
     stream = io.BytesIO()
-    with Image.open(io.BytesIO(picture), formats=["PNG"]) as image:
-        image.convert("RGBA").save(stream, format="WEBP", lossless=True, method=4, quality=80)
+    with Image.open(io.BytesIO(image), formats=["PNG"]) as opened:
+        opened.convert("RGBA").save(stream, format="WEBP", lossless=True, method=4, quality=80)
     return stream.getvalue()
 
 

@@ -1,11 +1,12 @@
-"""Pictures beside their captions: NAME.png with NAME.txt, or a table of captions in the folder.
+"""Pictures beside .txt captions, or with a captions.jsonl, .csv or .parquet.
 
-In NAME.txt every line is a caption, in NAME.zh.txt a Chinese one. A table is captions.jsonl, .csv
-or .parquet (or metadata.*, as Hugging Face names it) with a column `file` or `file_name` and the
-columns of pipeline/records.py. A picture without a caption and a row without its picture become
-samples all the same, which preprocessing quarantines: nothing is lost without a word.
+NAME.png is captioned by NAME.txt, one caption per line, and NAME.zh.txt, whose captions are
+Chinese. A table is captions.jsonl, .csv or .parquet (or metadata.*, as Hugging Face names it) with
+a column `file` or `file_name` and the columns of pipeline/records.py. An image without a caption
+and a row without its image become samples all the same, which preprocessing quarantines: nothing
+is lost without a word.
 
-    FolderSource("cats", Credits(style="photo", source="cats@1", license="CC0-1.0")).samples()
+    FolderSource(folder="cats", license="CC0-1.0").samples()
 """
 
 from __future__ import annotations
@@ -15,17 +16,18 @@ import io
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow.fs
 import pyarrow.lib
 import pyarrow.parquet as pq
+from pydantic import Field
 
-from pipeline.contracts import Caption, Sample
+from pipeline.contracts import Caption, Positional, Sample
 from pipeline.errors import DataError
-from pipeline.records import LANGUAGE, Credits, captions_in, tag
-from pipeline.shards import open_uri
-from pipeline.sources._files import list_files, make_sample, pictures_of, read_all, unique_names
+from pipeline.records import LANGUAGE, captions_in, tag
+from pipeline.sources._credited import CaptionedSource
+from pipeline.sources._files import Folder, make_sample, unique_names
 
 TABLES = tuple(
     f"{name}.{kind}" for name in ("captions", "metadata") for kind in ("jsonl", "csv", "parquet")
@@ -33,95 +35,97 @@ TABLES = tuple(
 FILE_COLUMNS = ("file", "file_name", "image", "path")
 
 
-class FolderSource:
-    """The pictures of a folder and the folders in it, with their captions.
+Row = Mapping[str, Any]
 
-    Args:
-        folder: a path or URI.
-        credits: what the table does not say.
 
-    Raises (from samples()):
-        DataError: no such folder, no pictures, no captions at all, or a table that cannot be read.
-    """
+class FolderSource(CaptionedSource):
+    """The images of a folder and the folders in it, with their captions."""
 
-    def __init__(self, folder: str, credits: Credits) -> None:
-        self.folder, self.credits = folder, credits
-        self.fs, self.root = open_uri(folder)
+    folder: Annotated[str, Positional()] = Field(min_length=1, description="A directory or URI.")
 
     def samples(self) -> Iterator[Sample]:
-        """By file name; then the table's rows without a picture."""
-        names = list_files(self.fs, self.root)
-        pictures = pictures_of(names, self.folder)
-        table = self._table(names)
-        if table is None and not any(name.endswith(".txt") for name in names):
+        """By file name; then the table's rows without an image.
+
+        Raises:
+            DataError: there is no such folder, it has no images or no captions at all, or its
+                table cannot be read.
+        """
+        folder = Folder.at(self.folder)
+        names = folder.names()
+        images = folder.images(names)
+        rows = _rows(folder, names)
+        if rows is None and not any(name.endswith(".txt") for name in names):
             raise DataError(
                 f"{self.folder} has neither .txt files beside its pictures nor a table "
                 f"({', '.join(TABLES)}); `tessera ingest unlabelled` takes pictures alone"
             )
-        rows = table if table is not None else {}
-        beside = _caption_files(names) if table is None else {}
-        keys = unique_names(pictures)
-        contents = read_all(self.fs, self.root, [picture.name for picture in pictures])
-        for picture, image in zip(pictures, contents, strict=True):
-            said = rows.get(picture.name, [])
-            captions = [c for row in said for c in captions_in(row, _language(row, self.credits))]
-            for language, name in beside.get(picture.stem, ()):
-                captions += self._lines(name, language or self.credits.language)
-            texts = self.credits.fill(said[0] if said else {}, group=picture.stem)
-            yield make_sample(keys[picture.name], image, picture.extension, captions, texts)
-        there = {picture.name for picture in pictures}
-        for name in sorted(rows.keys() - there):
-            said = rows[name]
-            captions = [c for row in said for c in captions_in(row, _language(row, self.credits))]
-            yield make_sample(
-                f"{name}.missing", b"", "png", captions, self.credits.fill(said[0], group=name)
+        beside = _caption_files(names) if rows is None else {}
+        rows = rows or {}
+        keys = unique_names(images)
+        contents = folder.contents(image.name for image in images)
+        for image, content in zip(images, contents, strict=True):
+            captions = self._captions(rows.get(image.name, []))
+            for language, name in beside.get(image.stem, ()):
+                captions += _lines(folder, name, language or self.language)
+            fields = self._fields(rows.get(image.name, []), group=image.stem)
+            yield make_sample(keys[image.name], content, image.extension, captions, fields)
+        for name in sorted(rows.keys() - {image.name for image in images}):
+            fields = self._fields(rows[name], group=name)
+            yield make_sample(f"{name}.missing", b"", "png", self._captions(rows[name]), fields)
+
+    def _captions(self, rows: list[Row]) -> list[Caption]:
+        return [
+            caption
+            for row in rows
+            for caption in captions_in(row, str(row.get("language") or self.language))
+        ]
+
+    def _fields(self, rows: list[Row], group: str) -> dict[str, str]:
+        return self.credits(self.folder).fill(rows[0] if rows else {}, group=group)
+
+
+def _lines(folder: Folder, name: str, language: str) -> list[Caption]:
+    """One caption per line; bytes that are not UTF-8 stay, for preprocessing to quarantine."""
+    (content,) = folder.contents([name])
+    lines = content.decode("utf-8", "surrogateescape").removeprefix("\ufeff").splitlines()
+    return [Caption(line.strip(), language) for line in lines if line.strip()]
+
+
+def _rows(folder: Folder, names: list[str]) -> dict[str, list[Row]] | None:
+    """The table's rows by the file that they name, or None without a table."""
+    there = [name for name in TABLES if name in names]
+    if len(there) > 1:
+        raise DataError(f"{folder.address} has several tables, {', '.join(there)}: keep one")
+    if not there:
+        return None
+    rows: dict[str, list[Row]] = {}
+    for number, row in enumerate(_read_table(folder.fs, f"{folder.root}/{there[0]}"), start=1):
+        name = next((row[c] for c in FILE_COLUMNS if isinstance(row.get(c), str)), None)
+        if name is None:
+            raise DataError(
+                f"{folder.address}/{there[0]}, row {number} names no file: it needs a column "
+                f"{' or '.join(FILE_COLUMNS)}, and has {', '.join(map(str, row))}"
             )
-
-    def _lines(self, name: str, language: str) -> list[Caption]:
-        """One caption a line; bytes that are no UTF-8 stay, for preprocessing to quarantine."""
-        (content,) = read_all(self.fs, self.root, [name])
-        lines = content.decode("utf-8", "surrogateescape").removeprefix("\ufeff").splitlines()
-        return [Caption(line.strip(), language) for line in lines if line.strip()]
-
-    def _table(self, names: list[str]) -> dict[str, list[Mapping[str, Any]]] | None:
-        """Rows by the file they name, or None without a table."""
-        there = [name for name in TABLES if name in names]
-        if len(there) > 1:
-            raise DataError(f"{self.folder} has several tables, {', '.join(there)}: keep one")
-        if not there:
-            return None
-        rows: dict[str, list[Mapping[str, Any]]] = {}
-        for number, row in enumerate(_read_table(self.fs, f"{self.root}/{there[0]}"), start=1):
-            name = next((row[c] for c in FILE_COLUMNS if isinstance(row.get(c), str)), None)
-            if name is None:
-                raise DataError(
-                    f"{self.folder}/{there[0]}, row {number} names no file: it needs a column "
-                    f"{' or '.join(FILE_COLUMNS)}, and has {', '.join(map(str, row))}"
-                )
-            rows.setdefault(name.removeprefix("./"), []).append(row)
-        return rows
-
-
-def _language(row: Mapping[str, Any], credits: Credits) -> str:
-    return str(row.get("language") or credits.language)
+        rows.setdefault(name.removeprefix("./"), []).append(row)
+    return rows
 
 
 def _caption_files(names: list[str]) -> dict[str, list[tuple[str, str]]]:
-    """(language or "", file) by the stem of the picture they caption."""
+    """(language or "", file) by the stem of the image that they caption."""
     found: dict[str, list[tuple[str, str]]] = {}
-    pictured = {n.rpartition(".")[0] for n in names if not n.lower().endswith(".txt")}
+    with_image = {n.rpartition(".")[0] for n in names if not n.lower().endswith(".txt")}
     for name in names:
         if not name.lower().endswith(".txt"):
             continue
         stem = name[: -len(".txt")]
         found.setdefault(stem, []).append(("", name))
         head, _, last = stem.rpartition(".")
-        if head and stem not in pictured and (language := re.fullmatch(LANGUAGE, last)):
+        if head and stem not in with_image and (language := re.fullmatch(LANGUAGE, last)):
             found.setdefault(head, []).append((tag(language[0]), name))
     return found
 
 
-def _read_table(fs: pyarrow.fs.FileSystem, path: str) -> Iterator[Mapping[str, Any]]:
+def _read_table(fs: pyarrow.fs.FileSystem, path: str) -> Iterator[Row]:
     try:
         if path.endswith(".parquet"):
             with pq.ParquetFile(fs.open_input_file(path)) as file:
@@ -138,7 +142,7 @@ def _read_table(fs: pyarrow.fs.FileSystem, path: str) -> Iterator[Mapping[str, A
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def _json_lines(lines: io.TextIOWrapper, path: str) -> Iterator[Mapping[str, Any]]:
+def _json_lines(lines: io.TextIOWrapper, path: str) -> Iterator[Row]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

@@ -1,118 +1,121 @@
-"""Parquet tables with the pictures inside, as Hugging Face writes them.
+"""Hugging Face style Parquet: pictures embedded, captions in columns.
 
-The picture's column is a struct {bytes, path} or plain bytes; a caption column is a text or a list
-of texts. Files are read batch by batch, so a table larger than memory passes through.
+The column of images holds structs {bytes, path} or plain bytes; a caption column holds a text or a
+list of texts per row. Files are read batch by batch, so a table may be larger than memory.
 
-    ParquetSource("s3://bucket/pokemon", credits, captions={"text": "en"}).samples()
+    ParquetSource(table="s3://bucket/pokemon", captions=("text:en",), license="MIT").samples()
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.lib
 import pyarrow.parquet as pq
+from pydantic import Field
 
-from pipeline.contracts import Caption, Sample
+from pipeline.contracts import Caption, OptionName, Positional, Sample
 from pipeline.errors import DataError
-from pipeline.records import TEXTS, Credits, captions_in
-from pipeline.shards import open_uri
-from pipeline.sources._files import list_files, make_sample
+from pipeline.records import FIELDS, captions_in
+from pipeline.sources._credited import CaptionedSource
+from pipeline.sources._files import Folder, make_sample
 
-BATCH = 64  # rows read at once; a picture may have megabytes
+BATCH = 64  # rows read at once; an image may have megabytes
 _SIGNATURES = ((b"\x89PNG", "png"), (b"RIFF", "webp"))
 
 
-class ParquetSource:
-    """The rows of a Parquet file, or of every one in a folder.
+class ParquetSource(CaptionedSource):
+    """The rows of a Parquet file, or of every one in a folder."""
 
-    Args:
-        table: a file or folder, a path or URI.
-        credits: what columns called group, style, source, license, attribution do not say.
-        image: the picture's column.
-        captions: language by caption column; empty takes every column that is called like one.
-
-    Raises (from samples()):
-        DataError: no such file, no Parquet, or a column that is not there.
-    """
-
-    def __init__(
-        self,
-        table: str,
-        credits: Credits,
-        *,
-        image: str = "image",
-        captions: Mapping[str, str] | None = None,
-    ) -> None:
-        self.table, self.credits, self.image = table, credits, image
-        self.captions = dict(captions or {})
+    table: Annotated[str, Positional()] = Field(
+        min_length=1, description="A .parquet file, or a folder of them: a path or URI."
+    )
+    image: str = Field("image", description="The column of the pictures.")
+    captions: Annotated[tuple[str, ...], OptionName("caption")] = Field(
+        (),
+        description="A caption column, with its language if it is not --language: text, or "
+        "text_zh:zh; may be repeated. Default: every column with a name like caption, text or "
+        "caption_zh.",
+    )
 
     def samples(self) -> Iterator[Sample]:
-        """File by file, row by row."""
-        fs, root = open_uri(self.table)
-        for name, path in self._files(fs, root):
+        """File by file, row by row.
+
+        Raises:
+            DataError: there is no such file, it is not Parquet, or it lacks a column.
+        """
+        folder = Folder.at(self.table)
+        for name, path in _tables(folder):
             try:
-                with pq.ParquetFile(fs.open_input_file(path)) as file:
+                with pq.ParquetFile(folder.fs.open_input_file(path)) as file:
                     columns = self._columns(file.schema_arrow, name)
                     yield from self._rows(file, columns, name)
             except pyarrow.lib.ArrowException as error:
                 raise DataError(f"{name} cannot be read as Parquet: {error}") from error
 
-    def _files(self, fs: pyarrow.fs.FileSystem, root: str) -> list[tuple[str, str]]:
-        """(name, path) of every table."""
-        kind = fs.get_file_info(root).type
-        if kind == pyarrow.fs.FileType.File:
-            return [(PurePosixPath(root).name, root)]
-        names = [name for name in list_files(fs, root) if name.endswith(".parquet")]
-        if not names:
-            raise DataError(f"there is no .parquet file in {self.table}")
-        return [(name, f"{root}/{name}") for name in names]
+    def _languages(self) -> dict[str, str]:
+        """The language of each caption column that is named."""
+        columns = [caption.partition(":") for caption in self.captions]
+        return {column: language or self.language for column, _, language in columns}
 
     def _columns(self, schema: pa.Schema, name: str) -> list[str]:
-        lacking = [c for c in (self.image, *self.captions) if c not in schema.names]
+        """The columns to read of a table."""
+        named = self._languages()
+        lacking = [c for c in (self.image, *named) if c not in schema.names]
         if lacking:
             raise DataError(
                 f"{name} has no column {', '.join(lacking)}; it has {', '.join(schema.names)}. "
                 "Name them with --image and --caption"
             )
-        kept = {self.image, *self.captions, *TEXTS, "author"}
-        if not self.captions:
-            probe = {column: "x" for column in schema.names if column != self.image}
-            kept |= {c for c in probe if captions_in({c: "x"}, self.credits.language)}
+        kept = {self.image, *named, *FIELDS, "author"}
+        if not named:
+            others = [column for column in schema.names if column != self.image]
+            kept |= {column for column in others if captions_in({column: "x"}, self.language)}
         return [column for column in schema.names if column in kept]
 
     def _rows(self, file: pq.ParquetFile, columns: list[str], name: str) -> Iterator[Sample]:
         number = 0
         stem = str(PurePosixPath(name).with_suffix(""))
+        credits = self.credits(self.table)
         for batch in file.iter_batches(BATCH, columns=columns):
             for row in batch.to_pylist():
-                image = _picture(row.pop(self.image))
+                image = _image(row.pop(self.image))
                 key = f"{stem}-{number:09d}"
-                texts = self.credits.fill(row, group=key)
-                yield make_sample(key, image, _extension(image), self._captions(row), texts)
+                fields = credits.fill(row, group=key)
+                yield make_sample(key, image, _extension(image), self._captions(row), fields)
                 number += 1
 
     def _captions(self, row: Mapping[str, Any]) -> list[Caption]:
         if not self.captions:
-            return captions_in(row, self.credits.language)
+            return captions_in(row, self.language)
         return [
             caption
-            for column, language in self.captions.items()
+            for column, language in self._languages().items()
             for caption in captions_in({"caption": row[column]}, language)
         ]
 
 
-def _picture(value: Any) -> bytes:
-    """The encoded picture of a cell; b"" where there is none."""
+def _tables(folder: Folder) -> list[tuple[str, str]]:
+    """(name, path) of every Parquet file; `folder` may be one itself."""
+    if folder.fs.get_file_info(folder.root).type == pyarrow.fs.FileType.File:
+        return [(PurePosixPath(folder.root).name, folder.root)]
+    names = [name for name in folder.names() if name.endswith(".parquet")]
+    if not names:
+        raise DataError(f"there is no .parquet file in {folder.address}")
+    return [(name, f"{folder.root}/{name}") for name in names]
+
+
+def _image(value: Any) -> bytes:
+    """The encoded image of a cell; b"" where there is none."""
     if isinstance(value, Mapping):
         value = value.get("bytes")
     return value if isinstance(value, bytes) else b""
 
 
 def _extension(image: bytes) -> str:
-    """By the first bytes, for file names in the shard alone; decoding looks for itself."""
+    """By the first bytes: it names the file in the shard; decoding looks at the bytes itself."""
     return next((name for start, name in _SIGNATURES if image.startswith(start)), "jpg")

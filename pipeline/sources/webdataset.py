@@ -1,48 +1,40 @@
-"""Tars that someone else wrote in WebDataset's manner, img2dataset's output included.
+"""Existing tars, img2dataset's included, read where they are: only a manifest is written.
 
-They are read where they are: `index()` makes a manifest that counts and checks them, and
-preprocessing takes captions and credits from KEY.json and KEY.txt (pipeline/records.py).
-`samples()` yields the same as Samples, for whoever wants them as shards of our own.
+The manifest counts and checks the tars; preprocessing takes captions and credits from KEY.json and
+KEY.txt (pipeline/records.py). With `rewrite` (--copy) the same samples become shards of our own.
 
-    write_index(WebDatasetSource("s3://bucket/laion", credits).index(), "home:laion")
+    source = WebDatasetSource(folder="s3://bucket/laion", license="NOASSERTION")
+    write_index(source.index("shards/laion"), "shards/laion")
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import count
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
+from pydantic import Field
+
 from pipeline.captions import BadCaption
-from pipeline.contracts import Caption, Sample
+from pipeline.contracts import Caption, OptionName, Positional, Sample
 from pipeline.errors import DataError
 from pipeline.records import Credits, plain_key, record_of
-from pipeline.shards import (
-    CHUNK,
-    SCHEMA_VERSION,
-    InPlace,
-    Manifest,
-    Shard,
-    dataset_digest,
-    list_tars,
-    open_uri,
-)
-from pipeline.sources._files import make_sample
-from pipeline.storage import open_patiently
-from pipeline.tars import PICTURES, TarSample, read_samples
+from pipeline.shards import InPlace, Manifest, Shard, Totals, list_tars, open_uri
+from pipeline.sources._credited import CaptionedSource
+from pipeline.sources._files import Folder, make_sample
+from pipeline.storage import CHUNK, open_patiently
+from pipeline.tars import IMAGE_EXTENSIONS, TarSample, read_samples
 
 READ_AT_ONCE = 4  # tars
-COUNTED = {"style": "styles", "license": "licenses", "source": "sources"}
 
 
 class _Hashing(io.RawIOBase):
-    """Passes a stream's bytes on and sums them up."""
+    """Passes on the bytes of a stream, counts them and sums up their SHA-256."""
 
     def __init__(self, stream: io.BufferedReader) -> None:
         self.stream, self.sha256, self.size = stream, hashlib.sha256(), 0
@@ -54,39 +46,28 @@ class _Hashing(io.RawIOBase):
         return chunk
 
 
-@dataclass
-class _Count:
-    """What one tar holds."""
+class WebDatasetSource(CaptionedSource):
+    """The tars of a folder and the folders in it."""
 
-    shard: Shard
-    groups: set[str] = field(default_factory=set)
-    kinds: dict[str, Counter[str]] = field(
-        default_factory=lambda: {name: Counter() for name in (*COUNTED.values(), "languages")}
+    folder: Annotated[str, Positional()] = Field(
+        min_length=1, description="A directory or URI with .tar files."
+    )
+    rewrite: Annotated[bool, OptionName("copy")] = Field(
+        False, description="Copy the pictures into shards of Tessera's own."
     )
 
-
-class WebDatasetSource:
-    """The tars of a folder and the folders in it.
-
-    Args:
-        folder: a path or URI.
-        credits: what the samples do not say themselves.
-
-    Raises (from samples() and index()):
-        DataError: no tars, or one that is damaged.
-    """
-
-    def __init__(self, folder: str, credits: Credits) -> None:
-        self.folder, self.credits = folder, credits
-        self.fs, self.root = open_uri(folder)
-
     def samples(self) -> Iterator[Sample]:
-        """Tar by tar; what cannot be used comes without its picture, a key that came before too."""
+        """Tar by tar. What cannot be used comes without its image, and so does a repeated key.
+
+        Raises:
+            DataError: there are no tars, or one is damaged.
+        """
         seen: set[str] = set()
-        for name in self._tars():
-            with open_patiently(self.fs, f"{self.root}/{name}") as stream:
+        folder, credits = Folder.at(self.folder), self.credits(self.folder)
+        for name in _tars(folder):
+            with open_patiently(folder.fs, f"{folder.root}/{name}") as stream:
                 for found in read_samples(stream, name=name):
-                    sample = _sample(found, self.credits)
+                    sample = _sample(found, credits)
                     for number in count(2):
                         if sample.key not in seen:
                             break
@@ -94,71 +75,70 @@ class WebDatasetSource:
                     seen.add(sample.key)
                     yield sample
 
-    def index(self, *, here: bool = False) -> Manifest:
-        """Count and check every tar.
+    def index(self, output: str) -> Manifest | None:
+        """Count and check every tar; None with `rewrite`.
 
-        Args:
-            here: the manifest will lie beside the tars, and be moved with them.
-        """
-        there = InPlace(root="." if here else self._address(), **self.credits.model_dump())
-        with ThreadPoolExecutor(READ_AT_ONCE) as pool:
-            counts = list(pool.map(self._count, self._tars()))
-        shards = tuple(count.shard for count in counts)
-        kinds = {name: sum((c.kinds[name] for c in counts), Counter()) for name in counts[0].kinds}
-        return Manifest(
-            schema_version=SCHEMA_VERSION,
-            digest=dataset_digest(shards, there),
-            samples=sum(shard.samples for shard in shards),
-            groups=len(set().union(*(count.groups for count in counts))),
-            shards=shards,
-            in_place=there,
-            **{name: dict(sorted(counter.items())) for name, counter in kinds.items()},
-        )
-
-    def _address(self) -> str:
-        """The folder as a manifest elsewhere can name it.
+        A manifest that will lie beside the tars names them relatively, so that they may be moved
+        together.
 
         Raises:
-            DataError: there are credentials in it.
+            DataError: there are no tars, one is damaged, or their URI, which the manifest would
+                name, has credentials in it.
         """
-        if "://" in self.folder and "@" in urlsplit(self.folder).netloc:
-            raise DataError(
-                "the manifest names this URI, and there are credentials in it: leave them out, and "
-                "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or what the store reads, or --copy"
-            )
-        return self.folder if "://" in self.folder else self.root
+        if self.rewrite:
+            return None
+        folder, credits = Folder.at(self.folder), self.credits(self.folder)
+        root = "." if same_folder(self.folder, output) else _address(folder)
+        there = InPlace(root=root, **credits.model_dump())
+        totals, shards = Totals(), []
+        with ThreadPoolExecutor(READ_AT_ONCE) as pool:
+            counted = pool.map(lambda name: _count(folder, name, credits), _tars(folder))
+            for shard, part in counted:
+                shards.append(shard)
+                totals.merge(part)
+        return totals.manifest(shards, there)
 
-    def _tars(self) -> list[str]:
-        names = list_tars(self.fs, self.root)
-        if not names:
-            raise DataError(f"there is no tar in {self.folder}: check the path or URI")
-        return names
 
-    def _count(self, name: str) -> _Count:
-        samples, groups = 0, set()
-        kinds = {kind: Counter[str]() for kind in (*COUNTED.values(), "languages")}
-        with open_patiently(self.fs, f"{self.root}/{name}") as raw:
-            stream: Any = _Hashing(raw)
-            for found in read_samples(stream, name=name):
-                samples += 1
-                try:
-                    record = record_of(found.key, found.files, self.credits)
-                except BadCaption:
-                    continue  # promised all the same: preprocessing quarantines it with its reason
-                groups.add(record["group"])
-                for column, kind in COUNTED.items():
-                    kinds[kind][record[column]] += 1
-                kinds["languages"].update(c["language"] for c in record["captions"])
-            while stream.read(CHUNK):
-                pass
-        if not samples:
-            raise DataError(
-                f"{name} in {self.folder} holds no samples (KEY.jpg, KEY.txt, KEY.json)"
-            )
-        shard = Shard(
-            file=name, samples=samples, bytes=stream.size, sha256=stream.sha256.hexdigest()
+def _address(folder: Folder) -> str:
+    """The folder as a manifest elsewhere can name it."""
+    if "://" not in folder.address:
+        return folder.root
+    if "@" in urlsplit(folder.address).netloc:
+        raise DataError(
+            "the manifest names this URI, and there are credentials in it: leave them out, and "
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or what the store reads, or --copy"
         )
-        return _Count(shard, groups, kinds)
+    return folder.address
+
+
+def _tars(folder: Folder) -> list[str]:
+    names = list_tars(folder.fs, folder.root)
+    if not names:
+        raise DataError(f"there is no tar in {folder.address}: check the path or URI")
+    return names
+
+
+def _count(folder: Folder, name: str, credits: Credits) -> tuple[Shard, Totals]:
+    """Read one tar to its end."""
+    totals, samples = Totals(), 0
+    with open_patiently(folder.fs, f"{folder.root}/{name}") as raw:
+        stream: Any = _Hashing(raw)
+        for found in read_samples(stream, name=name):
+            samples += 1
+            try:
+                record = record_of(found.key, found.files, credits)
+            except BadCaption:
+                continue  # a sample all the same: preprocessing quarantines it with its reason
+            totals.add(
+                **{kind: record[kind] for kind in ("group", "style", "license", "source")},
+                languages=[caption["language"] for caption in record["captions"]],
+            )
+        while stream.read(CHUNK):
+            pass
+    if not samples:
+        raise DataError(f"{name} in {folder.address} holds no samples (KEY.jpg, KEY.txt, KEY.json)")
+    digest = stream.sha256.hexdigest()
+    return Shard(file=name, samples=samples, bytes=stream.size, sha256=digest), totals
 
 
 def _sample(found: TarSample, credits: Credits) -> Sample:
@@ -166,13 +146,13 @@ def _sample(found: TarSample, credits: Credits) -> Sample:
         record = record_of(found.key, found.files, credits)
     except BadCaption:
         record = record_of(found.key, {}, credits)
-    extension = next((name for name in PICTURES if name in found.files), "jpg")
-    image = b"" if found.problem else (found.picture or b"")
+    extension = next((name for name in IMAGE_EXTENSIONS if name in found.files), "jpg")
+    image = b"" if found.problem else (found.image or b"")
     captions = [Caption(c["text"], c["language"]) for c in record.pop("captions")]
     return make_sample(found.key, image, extension, captions, record)
 
 
 def same_folder(one: str, other: str) -> bool:
-    """Whether two addresses mean one folder."""
+    """Whether two paths or URIs mean one folder."""
     (fs, path), (other_fs, other_path) = open_uri(one), open_uri(other)
     return bool(fs == other_fs) and path == other_path

@@ -53,7 +53,7 @@ from pipeline.preprocess import preprocess
 from pipeline.runtime import available_cpus, start_ray
 from pipeline.shard_writer import write_shards
 from pipeline.shards import read_manifest
-from pipeline.tars import PICTURES, read_samples
+from pipeline.tars import IMAGE_EXTENSIONS, read_samples
 
 BATCH = 64
 PICTURE = PreprocessConfig(image_size=64, require_captions=False, max_bad_fraction=1.0)
@@ -72,7 +72,7 @@ def encoded(sets: list[str]) -> Iterator[bytes]:
     """Every picture as it is stored."""
     for path in tars(sets):
         with Path(path).open("rb") as stream:
-            yield from (s.picture for s in read_samples(stream) if s.picture is not None)
+            yield from (s.image for s in read_samples(stream) if s.image is not None)
 
 
 # ---- what is compared ----------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def plain_webdataset(sets: list[str]) -> tuple[float, int]:
 
 
 def _picture(sample: dict[str, Any]) -> torch.Tensor:
-    encoded = next(sample[name] for name in PICTURES if name in sample)
+    encoded = next(sample[name] for name in IMAGE_EXTENSIONS if name in sample)
     return torch.from_numpy(decode(encoded, PICTURE))
 
 
@@ -222,9 +222,9 @@ def copies(sets: list[str], times: int) -> Iterator[Sample]:
             with Path(path).open("rb") as stream:
                 for sample in read_samples(stream):
                     said = parse_record(sample.files["json"]) | {"captions": ()}
-                    extension = next((e for e in PICTURES if e in sample.files), "png")
+                    extension = next((e for e in IMAGE_EXTENSIONS if e in sample.files), "png")
                     yield Sample(
-                        key=f"{time_}-{number}-{sample.key}", image=sample.picture or b"",
+                        key=f"{time_}-{number}-{sample.key}", image=sample.image or b"",
                         extension=extension, **said,
                     )  # fmt: skip
 

@@ -17,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from jobs.ingest import ingest_emoji
+from jobs.ingest import ingest
 from pipeline.captions import BadCaption, captions_of, clean, with_tags
 from pipeline.contracts import Sample
 from pipeline.errors import DataError, PretrainedNotFoundError
@@ -148,7 +148,7 @@ def test_bad_captions_say_why(raw: object, reason: str) -> None:
 
 
 def test_samples_carry_captions_group_style_and_credit(cache: Path) -> None:
-    samples = by_key(EmojiSource(cache, ("noto",)))
+    samples = by_key(EmojiSource(cache=cache, vendors=("noto",)))
     assert list(samples) == ["noto-0023-20e3", "noto-1f44b"], "no skin tones, nothing uncaptioned"
     wave = samples["noto-1f44b"]
     assert [(c.text, c.language) for c in wave.captions] == [
@@ -167,7 +167,9 @@ def test_samples_carry_captions_group_style_and_credit(cache: Path) -> None:
 
 
 def test_skin_tones_share_their_emojis_group_even_under_other_code_points(cache: Path) -> None:
-    samples = by_key(EmojiSource(cache, ("noto",), ("en",), skin_tones=True))
+    samples = by_key(
+        EmojiSource(cache=cache, vendors=("noto",), languages=("en",), skin_tones=True)
+    )
     assert samples["noto-1f44b-1f3fb"].group == "1f44b"
     assert samples["noto-1f44b-1f3fb"].captions[0].text == "waving hand: light skin tone"
     assert (
@@ -178,14 +180,14 @@ def test_skin_tones_share_their_emojis_group_even_under_other_code_points(cache:
 
 
 def test_vendors_share_groups_and_webp_passes_through(cache: Path) -> None:
-    samples = by_key(EmojiSource(cache, ("fluent", "noto"), ("en",)))
+    samples = by_key(EmojiSource(cache=cache, vendors=("fluent", "noto"), languages=("en",)))
     assert samples["fluent-0023-20e3"].image == b"RIFFxxxx"
     assert samples["fluent-0023-20e3"].group == samples["noto-0023-20e3"].group
 
 
 def test_openmoji_draws_svg_and_brings_its_own_words(cache: Path) -> None:
     pytest.importorskip("resvg_py")
-    samples = by_key(EmojiSource(cache, ("openmoji",)))
+    samples = by_key(EmojiSource(cache=cache, vendors=("openmoji",)))
     assert samples["openmoji-1f44b"].captions[0].text == "waving hand"
     assert [c.text for c in samples["openmoji-e001"].captions] == [
         "donkey",
@@ -200,17 +202,17 @@ def test_openmoji_draws_svg_and_brings_its_own_words(cache: Path) -> None:
 
 def test_unknown_vendors_and_languages_list_what_there_is(cache: Path) -> None:
     with pytest.raises(DataError, match=r"apple.*noto, twemoji, fluent, openmoji"):
-        EmojiSource(cache, ("noto", "apple"))
+        EmojiSource(cache=cache, vendors=("noto", "apple"))
     with pytest.raises(DataError, match="none given"):
-        EmojiSource(cache, ())
+        EmojiSource(cache=cache, vendors=())
     with pytest.raises(DataError, match="no caption language"):
-        EmojiSource(cache, languages=())
+        EmojiSource(cache=cache, languages=())
     with pytest.raises(DataError, match="'tlh'"):
-        by_key(EmojiSource(cache, languages=("tlh",)))
+        by_key(EmojiSource(cache=cache, languages=("tlh",)))
 
 
 def test_ingest_writes_a_shard_set(cache: Path, tmp_path: Path) -> None:
-    manifest = ingest_emoji(tmp_path / "set", cache=cache)
+    manifest = ingest(EmojiSource(cache=cache), tmp_path / "set")
     assert manifest == read_manifest(str(tmp_path / "set"))
     assert manifest.styles == {"noto": 2, "twemoji": 1}
 
@@ -219,7 +221,7 @@ def test_a_damaged_package_is_named(cache: Path) -> None:
     path = cache / emoji.VENDORS["noto"].package.file_name
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DataError, match=re.escape(str(path)) + ".*delete it"):
-        by_key(EmojiSource(cache, ("noto",)))
+        by_key(EmojiSource(cache=cache, vendors=("noto",)))
 
 
 def fake_npm(folder: Path, script: str) -> None:

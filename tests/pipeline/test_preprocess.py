@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from layouts import img2dataset
 from PIL import Image
 
+from jobs.ingest import ingest
 from pipeline.accounting import (
     check_bad_fraction,
     check_counts,
@@ -34,8 +35,7 @@ from pipeline.decoding import PIXELS, RowDecoder, perceptual_hash
 from pipeline.errors import DataError, ResourceError
 from pipeline.image_decode import decode
 from pipeline.preprocess import _plan_shards, preprocess
-from pipeline.records import Credits
-from pipeline.shard_writer import write_index, write_shards
+from pipeline.shard_writer import write_shards
 from pipeline.shards import MANIFEST, dataset_digest, read_manifest
 from pipeline.sources.webdataset import WebDatasetSource
 from pipeline.splits import split_of
@@ -368,9 +368,9 @@ class TestThroughRay:
             preprocess([str(tmp_path / "set")], tmp_path / "out", data=DATA, config=CONFIG)
 
     def test_tars_of_others_are_read_in_place(self, tmp_path: Path) -> None:
-        credits = Credits(style="photo", source="laion", license="NOASSERTION")
-        source = WebDatasetSource(img2dataset(tmp_path / "tars", shards=3), credits)
-        write_index(source.index(), tmp_path / "set")
+        folder = img2dataset(tmp_path / "tars", shards=3)
+        source = WebDatasetSource(folder=folder, source="laion", license="NOASSERTION")
+        ingest(source, tmp_path / "set")
         report = preprocess([str(tmp_path / "set")], tmp_path / "out", data=DATA, config=CONFIG)
         assert report.promised == 15 and report.reasons == {"failed_download": 3}
         row = pq.read_table(tmp_path / "out" / "pixels").to_pylist()[0]

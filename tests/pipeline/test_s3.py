@@ -11,13 +11,12 @@ from layouts import img2dataset, picture
 from s3_endpoint import S3, s3_server
 
 from pipeline import storage
-from pipeline.records import Credits
 from pipeline.shard_writer import write_index, write_shards
-from pipeline.shards import MANIFEST, open_uri, read_manifest, verify
+from pipeline.shards import MANIFEST, Manifest, open_uri, read_manifest, verify
 from pipeline.sources.folder import FolderSource
 from pipeline.sources.webdataset import WebDatasetSource
 
-CREDITS = Credits(style="photo", source="test@1", license="CC0-1.0")
+MINE = {"source": "test@1", "license": "CC0-1.0"}
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +33,21 @@ def upload(s3: S3, folder: Path, prefix: str) -> None:
             client.put_object(Bucket="bucket", Key=f"{prefix}/{name}", Body=path.read_bytes())
 
 
+def indexed(tars: str, output: str) -> Manifest:
+    manifest = WebDatasetSource(folder=tars, **MINE).index(output)
+    assert manifest is not None
+    return manifest
+
+
 def test_a_folder_in_a_bucket_becomes_the_same_shards(s3: S3, tmp_path: Path) -> None:
     for i in range(70):
         (tmp_path / f"{i:02d}.png").write_bytes(picture(i))
         (tmp_path / f"{i:02d}.txt").write_text(f"thing {i}")
     upload(s3, tmp_path, "pictures")
-    source = FolderSource(s3.uri("bucket/pictures"), CREDITS)
+    source = FolderSource(folder=s3.uri("bucket/pictures"), **MINE)
     there = write_shards(source.samples(), s3.uri("bucket/set"), max_bytes=60_000)
-    here = write_shards(FolderSource(str(tmp_path), CREDITS).samples(), tmp_path / "set",
-                        max_bytes=60_000)  # fmt: skip
+    local = FolderSource(folder=str(tmp_path), **MINE)
+    here = write_shards(local.samples(), tmp_path / "set", max_bytes=60_000)
     assert there == here == read_manifest(s3.uri("bucket/set")) and here.samples == 70
     assert len(here.shards) > 1 and verify(s3.uri("bucket/set")) == []
     again = write_shards(source.samples(), s3.uri("bucket/set"))
@@ -57,10 +62,10 @@ def test_tars_in_a_bucket_are_indexed_in_place_in_spite_of_failures(
     monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(storage, "BUFFER_BYTES", 2_000)  # many requests
     upload(s3, Path(img2dataset(tmp_path / "laion", shards=3)), "laion")
-    calm = WebDatasetSource(str(tmp_path / "laion"), CREDITS).index()
+    calm = indexed(str(tmp_path / "laion"), str(tmp_path / "set"))
     s3.fail_every, s3.failed = 3, 0
     try:
-        stormy = WebDatasetSource(s3.uri("bucket/laion"), CREDITS).index(here=True)
+        stormy = indexed(s3.uri("bucket/laion"), s3.uri("bucket/laion"))
         write_index(stormy, s3.uri("bucket/laion"))
         assert verify(s3.uri("bucket/laion")) == []
     finally:

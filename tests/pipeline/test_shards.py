@@ -212,7 +212,7 @@ def test_any_samples_come_back_as_they_were(
     for shard in manifest.shards:
         with (folder / shard.file).open("rb") as stream:
             found += list(read_samples(stream))
-    assert [(s.key, s.picture or b"", s.problem) for s in found] == [
+    assert [(s.key, s.image or b"", s.problem) for s in found] == [
         (s.key, s.image, None) for s in written
     ]
     records = [json.loads(s.files["json"]) for s in found]

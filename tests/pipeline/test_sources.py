@@ -13,11 +13,11 @@ import pytest
 from layouts import coco, img2dataset, picture, put, tar
 
 from pipeline.captions import BadCaption
-from pipeline.contracts import Caption, Sample
+from pipeline.contracts import Caption, Sample, Source
 from pipeline.errors import DataError
 from pipeline.records import Credits, canonical, captions_in, plain_key, record_of
 from pipeline.shard_writer import write_index, write_shards
-from pipeline.shards import read_manifest, verify
+from pipeline.shards import Manifest, read_manifest, verify
 from pipeline.sources.coco import CocoSource, spdx
 from pipeline.sources.folder import FolderSource
 from pipeline.sources.parquet import ParquetSource
@@ -26,12 +26,19 @@ from pipeline.sources.webdataset import WebDatasetSource
 from pipeline.tars import read_samples
 
 CREDITS = Credits(style="photo", source="test@1", license="CC0-1.0", attribution="me")
+MINE = CREDITS.model_dump()
 
 
-def by_key(source: object) -> dict[str, Sample]:
-    found = list(source.samples())  # type: ignore[attr-defined]
+def by_key(source: Source) -> dict[str, Sample]:
+    found = list(source.samples())
     assert len({sample.key for sample in found}) == len(found)
     return {sample.key: sample for sample in found}
+
+
+def indexed(tars: str, output: Path, **changes: str) -> Manifest:
+    manifest = WebDatasetSource(folder=tars, **MINE | changes).index(str(output))
+    assert manifest is not None
+    return manifest
 
 
 def texts(sample: Sample) -> list[tuple[str, str]]:
@@ -52,7 +59,7 @@ def test_a_folder_with_text_files(tmp_path: Path) -> None:
             ".hidden.png": b"",
         },
     )
-    found = by_key(FolderSource(folder, CREDITS))
+    found = by_key(FolderSource(folder=folder, **MINE))
     assert len(found) == 3 and found["a"].image == picture(1)
     assert texts(found["a"]) == [("short", "en"), ("a longer caption", "en"), ("苹果", "zh")]
     assert (found["a"].license, found["a"].attribution, found["a"].group) == ("CC0-1.0", "me", "a")
@@ -84,7 +91,7 @@ def test_a_folder_with_a_table(tmp_path: Path, kind: str) -> None:
         rest = ["a.png,one,一,MIT,Ann,", "./b.png,two,,,,7", "b.png,ii,,,,7", "gone.png,three,,,,"]
         lines = [head, *rest]
         put(tmp_path, {"captions.csv": "\ufeff" + "\r\n".join(lines)})
-    found = by_key(FolderSource(folder, CREDITS))
+    found = by_key(FolderSource(folder=folder, **MINE))
     assert sorted(texts(found["a"])) == [("one", "en"), ("一", "zh")]
     assert (found["a"].license, found["a"].attribution) == ("MIT", "Ann")
     assert sorted(texts(found["b"])) == [("ii", "en"), ("two", "en")]
@@ -108,20 +115,20 @@ def test_a_folder_with_a_table(tmp_path: Path, kind: str) -> None:
 )
 def test_a_folder_that_is_none_says_why(tmp_path: Path, files: dict, said: str) -> None:
     with pytest.raises(DataError, match=said):
-        list(FolderSource(put(tmp_path, files), CREDITS).samples())
+        list(FolderSource(folder=put(tmp_path, files), **MINE).samples())
     with pytest.raises(DataError, match="no folder"):
-        list(FolderSource(str(tmp_path / "nowhere"), CREDITS).samples())
+        list(FolderSource(folder=str(tmp_path / "nowhere"), **MINE).samples())
 
 
 def test_pictures_alone(tmp_path: Path) -> None:
     folder = put(tmp_path, {"x/a.png": picture(1), "x/a.jpg": picture(2, "JPEG"), "b.png": b"?"})
-    found = by_key(UnlabelledSource(folder, CREDITS))
+    found = by_key(UnlabelledSource(folder=folder, **CREDITS.model_dump(exclude={"language"})))
     assert len(found) == 3 and all(sample.captions == () for sample in found.values())
 
 
 def test_coco(tmp_path: Path) -> None:
     annotations, images = coco(tmp_path)
-    found = by_key(CocoSource(annotations, images, CREDITS))
+    found = by_key(CocoSource(annotations=annotations, images=images, **MINE))
     assert list(found) == ["000000000009", "000000000025", "000000000030"]
     dog, cat, bird = found.values()
     assert len(dog.captions) == 5 and dog.captions[0] == Caption("A dog.", "en")
@@ -129,10 +136,11 @@ def test_coco(tmp_path: Path) -> None:
     assert (cat.license, texts(cat)) == ("No known restrictions", [("A cat.", "en")])
     assert bird.image == b"" and spdx({"id": 3}) == "NOASSERTION"
     with pytest.raises(DataError, match="none of the 3 pictures"):
-        list(CocoSource(annotations, put(tmp_path / "other", {"x.jpg": b""}), CREDITS).samples())
+        other = put(tmp_path / "other", {"x.jpg": b""})
+        by_key(CocoSource(annotations=annotations, images=other, **MINE))
     with pytest.raises(DataError, match="no COCO captions file"):
         bad = put(tmp_path, {"bad.json": '{"images": [{"id": 1}]}'})
-        list(CocoSource(f"{bad}/bad.json", images, CREDITS).samples())
+        by_key(CocoSource(annotations=f"{bad}/bad.json", images=images, **MINE))
 
 
 def test_parquet_as_hugging_face_writes_it(tmp_path: Path) -> None:
@@ -148,21 +156,21 @@ def test_parquet_as_hugging_face_writes_it(tmp_path: Path) -> None:
     for part in range(2):
         table = pa.Table.from_pylist(rows[part * 75 : part * 75 + 75])
         pq.write_table(table, tmp_path / f"train-{part:05d}-of-00002.parquet", row_group_size=20)
-    found = by_key(ParquetSource(str(tmp_path), CREDITS, captions={"text": "en", "zh": "zh"}))
+    found = by_key(ParquetSource(table=str(tmp_path), captions=("text:en", "zh:zh"), **MINE))
     assert len(found) == 150
     one = found["train-00001-of-00002-000000003"]
     assert one.image == picture(78) and texts(one) == [("thing 78", "en"), ("东西 78", "zh")]
     assert found["train-00000-of-00002-000000007"].image == b""
-    guessed = by_key(ParquetSource(str(tmp_path / "train-00001-of-00002.parquet"), CREDITS))
+    guessed = by_key(ParquetSource(table=str(tmp_path / "train-00001-of-00002.parquet"), **MINE))
     assert len(guessed) == 75 and texts(guessed[one.key]) == [("thing 78", "en")]
     with pytest.raises(DataError, match="no column picture; it has image, text, zh"):
-        list(ParquetSource(str(tmp_path), CREDITS, image="picture").samples())
+        list(ParquetSource(table=str(tmp_path), image="picture", **MINE).samples())
 
 
 def test_img2dataset_tars_stay_where_they_are(tmp_path: Path) -> None:
     tars = img2dataset(tmp_path / "laion")
     before = {path.name: path.read_bytes() for path in Path(tars).iterdir()}
-    manifest = WebDatasetSource(tars, CREDITS).index()
+    manifest = indexed(tars, tmp_path / "set")
     write_index(manifest, tmp_path / "set")
     assert {path.name for path in (tmp_path / "set").iterdir()} == {"manifest.json"}
     assert {path.name: path.read_bytes() for path in Path(tars).iterdir()} == before
@@ -170,7 +178,7 @@ def test_img2dataset_tars_stay_where_they_are(tmp_path: Path) -> None:
     assert (manifest.samples, manifest.groups) == (10, 8)
     assert manifest.licenses == {"CC-BY-4.0": 8} and manifest.languages == {"en": 8}
     assert verify(str(tmp_path / "set")) == []
-    other = WebDatasetSource(tars, CREDITS.model_copy(update={"license": "MIT"})).index()
+    other = indexed(tars, tmp_path / "set", license="MIT")
     assert other.digest != manifest.digest, "what is said of the samples is part of the data"
     tar(Path(tars) / "more.tar", [("a.txt", "x")])
     (Path(tars) / "00000.tar").write_bytes(before["00000.tar"][:3000])
@@ -181,7 +189,7 @@ def test_img2dataset_tars_stay_where_they_are(tmp_path: Path) -> None:
 
 
 def test_tars_as_samples_of_our_own(tmp_path: Path) -> None:
-    found = by_key(WebDatasetSource(img2dataset(tmp_path / "laion"), CREDITS))
+    found = by_key(WebDatasetSource(folder=img2dataset(tmp_path / "laion"), **MINE))
     assert len(found) == 10 and found["000010001"].group == "http://u/10001"
     assert texts(found["000000002"]) == [("thing 2", "en")], "the .txt says what the .json says"
     assert found["000000004"].image == b"" and found["000000004"].captions == ()
@@ -193,7 +201,7 @@ def test_a_damaged_tar_is_named(tmp_path: Path, cut: int) -> None:
     path = Path(tars) / "00001.tar"
     path.write_bytes(path.read_bytes()[:cut] if cut else b"no tar at all" * 99)
     with pytest.raises(DataError, match=r"00001\.tar"):
-        WebDatasetSource(tars, CREDITS).index()
+        indexed(tars, tmp_path / "set")
 
 
 def test_a_tar_with_a_damaged_header_does_not_end_quietly(tmp_path: Path) -> None:
@@ -277,7 +285,9 @@ def test_captions_of_every_spelling() -> None:
 
 def test_a_sample_without_its_picture_is_written_and_counted(tmp_path: Path) -> None:
     annotations, images = coco(tmp_path)
-    manifest = write_shards(CocoSource(annotations, images, CREDITS).samples(), tmp_path / "set")
+    manifest = write_shards(
+        CocoSource(annotations=annotations, images=images, **MINE).samples(), tmp_path / "set"
+    )
     assert manifest.samples == 3 and manifest.languages == {"en": 7}
     with tarfile.open(tmp_path / "set" / manifest.shards[0].file) as shard:
         assert len(shard.getnames()) == 5, "three records, two pictures"
@@ -305,7 +315,7 @@ def test_a_numbered_picture_keeps_its_caption(tmp_path: Path) -> None:
         "cat.TXT": b"a cat", "cat.2.TXT": b"another cat", "dog.txt": b"a dog",
         "dog.zh_CN.txt": "狗".encode(),
     }  # fmt: skip
-    found = by_key(FolderSource(put(tmp_path, files), CREDITS))
+    found = by_key(FolderSource(folder=put(tmp_path, files), **MINE))
     said = sorted(texts(sample) for sample in found.values())
     assert said == [
         [("a cat", "en")], [("a dog", "en"), ("狗", "zh-CN")], [("another cat", "en")],
@@ -353,7 +363,7 @@ def test_licences_of_the_public_domain() -> None:
 def test_a_key_that_came_before_is_copied_without_its_picture(tmp_path: Path) -> None:
     for number in (1, 2):
         tar(tmp_path / f"{number}.tar", [("cat.png", picture(number)), ("cat.txt", "a cat")])
-    source = WebDatasetSource(str(tmp_path), CREDITS)
+    source = WebDatasetSource(folder=str(tmp_path), **MINE)
     found = {key: bool(sample.image) for key, sample in by_key(source).items()}
     assert found == {"cat": True, "cat-2": False}
     assert write_shards(source.samples(), str(tmp_path / "copy")).samples == 2
