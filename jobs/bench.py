@@ -1,12 +1,12 @@
-"""A load generator for a running image API: how many pictures, how fast, how many errors.
+"""A load generator for a running image API: images per second, latencies, errors.
 
-tessera bench serve --concurrency 1 --concurrency 8 --duration-s 30     closed loop: N users, each
-                                                                        asking again at once
-tessera bench serve --rate 2 --rate 4                                   Poisson arrivals, N a second
-                                                                        whatever the answers take
+tessera bench serve --concurrency 1 --concurrency 8 --duration-s 30     closed loop: N clients, each
+                                                                        asking again when answered
+tessera bench serve --rate 2 --rate 4                                   open loop: N requests per
+                                                                        second, Poisson arrivals
 
-Latency is that of requests answered with pictures; with Poisson arrivals it counts from when the
-request was due, so a generator that falls behind hides nothing.
+Latency is that of requests answered with images. In an open loop it counts from when the request
+was due, so that a load generator that falls behind hides nothing (coordinated omission).
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ UNREACHABLE = "unreachable"
 
 @dataclass(frozen=True)
 class Load:
-    """What to ask for.
+    """The requests to send.
 
     Attributes:
-        url: of the server, without /v1.
-        duration_s: requests are sent so long; those under way are waited for.
-        prompt, num_images, num_steps: of every request; each has a seed of its own.
+        url: URL of the server, without /v1.
+        duration_s: seconds for which requests are sent; those under way are then waited for.
+        prompt, num_images, num_steps: the same in every request, which has a seed of its own.
         api_key: sent if given.
-        timeout_s: of one request.
-        seed: of arrivals and pictures. None: a random one, because a server that was asked for
-            them before does not draw them again.
+        timeout_s: seconds that one request may take.
+        seed: of the arrival times and of the requests' seeds. None: a random one, because a server
+            answers from its cache what it was asked for before.
     """
 
     url: str
@@ -54,7 +54,7 @@ class Load:
 
 @dataclass
 class Tally:
-    """What came back: seconds of every success, failures by status or kind."""
+    """The answers to one load: seconds of every success, failures by HTTP status or kind."""
 
     latencies: list[float] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
@@ -62,19 +62,21 @@ class Tally:
 
 @dataclass(frozen=True)
 class Result:
-    """One line of the report; seconds.
+    """One line of the report; all times in seconds.
 
     Attributes:
         load: "concurrency N" or "rate N".
-        requests: answered with pictures.
-        errors: others, by status or kind.
-        p50, p95, p99, worst: latency of the former; None where there were none.
+        requests: number of requests answered with images.
+        seconds: from the first request to the last answer.
+        images_per_s: images over seconds.
+        p50, p95, p99, worst: latency of those requests; None where there were none.
+        errors: number of other requests by HTTP status or kind.
     """
 
     load: str
     requests: int
     seconds: float
-    pictures_per_s: float
+    images_per_s: float
     p50: float | None
     p95: float | None
     p99: float | None
@@ -83,7 +85,7 @@ class Result:
 
 
 def bench(load: Load, *, concurrencies: list[int], rates: list[float]) -> list[Result]:
-    """Put every load on the server in turn, after one request that is not counted.
+    """Put every load on the server, one after the other, after one request that is not counted.
 
     Raises:
         ResourceError: the server cannot be reached or refuses the first request.
@@ -98,14 +100,15 @@ async def _bench(load: Load, concurrencies: list[int], rates: list[float]) -> li
     async with aiohttp.ClientSession(
         timeout=timeout, headers=headers, connector=connector
     ) as session:
-        client = Client(session, load)
-        await client.warm_up()
-        loads = {f"concurrency {n}": partial(client.closed, n) for n in concurrencies}
-        loads |= {f"rate {rate:g}": partial(client.poisson, rate) for rate in rates}
-        return [await client.measure(name, work) for name, work in loads.items()]
+        generator = LoadGenerator(session, load)
+        await generator.warm_up()
+        loads: dict[str, Callable[[], Awaitable[None]]] = {}
+        loads |= {f"concurrency {n}": partial(generator.closed_loop, n) for n in concurrencies}
+        loads |= {f"rate {rate:g}": partial(generator.open_loop, rate) for rate in rates}
+        return [await generator.measure(name, work) for name, work in loads.items()]
 
 
-class Client:
+class LoadGenerator:
     """Sends requests and keeps the tally."""
 
     def __init__(self, session: aiohttp.ClientSession, load: Load) -> None:
@@ -114,7 +117,11 @@ class Client:
         self._tally = Tally()
 
     async def warm_up(self) -> None:
-        """One request, to fail early and clearly."""
+        """Send one request, to fail early and clearly.
+
+        Raises:
+            ResourceError: it is not answered with images.
+        """
         await self.ask(time.monotonic())
         if self._tally.errors:
             (kind,) = self._tally.errors
@@ -124,37 +131,46 @@ class Client:
             )
 
     async def measure(self, name: str, work: Callable[[], Awaitable[None]]) -> Result:
-        """Run one load; its line of the report."""
+        """Run one load and return its line of the report."""
         self._tally, began = Tally(), time.monotonic()
         await work()
         seconds, done = time.monotonic() - began, self._tally.latencies
         quantiles = np.quantile(done, (0.5, 0.95, 0.99, 1.0)).tolist() if done else [None] * 4
+        p50, p95, p99, worst = quantiles
         return Result(
-            name, len(done), seconds, len(done) * self._load.num_images / seconds,
-            *quantiles, dict(self._tally.errors),
-        )  # fmt: skip
+            load=name,
+            requests=len(done),
+            seconds=seconds,
+            images_per_s=len(done) * self._load.num_images / seconds,
+            p50=p50,
+            p95=p95,
+            p99=p99,
+            worst=worst,
+            errors=dict(self._tally.errors),
+        )
 
-    async def closed(self, users: int) -> None:
-        """`users` at once, each asking again as soon as it is answered."""
+    async def closed_loop(self, num_clients: int) -> None:
+        """`num_clients` at once, each asking again as soon as it is answered."""
         end = time.monotonic() + self._load.duration_s
 
-        async def user() -> None:
+        async def client() -> None:
             while time.monotonic() < end:
                 await self.ask(time.monotonic())
 
-        await asyncio.gather(*[user() for _ in range(users)])
+        await asyncio.gather(*[client() for _ in range(num_clients)])
 
-    async def poisson(self, rate: float) -> None:
-        """`rate` requests a second at exponential intervals, whatever the answers take."""
+    async def open_loop(self, rate: float) -> None:
+        """`rate` requests per second at exponential intervals, however long answers take."""
         due = time.monotonic()
-        end, asked = due + self._load.duration_s, []
+        end = due + self._load.duration_s
+        asked: list[asyncio.Task[None]] = []
         while (due := due + self._random.expovariate(rate)) < end:
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             asked.append(asyncio.create_task(self.ask(due)))
         await asyncio.gather(*asked)
 
     async def ask(self, due: float) -> None:
-        """One request; its latency counts from `due`."""
+        """Send one request; its latency counts from `due`."""
         body: dict[str, Any] = {
             "prompt": self._load.prompt,
             "n": self._load.num_images,

@@ -27,7 +27,6 @@ from pipeline.errors import TesseraError
 from pipeline.runtime import set_environment
 
 if TYPE_CHECKING:
-    from pipeline.config import ServeConfig
     from pipeline.workflow import Outcome
     from serve.settings import ServiceConfig
 
@@ -72,6 +71,7 @@ def demo(
     from jobs.demo import first_grid
     from jobs.retrain import retrain as run
     from serve.launch import check_port
+    from serve.settings import resolve_service
 
     if serve:
         check_port("127.0.0.1", port)
@@ -81,9 +81,8 @@ def demo(
     _print_decision(outcome, loaded.promote.model_name)
     typer.echo(first_grid(loaded, outcome, home))
     if serve:
-        _serve(
-            f"models:/{loaded.promote.model_name}@champion", loaded.serve, home, "127.0.0.1", port
-        )
+        champion = f"models:/{loaded.promote.model_name}@champion"
+        _serve(champion, resolve_service(loaded.serve), home, "127.0.0.1", port)
 
 
 @app.command()
@@ -322,39 +321,23 @@ def serve(
     when the alias moves to another version, replicas change over without a restart.
     serve/README.md describes the API.
     """
-    from pipeline.config import PromoteConfig, load_recipe, load_serve_section
-    from serve.settings import ServiceConfig, check_exposure, load_service
+    from pipeline.config import PromoteConfig, load_recipe
+    from serve.settings import check_exposure, resolve_service
 
     loaded = load_recipe(recipe) if recipe else None
-    replicas = loaded.serve if loaded else load_serve_section()
-    service = load_service(config) if config else ServiceConfig()
+    service = resolve_service(loaded and loaded.serve, config)
     check_exposure(host, service)  # a mistake is told before anything heavy is imported
     from jobs.generate import default_model
 
     name = loaded.promote.model_name if loaded else PromoteConfig().model_name
-    _serve(model or default_model(home, name), replicas, home, host, port, service)
+    _serve(model or default_model(home, name), service, home, host, port)
 
 
-def _serve(
-    model: str,
-    config: ServeConfig,
-    home: Path,
-    host: str,
-    port: int,
-    service: ServiceConfig | None = None,
-) -> None:
+def _serve(model: str, service: ServiceConfig, home: Path, host: str, port: int) -> None:
     """Serve `model` until Ctrl-C, telling on standard error where and how to ask for a picture."""
-    from serve.launch import serve_forever
+    from serve.launch import start_server
 
-    server = serve_forever(
-        model,
-        config,
-        home=str(home.absolute()),
-        service=service,
-        host=host,
-        port=port,
-        blocking=False,
-    )
+    server = start_server(model, service, home=str(home.absolute()), host=host, port=port)
     console.print(
         f"[bold]{escape(model)}[/bold] draws at {server.url} (Ctrl-C stops):\n"
         f"  curl {server.url}/v1/images/generations -H 'content-type: application/json' "

@@ -368,22 +368,25 @@ def load_recipe(
         raise RecipeError(f"recipe {path.stem}: {explain(error, Recipe)}") from error
 
 
-def load_serve_section(environment: Mapping[str, str] | None = None) -> ServeConfig:
-    """The section `serve` where there is no recipe: what the environment says, else the defaults.
+def load_serve_section(
+    environment: Mapping[str, str] | None = None, section: Mapping[str, Any] | None = None
+) -> ServeConfig:
+    """The section `serve` as the environment says it, else `section`, else the defaults.
 
     Args:
         environment: TESSERA__SERVE__KEY=value; os.environ unless given.
+        section: settings of a recipe or another file.
 
     Raises:
         RecipeError: an unknown key or a value of the wrong type.
     """
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"serve": dict(section or {})}
     _override_from(environment, values)
     if unknown := sorted(values.keys() - Recipe.model_fields.keys()):
         known = ", ".join(Recipe.model_fields)
         raise RecipeError(f"unknown key {unknown[0]!r} in the environment; known here: {known}")
     try:
-        return ServeConfig.model_validate(values.get("serve", {}))
+        return ServeConfig.model_validate(values["serve"])
     except ValidationError as error:
         raise RecipeError(explain(error, Recipe, inside=("serve",))) from error
 

@@ -1,4 +1,7 @@
-"""What a picture's file says of itself: how to draw it again, and that a machine drew it."""
+"""What an image's file says of itself: how to generate it again, and that a machine made it.
+
+images.encode_png(image, describe(request, model="tessera", version="3"))
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,14 @@ import json
 from pipeline import __version__
 from pipeline.contracts import GenerationRequest
 
+UNFINISHED = {"Software": "Tessera (machine-made picture, unfinished)"}
+"""The metadata of an image between two decoding steps."""
+
 
 def describe(request: GenerationRequest, *, model: str, version: str) -> dict[str, str]:
-    """A PNG's text chunks by keyword."""
+    """The metadata of a finished image by name: PNG text chunks, or JSON in other formats."""
     canvas = request.canvas
-    chosen = {
+    settings = {
         "style": request.style,
         "guidance_scale": request.guidance_scale,
         "temperature": request.temperature,
@@ -25,6 +31,6 @@ def describe(request: GenerationRequest, *, model: str, version: str) -> dict[st
         "seed": str(request.seed),
         "model": model,
         "model_version": version,
-        "settings": json.dumps({k: v for k, v in chosen.items() if v is not None}),
+        "settings": json.dumps({k: v for k, v in settings.items() if v is not None}),
         "Software": f"Tessera {__version__} (machine-made picture)",
     }

@@ -1,7 +1,7 @@
-"""API keys and what each may spend.
+"""API keys, and how much each of them may generate.
 
-A key is 32 random bytes, so a plain sha256 keeps it at rest: there is nothing to guess. Limits are
-token buckets in the memory of the one ingress process: a restart forgets what was spent.
+A key is 32 random bytes, so its plain sha256 is safe to store: nothing can be guessed. Limits are
+token buckets in the memory of the one ingress process, so a restart forgets what was spent.
 
     key, digest = new_key()
 """
@@ -24,50 +24,53 @@ _MINUTE_S, _DAY_S = 60.0, 86_400.0
 
 
 def new_key() -> tuple[str, str]:
-    """A fresh key, to be shown once, and its sha256 for the configuration."""
+    """A fresh key, to be shown once, and its sha256 for the settings."""
     key = PREFIX + secrets.token_urlsafe(32)
     return key, digest(key)
 
 
 def digest(key: str) -> str:
+    """The sha256 of a key, in hexadecimal."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-class Bucket:
-    """`size` units at once, refilled evenly within `period_s`."""
+class TokenBucket:
+    """`size` units at once, refilled evenly within `period_s` seconds."""
 
     def __init__(self, size: float, period_s: float, clock: Callable[[], float]) -> None:
         self.size, self._rate, self._clock = size, size / period_s, clock
         self._level, self._at = size, clock()
 
     def wait_s(self, cost: float) -> float:
-        """Seconds until `cost` can be taken; 0 is now."""
+        """Seconds until `cost` units can be taken; 0 is now."""
         now = self._clock()
         self._level = min(self.size, self._level + (now - self._at) * self._rate)
         self._at = now
         return max(0.0, (cost - self._level) / self._rate)
 
     def take(self, cost: float) -> None:
+        """Spend `cost` units."""
         self._level -= cost
 
     def give_back(self, cost: float) -> None:
+        """Return `cost` units, up to the bucket's size."""
         self._level = min(self.size, self._level + cost)
 
 
 @dataclass(frozen=True)
 class Account:
-    """A key's buckets by what they count."""
+    """A key and its limits."""
 
     key: ApiKey
-    pictures: Bucket
-    megapixels: Bucket
+    images: TokenBucket
+    megapixels: TokenBucket
 
 
-class Access:
-    """Who calls, and may they draw so much.
+class AccessControl:
+    """Tells who calls, and limits how much they generate.
 
     Args:
-        keys: whom to let in; with none everybody is let in and nothing is limited.
+        keys: the keys that are let in; with none everybody is, without limits.
         clock: seconds.
     """
 
@@ -75,20 +78,20 @@ class Access:
         self._accounts = {
             key.name: Account(
                 key,
-                Bucket(key.pictures_per_minute, _MINUTE_S, clock),
-                Bucket(key.megapixels_per_day, _DAY_S, clock),
+                TokenBucket(key.pictures_per_minute, _MINUTE_S, clock),
+                TokenBucket(key.megapixels_per_day, _DAY_S, clock),
             )
             for key in keys
         }
 
     def authenticate(self, authorization: str | None) -> str:
-        """The caller's name.
+        """The client's name.
 
         Args:
             authorization: the header of that name.
 
         Raises:
-            ApiError: 401 no key, or one that is not known.
+            ApiError: 401 there is no key, or it is not known.
         """
         if not self._accounts:
             return ANONYMOUS
@@ -96,35 +99,35 @@ class Access:
         if scheme.lower() != "bearer" or not key.strip():
             raise _unauthorized("no API key; send the header 'Authorization: Bearer KEY'")
         sent, found = digest(key.strip()), None
-        for name, account in self._accounts.items():  # all of them, however early one matches
+        for name, account in self._accounts.items():  # all of them: the time taken tells nothing
             if hmac.compare_digest(sent, account.key.sha256):
                 found = name
         if found is None:
             raise _unauthorized("this API key is not known; ask whoever runs this server")
         return found
 
-    def charge(self, name: str, *, pictures: int, pixels: int) -> None:
-        """Take the cost of a request from its caller's limits, or nothing at all.
+    def charge(self, name: str, *, num_images: int, pixels: int) -> None:
+        """Take the cost of a request from its client's limits; of all limits or of none.
 
         Args:
-            name: whom `authenticate` found.
-            pictures: asked for.
-            pixels: of one picture.
+            name: from `authenticate`.
+            num_images: that the request asks for.
+            pixels: of one image.
 
         Raises:
-            ApiError: 429 a limit is reached; 400 the request exceeds it however long one waits.
+            ApiError: 429 a limit is reached; 400 the request is above it however long one waits.
         """
-        costs = self._costs(name, pictures, pixels)
+        costs = self._costs(name, num_images, pixels)
         for bucket, cost, unit in costs:
             if cost > bucket.size:
                 remedy = (
                     "ask for fewer pictures"
-                    if pictures > 1
+                    if num_images > 1
                     else "not even one fits, ask whoever runs this server for more"
                 )
                 raise ApiError(
                     400,
-                    f"n={pictures} costs {cost:g} of this key's {bucket.size:g} {unit}; {remedy}",
+                    f"n={num_images} costs {cost:g} of this key's {bucket.size:g} {unit}; {remedy}",
                     code="invalid_value",
                     param="n",
                 )
@@ -140,19 +143,21 @@ class Access:
         for bucket, cost, _ in costs:
             bucket.take(cost)
 
-    def refund(self, name: str, *, pictures: int, pixels: int) -> None:
-        """Give back what `charge` took for pictures that were not drawn."""
-        for bucket, cost, _ in self._costs(name, pictures, pixels):
+    def refund(self, name: str, *, num_images: int, pixels: int) -> None:
+        """Give back what `charge` took for images that were not generated."""
+        for bucket, cost, _ in self._costs(name, num_images, pixels):
             bucket.give_back(cost)
 
-    def _costs(self, name: str, pictures: int, pixels: int) -> list[tuple[Bucket, float, str]]:
-        """By limit: its bucket, what is to be taken, and the unit; nothing for the unlimited."""
+    def _costs(
+        self, name: str, num_images: int, pixels: int
+    ) -> list[tuple[TokenBucket, float, str]]:
+        """Per limit its bucket, the cost and the unit; empty where nothing is limited."""
         if name not in self._accounts:
             return []
         account = self._accounts[name]
         return [
-            (account.pictures, float(pictures), "pictures a minute"),
-            (account.megapixels, pictures * pixels / 1e6, "megapixels a day"),
+            (account.images, float(num_images), "pictures per minute"),
+            (account.megapixels, num_images * pixels / 1e6, "megapixels per day"),
         ]
 
 

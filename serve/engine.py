@@ -1,114 +1,57 @@
-"""One model drawing whatever waits, together: the queue and the batches of a replica, without Ray.
+"""The queue of a replica, without Ray: whatever waits is generated together, in one model call.
 
-Pictures wait in line; as many as fit are drawn in one model call, in a thread of their own, while
-the event loop goes on taking requests. Between two decoding steps the thread looks up: a picture
-that nobody waits for any more, or whose time is over, leaves the batch, and previews are handed
-out. Where the model's drawings are joinable (contracts.ContinuousBatch), whoever is done leaves at
-once and the next in line takes the place, so the batch never closes; otherwise it is drawn to its
-end. A generator without steps (contracts.SteppedGenerator) is called once a batch.
+Requests wait in a queue; as many as fit are run as a batch (batch.py) in the model thread, while
+the event loop goes on taking requests.
 
     engine = Engine(model, max_batch_size=8, batch_wait_s=0.02)
-    place = engine.enter(request, deadline=time.time() + 10)
-    drawn = await place.done
+    queued = engine.submit(request, deadline=time.time() + 10)
+    image = await queued.done
+
+Why not Ray Serve's `@serve.batch`: it knows whole calls alone, and this works between decoding
+steps. What that is worth (tests/benchmarks/RESULTS.md, "Serving"; two CPU cores):
+
+- batches at all: 2.09 [1.99, 2.42] times as many images per second as one by one
+  (`python tests/benchmarks/serving.py throughput`);
+- joining a batch under way instead of waiting for its end: 12.6, 12.7, 13.1 images per second after
+  12.5, 11.2, 12.0;
+- waiting up to `batch_wait_s` for a client that was just answered: two clients get 1.09 times the
+  images of one, without it 0.90;
+- one thread for all of PyTorch (`model_thread`): 26 ms are added to a lone image, not 84.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
 
-from torch import Tensor
-
-from pipeline.contracts import (
-    ContinuousBatch,
-    GenerationBatch,
-    GenerationRequest,
-    ImageGenerator,
-    SteppedGenerator,
-    TokenCount,
-)
-
-logger = logging.getLogger("ray.serve")
+from pipeline.contracts import GenerationRequest, ImageGenerator
+from serve.batch import DeadlineExceeded, QueuedRequest, RunningBatch
 
 _SIBLING_S = 0.004
-"""So long after a picture's arrival those that were asked for together with it have arrived too,
-or are drawn by other replicas."""
+"""Seconds in which all images of one client's request have arrived, or are at other replicas."""
 
 
-class Late(Exception):  # noqa: N818 - an answer, not a failure
-    """The picture cannot be drawn before its deadline."""
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A picture, uint8 (3, H, W), what it cost, and where its time went, seconds."""
-
-    image: Tensor
-    model: ImageGenerator
-    queue_s: float
-    model_s: float
-    batch_size: int
-    tokens: TokenCount | None
-
-
-@dataclass(eq=False)
-class Place:
-    """One picture's place in line.
-
-    Attributes:
-        to_follow: pictures asked for together with it that come after it.
-        done: the picture, `Late`, or what the model raised; cancel it to leave the line or batch.
-        previews: (number, uint8 (3, H, W)) while it is drawn, in order.
-    """
-
-    request: GenerationRequest
-    deadline: float
-    num_previews: int
-    to_follow: int
-    done: asyncio.Future[Drawn]
-    previews: asyncio.Queue[tuple[int, Tensor]] = field(default_factory=asyncio.Queue)
-    entered: float = field(default_factory=time.monotonic)
-    told: bool = False  # the outcome is on its way
-
-    @property
-    def left(self) -> bool:
-        return self.done.cancelled()
-
-    def due(self, done: int, steps: int) -> int | None:
-        """The number of the preview that belongs after `done` of `steps`, if one does."""
-        for number in range(self.num_previews):
-            at = round(steps * (number + 1) / (self.num_previews + 1))
-            if at == done and 0 < done < steps:
-                return number
-        return None
-
-
-def drawing_thread() -> ThreadPoolExecutor:
-    """One thread for everything a process computes with PyTorch.
+def model_thread() -> ThreadPoolExecutor:
+    """One thread for everything that a process computes with PyTorch.
 
     libgomp gives every thread that computes helpers of its own, and once all of them outnumber the
-    CPUs, even sleeping ones, helpers no longer wait awake for the next operation: on two CPUs a
-    picture then takes a third longer, for as long as the second thread lives.
+    CPUs, even sleeping ones, helpers no longer wait awake for the next operation: on two CPUs an
+    image then takes a third longer, for as long as the second thread lives.
     """
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
 
 
 class Engine:
-    """Draws with `model`, which may be exchanged between two batches.
+    """Generates with `model`, which may be replaced between two batches.
 
     Args:
         model: any ImageGenerator.
-        max_batch_size: pictures drawn together.
-        batch_wait_s: how long the first of a batch waits for others, at most; nobody waits for who
-            was just answered where others may join a batch that is under way.
-        thread: the one that draws, from `drawing_thread`; None makes it.
+        max_batch_size: images generated together.
+        batch_wait_s: seconds that the first request of a batch waits for others, at most. It does
+            not wait for a client that was just answered if that one can join later.
+        thread: from `model_thread`; None makes one.
     """
 
     def __init__(
@@ -121,94 +64,98 @@ class Engine:
     ) -> None:
         self.model = model
         self._max_batch_size, self._batch_wait_s = max_batch_size, batch_wait_s
-        self._line: deque[Place] = deque()
+        self._queue: deque[QueuedRequest] = deque()
         self._arrived = asyncio.Event()
-        self._thread = thread or drawing_thread()
+        self._thread = thread or model_thread()
         self._worker: asyncio.Task[None] | None = None
-        self._picture_s = 0.0  # from the start of a picture to its end, of the latest ones
-        self._shared_until = 0.0
+        self._image_s = 0.0  # seconds from an image's first step to its last, a running mean
+        self._gather_until = 0.0
 
-    def enter(
+    def submit(
         self,
         request: GenerationRequest,
         *,
         deadline: float,
-        num_previews: int = 0,
-        to_follow: int = 0,
-    ) -> Place:
-        """Take a place in line; `deadline` is Unix time, seconds. See `Place` for the others."""
+        num_partial_images: int = 0,
+        num_following: int = 0,
+    ) -> QueuedRequest:
+        """Queue a request; see `QueuedRequest` for the arguments and the outcome."""
         loop = asyncio.get_running_loop()
         if self._worker is None or self._worker.done():
             self._worker = loop.create_task(self._work())
-        place = Place(request, deadline, num_previews, to_follow, loop.create_future())
-        self._line.append(place)
+        queued = QueuedRequest(
+            request, deadline, num_partial_images, num_following, loop.create_future()
+        )
+        self._queue.append(queued)
         self._arrived.set()
-        return place
+        return queued
 
     def close(self) -> None:
-        """Stop drawing; whoever waits is told by a cancelled future."""
+        """Stop generating; the futures of those who wait are cancelled."""
         if self._worker is not None:
             self._worker.cancel()
-        for place in self._line:
-            place.done.cancel()
+        for queued in self._queue:
+            queued.done.cancel()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _work(self) -> None:
         while True:
             if batch := await self._next_batch():
-                closed = await self._draw(batch)
-                if closed and (len(batch) > 1 or self._line):  # who was just answered may ask again
-                    self._shared_until = time.monotonic() + self._batch_wait_s
-            del batch  # and with it the model that drew it, which may have been exchanged
+                closed = await self._run(batch)
+                if closed and (len(batch) > 1 or self._queue):  # answered clients may ask again
+                    self._gather_until = time.monotonic() + self._batch_wait_s
+            del batch  # and with it the model that ran it, which may have been replaced
 
-    async def _draw(self, batch: list[Place]) -> bool:
-        """Whether nobody could join."""
+    async def _run(self, requests: list[QueuedRequest]) -> bool:
+        """Run a batch; whether it was closed to those who came later."""
         loop = asyncio.get_running_loop()
-        drawing = _Batch(self.model, loop, self._next_in_line, self._took)
-        await loop.run_in_executor(self._thread, drawing.draw, batch)
-        return drawing.closed
+        batch = RunningBatch(self.model, loop, self._dequeue, self._record_duration)
+        await loop.run_in_executor(self._thread, batch.run, requests)
+        return batch.closed
 
-    def _took(self, picture_s: float) -> None:
-        self._picture_s = 0.5 * (self._picture_s or picture_s) + 0.5 * picture_s
+    def _record_duration(self, image_s: float) -> None:
+        self._image_s = 0.5 * (self._image_s or image_s) + 0.5 * image_s
 
-    async def _next_batch(self) -> list[Place]:
-        """The next places in line that are still wanted and can be in time."""
-        while not self._line:
+    async def _next_batch(self) -> list[QueuedRequest]:
+        """The next requests that are still wanted and can be in time."""
+        while not self._queue:
             self._arrived.clear()
             await self._arrived.wait()
         await self._gather()
-        return self._next_in_line(asyncio.get_running_loop(), self.model, 0)
+        return self._dequeue(asyncio.get_running_loop(), self.model, 0)
 
-    def _next_in_line(
-        self, loop: asyncio.AbstractEventLoop, model: ImageGenerator, under_way: int
-    ) -> list[Place]:
-        """Whoever comes next and fits beside those under way; nobody once the model is exchanged.
+    def _dequeue(
+        self, loop: asyncio.AbstractEventLoop, model: ImageGenerator, slots_taken: int
+    ) -> list[QueuedRequest]:
+        """The next requests that fit beside `slots_taken`; none once the model was replaced.
 
-        Called from the loop, or from the thread that draws: never from both at a time.
+        It is called from the loop or from the model thread, never from both at a time.
         """
-        taken: list[Place] = []
+        taken: list[QueuedRequest] = []
         late = 0
-        while self._line and model is self.model and under_way + len(taken) < self._max_batch_size:
-            place = self._line.popleft()
-            if place.left:
+        while (
+            self._queue and model is self.model and slots_taken + len(taken) < self._max_batch_size
+        ):
+            queued = self._queue.popleft()
+            if queued.abandoned:
                 continue
-            if time.time() + self._picture_s > place.deadline:
-                loop.call_soon_threadsafe(_settle, place, Late())
+            if time.time() + self._image_s > queued.deadline:
+                loop.call_soon_threadsafe(queued.settle, DeadlineExceeded())
                 late += 1
             else:
-                taken.append(place)
-        if late and not taken and not under_way:  # one slow picture must not turn all away for ever
-            self._picture_s /= 2
+                taken.append(queued)
+        if late and not taken and not slots_taken:  # one slow image must not refuse all for ever
+            self._image_s /= 2
         return taken
 
     async def _gather(self) -> None:
-        """Give others a moment to join the first in line: those asked for together with the latest,
-        and, while several draw, whoever was just answered. Who draws alone does not wait."""
+        """Give others a moment to join the first in the queue: the images of the same request and,
+        while several clients ask, those who were just answered. A lone request does not wait."""
         end = time.monotonic() + self._batch_wait_s
-        while len(self._line) < self._max_batch_size:
+        while len(self._queue) < self._max_batch_size:
             now = time.monotonic()
-            siblings_until = now + _SIBLING_S if self._line[-1].to_follow else now
-            until = min(end, max(siblings_until, self._shared_until))
+            siblings_until = now + _SIBLING_S if self._queue[-1].num_following else now
+            until = min(end, max(siblings_until, self._gather_until))
             if until <= now:
                 return
             self._arrived.clear()
@@ -216,139 +163,3 @@ class Engine:
                 await asyncio.wait_for(self._arrived.wait(), until - now)
             except TimeoutError:
                 return
-
-
-def _settle(place: Place, outcome: Drawn | Exception) -> None:
-    if place.done.done():
-        return
-    if isinstance(outcome, Exception):
-        place.done.set_exception(outcome)
-    else:
-        place.done.set_result(outcome)
-
-
-class _Batch:
-    """One model's pictures under way; lives in the thread that draws.
-
-    Args:
-        model: what draws.
-        loop: where the outcomes are told.
-        next_in_line: (loop, model, pictures under way) -> places to join them.
-        took: told how many seconds pictures took that are done.
-    """
-
-    def __init__(
-        self,
-        model: ImageGenerator,
-        loop: asyncio.AbstractEventLoop,
-        next_in_line: Callable[[asyncio.AbstractEventLoop, ImageGenerator, int], list[Place]],
-        took: Callable[[float], None],
-    ) -> None:
-        self._model, self._loop = model, loop
-        self._next_in_line, self._took = next_in_line, took
-        self._seats: dict[int, tuple[Place, float]] = {}  # by row: who, and since when
-        self.closed = True  # nobody may join
-
-    def draw(self, places: Sequence[Place]) -> None:
-        """Tell every place its outcome. A batch that fails is drawn again one by one: a request's
-        failure is not its neighbours'."""
-        try:
-            self._draw(places)
-        except Exception as error:  # noqa: BLE001 - it is the outcome, told to whoever waits
-            left = list(dict.fromkeys([*places, *(place for place, _ in self._seats.values())]))
-            left = [place for place in left if not place.told]
-            self._seats = {}
-            if len(left) == 1 == len(places):
-                self._tell(left[0], error)
-                return
-            logger.warning("a batch of %d failed (%s); drawing one by one", len(left), type(error))
-            for place in left:
-                _Batch(self._model, self._loop, _nobody, self._took).draw([place])
-
-    def _draw(self, places: Sequence[Place]) -> None:
-        requests = [place.request for place in places]
-        self._seat(range(len(places)), places)
-        if not isinstance(self._model, SteppedGenerator):
-            images = self._model.generate(requests).cpu()
-            self._finish(images, list(self._seats))
-            return
-        drawing = self._model.start(requests)
-        self.closed = not (isinstance(drawing, ContinuousBatch) and drawing.joinable)
-        while self._seats:
-            if not drawing.step():
-                raise RuntimeError("the drawing ended before its pictures did")
-            gone = self._look_up(drawing)
-            if done := [row for row in self._seats if _is_done(drawing, row)]:
-                self._finish(drawing.images(done), done)
-            if not self.closed:
-                assert isinstance(drawing, ContinuousBatch)
-                drawing.forget([*gone, *done])
-                self._let_in(drawing, self._next_in_line(self._loop, self._model, len(self._seats)))
-
-    def _seat(self, rows: Sequence[int], places: Sequence[Place]) -> None:
-        now = time.monotonic()
-        self._seats |= {row: (place, now) for row, place in zip(rows, places, strict=True)}
-
-    def _let_in(self, drawing: ContinuousBatch, places: Sequence[Place]) -> None:
-        """Join them all at once, or, if that fails, one by one: a failure is nobody else's."""
-        try:
-            if places:
-                self._seat(drawing.join([place.request for place in places]), places)
-        except Exception as error:  # noqa: BLE001 - it is the outcome
-            if len(places) == 1:
-                self._tell(places[0], error)
-                return
-            for place in places:
-                self._let_in(drawing, [place])
-
-    def _look_up(self, drawing: GenerationBatch) -> list[int]:
-        """Who left or is late leaves the batch; previews that are due are handed out.
-
-        Returns:
-            The rows of those who left.
-        """
-        gone = []
-        for row, (place, _) in list(self._seats.items()):
-            done, steps = drawing.progress(row)
-            late = done < steps and time.time() > place.deadline
-            if late or place.left:
-                drawing.drop([row])
-                del self._seats[row]
-                self._tell(place, Late())
-                gone.append(row)
-                continue
-            number = place.due(done, steps)
-            if number is not None:
-                shown = number, drawing.images([row])[0]
-                self._later(place.previews.put_nowait, shown)
-        return gone
-
-    def _finish(self, images: Tensor, rows: Sequence[int]) -> None:
-        now, together = time.monotonic(), len(self._seats)
-        self._later(self._took, now - self._seats[rows[-1]][1])  # before anyone can ask again
-        for image, row in zip(images, rows, strict=True):
-            place, since = self._seats.pop(row)
-            tokens = _tokens(self._model, place.request)
-            queue_s = since - place.entered
-            self._tell(place, Drawn(image, self._model, queue_s, now - since, together, tokens))
-
-    def _tell(self, place: Place, outcome: Drawn | Exception) -> None:
-        place.told = True
-        self._later(_settle, place, outcome)
-
-    def _later(self, call: Callable[..., None], *arguments: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
-            self._loop.call_soon_threadsafe(call, *arguments)
-
-
-def _nobody(*_: object) -> list[Place]:
-    return []
-
-
-def _is_done(drawing: GenerationBatch, row: int) -> bool:
-    done, steps = drawing.progress(row)
-    return done >= steps
-
-
-def _tokens(model: ImageGenerator, request: GenerationRequest) -> TokenCount | None:
-    return model.count_tokens(request) if isinstance(model, SteppedGenerator) else None

@@ -1,59 +1,58 @@
-"""Every answer that is not a success, in OpenAI's envelope, and the reading of request bodies.
+"""Every answer that is not a success, in the envelope of OpenAI's API.
 
     {"error": {"message": ..., "type": ..., "param": the field or null, "code": ...}}
 
-Routes raise `ApiError`; `install` turns it, FastAPI's validation errors and unknown routes into the
-envelope, and edge.py anything unforeseen. A client never sees a traceback: what went wrong inside
-is in the server's log under the request's id (the `x-request-id` header).
+Code raises `ApiError`. `install_error_handlers` makes FastAPI answer its own errors in the same
+envelope: a body of the wrong shape, one that cannot be parsed, an unknown URL. middleware.py does
+so for what nobody foresaw. A client never sees a traceback; the server's log has it under the
+request's id (the header `x-request-id`).
 """
 
 from __future__ import annotations
 
 import difflib
-import logging
 import math
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, TypeVar
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
-logger = logging.getLogger("ray.serve")
-
-MAX_BODY_BYTES = 1_000_000
 REQUEST_ID = "x-request-id"
 CODE_HEADER = "x-error-code"
-_SHOWN_CHARS = 64
-
+EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception)\b")
+_QUOTED_CHARS = 64
 _CODES = {
     "missing": "missing_required_parameter",
     "extra_forbidden": "unknown_parameter",
     "json_invalid": "invalid_json",
 }
 _HTTP_CODES = {404: "unknown_url", 405: "method_not_allowed"}
-EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception)\b")
-
-Body = TypeVar("Body", bound=BaseModel)
 
 
-class ApiError(Exception):
+class ApiError(HTTPException):
     """An answer other than success.
 
+    It is an HTTPException because these alone pass through FastAPI's reading of a body unchanged.
+
     Attributes:
-        status: the HTTP status.
-        param: the field at fault, if one is.
-        code: a stable word for programs.
+        status_code: the HTTP status.
+        detail: the message for people: value, limit and remedy.
+        code: a stable word for programs; serve/README.md lists them.
+        param: the request's field at fault, if one is.
         type: OpenAI's class of error.
-        retry_after_s: when to try again, for errors that pass.
+        retry_after_s: seconds after which to try again, for errors that pass.
     """
 
     def __init__(
         self,
-        status: int,
+        status_code: int,
         message: str,
         *,
         code: str,
@@ -61,14 +60,19 @@ class ApiError(Exception):
         type: str = "invalid_request_error",
         retry_after_s: float | None = None,
     ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.code = status, message, code
-        self.param, self.type, self.retry_after_s = param, type, retry_after_s
+        headers = {CODE_HEADER: code}  # for the log, the metrics and proxies that read no bodies
+        if retry_after_s is not None:
+            headers["retry-after"] = str(math.ceil(retry_after_s))
+        if status_code == 401:
+            headers["www-authenticate"] = "Bearer"
+        super().__init__(status_code, message, headers)
+        self.code, self.param, self.type, self.retry_after_s = code, param, type, retry_after_s
 
     @property
     def envelope(self) -> dict[str, Any]:
+        """The body of the answer."""
         error = {
-            "message": self.message,
+            "message": self.detail,
             "type": self.type,
             "param": self.param,
             "code": self.code,
@@ -76,107 +80,12 @@ class ApiError(Exception):
         return {"error": error}
 
     def response(self) -> JSONResponse:
-        """The envelope as an answer; its code is in a header too, for the log and the metrics."""
-        headers = {CODE_HEADER: self.code}
-        if self.retry_after_s is not None:
-            headers["retry-after"] = str(math.ceil(self.retry_after_s))
-        if self.status == 401:
-            headers["www-authenticate"] = "Bearer"
-        return JSONResponse(self.envelope, self.status, headers)
-
-
-def shown(value: object) -> str:
-    """`value` as an error message may quote it: short, and printable whatever it holds."""
-    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
-    return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "..."
-
-
-def last_error(status: str) -> str:
-    """The exception at the end of a traceback that Serve reports, without the traceback."""
-    lines = status.strip().splitlines()
-    starts = [i for i, line in enumerate(lines) if EXCEPTION.match(line)]
-    return " ".join(line.strip() for line in lines[starts[-1] if starts else -1 :])
-
-
-def json_body(shape: type[Body]) -> Callable[[Request], Awaitable[Body]]:
-    """A FastAPI dependency that reads a JSON body of `shape`, within MAX_BODY_BYTES.
-
-    Raises:
-        ApiError: 415 not JSON by its content type, 413 too long, 400 not JSON or not of this shape.
-    """
-
-    async def read(request: Request) -> Body:
-        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if media_type != "application/json":
-            raise ApiError(
-                415,
-                f"content-type is {shown(media_type)}; send application/json",
-                code="unsupported_media_type",
-            )
-        raw = await limited_body(request, MAX_BODY_BYTES)
-        try:
-            return shape.model_validate_json(raw)
-        except ValidationError as error:
-            raise invalid(error.errors()[0], tuple(shape.model_fields)) from error
-
-    return read
-
-
-def json_schema(shape: type[BaseModel]) -> dict[str, Any]:
-    """A route's `openapi_extra` for a body that `json_body` reads; null is a field's default."""
-    schema = shape.model_json_schema()
-    for name in schema["properties"].keys() - set(schema.get("required", ())):
-        _allow_null(schema["properties"][name])
-    content = {"application/json": {"schema": schema}}
-    return {"requestBody": {"required": True, "content": content}}
-
-
-def _allow_null(field: dict[str, Any]) -> None:
-    if "anyOf" not in field:
-        kept = {key: field.pop(key) for key in field.keys() - {"title", "description", "default"}}
-        field["anyOf"] = [kept, {"type": "null"}]
-
-
-async def limited_body(request: Request, limit: int) -> bytes:
-    """The body, refused as soon as it is known to be longer than `limit` bytes.
-
-    Raises:
-        ApiError: 413.
-    """
-    too_long = ApiError(413, f"the body is longer than {limit:,} bytes", code="request_too_large")
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > limit:
-        raise too_long
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise too_long
-    return bytes(body)
-
-
-def install(app: FastAPI) -> None:
-    """Make `app` answer every error that was foreseen in the envelope."""
-
-    @app.exception_handler(ApiError)
-    async def api_error(request: Request, error: ApiError) -> JSONResponse:
-        return error.response()
-
-    @app.exception_handler(RequestValidationError)
-    async def not_valid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return invalid(error.errors()[0]).response()
-
-    @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        target = f"{request.method} {shown(request.scope['path'])}"
-        code = _HTTP_CODES.get(error.status_code, "http_error")
-        answer = ApiError(error.status_code, f"{target}: {error.detail}", code=code).response()
-        answer.headers.update(error.headers or {})
-        return answer
+        """The answer itself."""
+        return JSONResponse(self.envelope, self.status_code, self.headers)
 
 
 def internal_error(request: Request) -> ApiError:
-    """500: nothing but the id under which the log says more."""
+    """500, and nothing but the id under which the log says more."""
     request_id = request.headers.get(REQUEST_ID, "unknown")
     return ApiError(
         500,
@@ -186,24 +95,106 @@ def internal_error(request: Request) -> ApiError:
     )
 
 
-def invalid(error: Mapping[str, Any], known: Sequence[str] = ()) -> ApiError:
-    """The first thing wrong with a request, by field."""
-    kind = error["type"]
-    loc = [part for part in error["loc"] if part != "body"]
-    param = loc[0][:_SHOWN_CHARS] if loc and isinstance(loc[0], str) else None
-    code = "invalid_type" if kind.endswith("_type") else _CODES.get(kind, "invalid_value")
-    return ApiError(400, _explain(error, param, known), code=code, param=param)
+_quoting = reprlib.Repr()  # bounded in depth: a client's value may be nested as deep as JSON allows
+_quoting.maxlevel = 4
+_quoting.maxstring = _quoting.maxlong = _quoting.maxother = 1_000
 
 
-def _explain(error: Mapping[str, Any], param: str | None, known: Sequence[str]) -> str:
-    """One sentence: the field, what is wrong with it, what would be right."""
-    message = error["msg"].removeprefix("Value error, ")
+def quoted(value: object) -> str:
+    """`value` as an error message may quote it: short, and printable whatever it holds."""
+    unprintable = isinstance(value, str) and not value.isprintable()
+    text = ascii(value) if unprintable else _quoting.repr(value)
+    return text if len(text) <= _QUOTED_CHARS else text[:_QUOTED_CHARS] + "..."
+
+
+def last_error(status: str) -> str:
+    """The exception at the end of a traceback that Serve reports, without the traceback."""
+    lines = status.strip().splitlines()
+    starts = [i for i, line in enumerate(lines) if EXCEPTION.match(line)]
+    return " ".join(line.strip() for line in lines[starts[-1] if starts else -1 :])
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Make `app` answer the errors of FastAPI and Starlette in the envelope."""
+
+    @app.exception_handler(RequestValidationError)
+    async def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
+        return _invalid(error.errors()[0], _known_fields(request)).response()
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        if isinstance(error, ApiError):
+            return error.response()
+        if isinstance(error.__cause__, ClientDisconnect):  # nobody is left to be answered
+            raise error.__cause__
+        answer = _unreadable(request, error) if error.status_code == 400 else _named(request, error)
+        response = answer.response()
+        response.headers.update(error.headers or {})
+        return response
+
+
+def _named(request: Request, error: HTTPException) -> ApiError:
+    """An error of Starlette's routing: an unknown URL, a method that the URL does not have."""
+    target = f"{request.method} {quoted(request.scope['path'])}"
+    code = _HTTP_CODES.get(error.status_code, "http_error")
+    return ApiError(error.status_code, f"{target}: {error.detail}", code=code)
+
+
+def _unreadable(request: Request, error: HTTPException) -> ApiError:
+    """A body that FastAPI or Starlette could not parse."""
+    if request.headers.get("content-type", "").startswith("multipart/"):
+        message = f"the multipart body cannot be read: {error.detail}"
+        return ApiError(400, message, code="invalid_multipart")
+    # not UTF-8, nested too deeply, or a number of thousands of digits
+    foreseen = isinstance(error.__cause__, (ValueError, RecursionError))
+    reason = str(error.__cause__) if foreseen else error.detail
+    return ApiError(400, f"the body cannot be read: {reason}", code="invalid_json")
+
+
+def _known_fields(request: Request) -> Sequence[str]:
+    """The fields that the body of this request's route may have."""
+    body_field = getattr(request.scope["route"], "body_field", None)
+    shape: Any = body_field and body_field.field_info.annotation
+    return tuple(getattr(shape, "model_fields", ()))
+
+
+def _invalid(error: Mapping[str, Any], known: Sequence[str]) -> ApiError:
+    """The first thing wrong with a request, by field; `error` is one of Pydantic's."""
+    kind, param = error["type"], _param(error)
     if param is None:
-        return f"the body cannot be read: {message}"
+        code = "invalid_type" if kind.endswith("_type") else "invalid_json"
+        return ApiError(400, f"the body cannot be read: {_body_reason(error)}", code=code)
+    code = "invalid_type" if kind.endswith("_type") else _CODES.get(kind, "invalid_value")
+    return ApiError(400, _field_reason(error, param, known), code=code, param=param)
+
+
+def _param(error: Mapping[str, Any]) -> str | None:
+    """The field at fault, as the client wrote it; None if it is the body as a whole."""
+    _, *path = error["loc"]  # after "body", "header" or "path"
+    if error["type"] == "string_unicode" or not path or not isinstance(path[0], str):
+        return None
+    return path[0][:_QUOTED_CHARS]
+
+
+def _body_reason(error: Mapping[str, Any]) -> str:
+    """Why a body is no JSON object."""
+    if error["type"] == "json_invalid":
+        return f"{error['ctx']['error']} at character {error['loc'][-1]}"
+    if error["type"] == "missing":
+        return "it is empty; send a JSON object"
+    if error["type"] == "model_attributes_type":
+        return "it is JSON, but no object; send one"
+    return str(error["msg"])
+
+
+def _field_reason(error: Mapping[str, Any], param: str, known: Sequence[str]) -> str:
+    """One sentence: the field, what is wrong with it, what would be right."""
     if error["type"] == "missing":
         return f"{param} is missing"
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(param, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        return f"unknown parameter {shown(param)}; {hint}"
-    return f"{param}={shown(error['input'])}: {message}"
+        return f"unknown parameter {quoted(param)}; {hint}"
+    if isinstance(error["input"], UploadFile):
+        return f"send {param} as plain text, without a file name"
+    return f"{param}={quoted(error['input'])}: {error['msg'].removeprefix('Value error, ')}"

@@ -1,6 +1,6 @@
-"""`tessera serve`: the image API on this machine, from nothing to ready and down again.
+"""`tessera serve`: starts the image API on this machine, waits until it is ready, takes it down.
 
-    server = serve_forever("models:/tessera@champion", config, home=".tessera", blocking=False)
+    server = start_server("models:/tessera@champion", service, home=".tessera")
     ...                      # OpenAI(base_url=server.url + "/v1", api_key="none")
     server.close()
 
@@ -31,9 +31,9 @@ from pipeline.config import ServeConfig
 from pipeline.errors import ResourceError
 from pipeline.model_registry import resolve_model
 from pipeline.runtime import start_ray
-from serve.app import build_app, cluster_resources, gpus_of_replica
+from serve.app import build_app, cluster_resources, gpus_per_replica
 from serve.errors import last_error
-from serve.front import Address, on_one_machine
+from serve.listener import Address, ingress_may_listen
 from serve.settings import ServiceConfig, check_exposure
 
 logger = logging.getLogger(__name__)
@@ -71,61 +71,59 @@ class Server:
             ray.shutdown()
 
 
-def serve_forever(
+def start_server(
     model: str,
-    config: ServeConfig,
+    service: ServiceConfig,
     *,
     home: str,
-    service: ServiceConfig | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
-    blocking: bool = True,
     ready_timeout_s: float = 300.0,
 ) -> Server:
-    """Serve `model` at http://host:port; return when it draws, or, if blocking, when stopped.
+    """Serve `model` at http://host:port; return when it generates.
 
     Args:
         model: a bundle directory, "asset:base", or "models:/NAME@ALIAS".
-        config: replicas and batches.
+        service: all settings.
         home: the directory of the registry and of converted pretrained models.
-        service: access, limits, safety and caches.
         host, port: where to listen; only this machine can reach the default host.
-        blocking: stay until Ctrl-C or SIGTERM, then shut down.
-        ready_timeout_s: how long the first picture may take.
+        ready_timeout_s: how long the first image may take.
 
     Raises:
         ResourceError: the port is taken, Serve runs already, or no replica became ready.
         BundleError: there is no such model.
         RecipeError: other machines could reach it and there are no keys.
     """
-    service = service or ServiceConfig()
     check_exposure(host, service)
     check_port(host, port)
     resolve_model(model, home=Path(home))  # before Ray is started
     return launch(
-        partial(build_app, model, config, service, home=home),
+        partial(build_app, model, service, home=home),
         host=host,
         port=port,
-        blocking=blocking,
         ready_timeout_s=ready_timeout_s,
-        config=config,
+        config=service.serve,
     )
 
 
 def launch(
-    make: Callable[..., Application],
+    build: Callable[..., Application],
     *,
     host: str,
     port: int,
-    blocking: bool,
     ready_timeout_s: float,
     config: ServeConfig | None = None,
 ) -> Server:
-    """`serve_forever` for what `make(listen=...)` builds, as app.py's functions do, with replicas
-    as `config` has them."""
+    """`start_server` for any application.
+
+    Args:
+        build: called with `listen`, as app.py's functions are once all else is given.
+        host, port, ready_timeout_s: as for `start_server`.
+        config: replicas that must have room; None checks nothing.
+    """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its progress lines only puzzle
     address = Address(host, port)
-    own_door = on_one_machine()
+    direct = ingress_may_listen()
     server = Server(url=address.url, started_ray=start_ray())
     if _serve_runs():
         raise ResourceError(
@@ -134,26 +132,22 @@ def launch(
         )
     try:
         if config is not None:
-            check_room(config, cluster_resources())
-        app = make(listen=address if own_door else None)
-        _start(address, proxies=not own_door)
+            check_capacity(config, cluster_resources())
+        app = build(listen=address if direct else None)
+        _start(address, proxies=not direct)
         deploy(app)
         _wait_until_ready(server.url, ready_timeout_s)
-        logger.info("%s draws pictures", server.url)
-        if blocking:
-            server.wait()
     except BaseException:
         server.close()
         raise
-    if blocking:
-        server.close()
+    logger.info("%s generates images", server.url)
     return server
 
 
-def check_room(config: ServeConfig, resources: Mapping[str, float]) -> None:
+def check_capacity(config: ServeConfig, resources: Mapping[str, float]) -> None:
     """Raise ResourceError if the replicas to begin with can never be placed: Serve would wait."""
     replicas = max(1, config.min_replicas)
-    gpus = gpus_of_replica(config, resources)
+    gpus = gpus_per_replica(config, resources)
     for name, each, kind in (("cpus", config.num_cpus, "CPU"), ("gpus", gpus, "GPU")):
         have = resources.get(kind, 0)
         if replicas * each > have:

@@ -1,12 +1,11 @@
-"""What Prometheus sees at /metrics: the ingress counts, replicas report with every picture."""
+"""What Prometheus reads at /metrics: requests as the ingress counts them, and where every image's
+time went, as its replica reports."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from serve.pictures import Card, Picture
+from serve.messages import GeneratedImage, ModelInfo
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -21,51 +20,51 @@ class Metrics:
         )
         self.stages = Histogram(
             "tessera_stage_seconds",
-            "where a picture's time goes: queue, model, encode; request is its whole answer",
+            "where an image's time goes: queue, model, encode; request is its whole answer",
             ["stage"],
             buckets=_SECONDS,
             registry=to,
         )
         self.batch_size = Histogram(
             "tessera_batch_size",
-            "pictures drawn together, counted once a picture",
+            "images generated together, counted once per image",
             buckets=(1, 2, 4, 8, 16, 32, 64),
             registry=to,
         )
-        self.pictures = Counter(
-            "tessera_pictures", "pictures drawn", ["model_version"], registry=to
+        self.images = Counter(
+            "tessera_pictures", "images generated", ["model_version"], registry=to
         )
         self.cached = Counter(
-            "tessera_result_cache", "pictures looked up in the result cache", ["found"], registry=to
+            "tessera_result_cache", "images looked up in the result cache", ["found"], registry=to
         )
         self.model = Gauge(
             "tessera_model_info",
-            "1 for what is served",
+            "1 for the served model",
             ["model", "version", "notice"],
             registry=to,
         )
         self.waiting = Gauge(
-            "tessera_waiting_pictures", "pictures accepted and not yet drawn", registry=to
+            "tessera_waiting_pictures", "images accepted and not yet generated", registry=to
         )
 
-    def drawn(self, picture: Picture) -> None:
-        """Count a picture and where its time went."""
-        self.pictures.labels(picture.card.version).inc()
-        if picture.timing is not None:
-            self.stages.labels("queue").observe(picture.timing.queue)
-            self.stages.labels("model").observe(picture.timing.model)
-            self.stages.labels("encode").observe(picture.timing.encode)
-            self.batch_size.observe(picture.timing.batch_size)
+    def record_image(self, image: GeneratedImage) -> None:
+        """Count an image and where its time went."""
+        self.images.labels(image.model.version).inc()
+        if image.timing is not None:
+            self.stages.labels("queue").observe(image.timing.queue)
+            self.stages.labels("model").observe(image.timing.model)
+            self.stages.labels("encode").observe(image.timing.encode)
+            self.batch_size.observe(image.timing.batch_size)
 
-    def render(self, card: Card | None, waiting: Callable[[], int]) -> bytes:
+    def render(self, model: ModelInfo | None, num_waiting: int) -> bytes:
         """Everything in Prometheus' text format.
 
         Args:
-            card: of what is served, if that is known.
-            waiting: pictures accepted and not yet drawn.
+            model: the served model, if it is known yet.
+            num_waiting: images accepted and not yet generated.
         """
         self.model.clear()
-        if card is not None:
-            self.model.labels(card.name, card.version, card.notice).set(1)
-        self.waiting.set(waiting())
+        if model is not None:
+            self.model.labels(model.name, model.version, model.notice).set(1)
+        self.waiting.set(num_waiting)
         return generate_latest(self._registry)

@@ -1,7 +1,13 @@
-"""The generator's replicas as the ingress sees them: calls with a deadline and clear failures.
+"""The generator replicas as the ingress sees them: calls with a deadline and clear failures.
 
-Everything that can go wrong between the two deployments becomes an `ApiError` here, once. Drawing
-changes nothing anywhere, so a picture whose replica died is simply drawn again by another.
+Ray Serve's handle balances load over replicas and refuses what is too much. What it does not do,
+and this file therefore does, once:
+
+- a job whose replica dies is given to another one. Generating changes nothing anywhere, so it is
+  simply done again: with one of two replicas killed under load, 204 images, none wrong, no request
+  failed (`python tests/benchmarks/serving.py kill`, RESULTS.md);
+- every failure between the deployments becomes an `ApiError` with status and remedy;
+- readiness is a generated image, anyone's, and not a process that answers.
 """
 
 from __future__ import annotations
@@ -12,7 +18,15 @@ import contextvars
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterator,
+    Sequence,
+)
 from typing import Any, TypeVar
 
 from ray import serve
@@ -21,133 +35,131 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from serve.errors import EXCEPTION, ApiError, last_error
-from serve.pictures import PROBE, Card, Job, Picture, Preview, Refusal
+from serve.messages import PROBE_REQUEST, GeneratedImage, ImageJob, ModelInfo, PartialImage, Refusal
 
 logger = logging.getLogger("ray.serve")
 
 DEADLINE_S = 60.0
 PROBE_TIMEOUT_S = 5.0
 READY_FOR_S = 10.0
-"""A drawn picture, anyone's, is proof of readiness for so long."""
-CARD_FOR_S = 2.0
+"""Seconds for which a generated image, anyone's, is proof of readiness."""
+MODEL_INFO_FOR_S = 2.0
 GRACE_S = 2.0
-"""The replica answers at the deadline; the ingress stops listening so much later."""
+"""Seconds after the deadline, at which the replica answers, until the ingress stops waiting."""
 ATTEMPTS = 3
-"""Of drawing one picture, when replicas die under it."""
+"""To generate one image, when replicas die."""
 
 _STATUS = {"deadline_exceeded": 503}
 
 T = TypeVar("T")
 
 
-class Pool:
+class ReplicaPool:
     """The replicas behind `handle`.
 
     Args:
-        handle: of the generator deployment, in the application this code runs in.
+        handle: of the generator deployment, in the application that this code runs in.
 
     Attributes:
-        known: the card as last heard of.
-        on_picture: told of every picture drawn.
-        waiting: pictures asked for and not yet drawn.
+        known_model: the served model as last heard of.
+        on_image: called with every image generated.
+        num_waiting: images asked for and not yet generated.
     """
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
         self._streaming = handle.options(stream=True)
-        self.known: Card | None = None
-        self.on_picture: Callable[[Picture], None] = lambda picture: None
-        self._card_at = self._drawn_at = float("-inf")
+        self.known_model: ModelInfo | None = None
+        self.on_image: Callable[[GeneratedImage], None] = lambda image: None
+        self._heard_at = self._generated_at = float("-inf")
         self._asking: asyncio.Future[None] | None = None
         self._probe: asyncio.Task[str] | None = None
-        self.waiting = 0
+        self.num_waiting = 0
 
-    async def card(self) -> Card:
-        """The served model's card; when it is CARD_FOR_S old a replica is asked behind the scenes,
-        so that nobody waits for it."""
-        if self.known is None:
+    async def model_info(self) -> ModelInfo:
+        """The served model. When what is known is MODEL_INFO_FOR_S old, a replica is asked in the
+        background, so that no client waits for it."""
+        if self.known_model is None:
             await self._ask()
-        elif time.monotonic() - self._card_at > CARD_FOR_S and self._asking is None:
+        elif time.monotonic() - self._heard_at > MODEL_INFO_FOR_S and self._asking is None:
             self._asking = asyncio.ensure_future(self._ask())
             self._asking.add_done_callback(self._asked)
-        assert self.known is not None
-        return self.known
+        assert self.known_model is not None
+        return self.known_model
 
     async def _ask(self) -> None:
-        call = _retried(lambda: self._handle.card.remote())
-        self._remember(await _explain(call, DEADLINE_S))
+        call = _retried(lambda: self._handle.model_info.remote())
+        self._remember(await _explained(call, DEADLINE_S))
 
     def _asked(self, task: asyncio.Future[None]) -> None:
-        self._asking, self._card_at = None, time.monotonic()
+        self._asking, self._heard_at = None, time.monotonic()
         if not task.cancelled() and task.exception() is not None:
-            logger.warning("no replica said what it serves: %s", task.exception())
+            logger.warning("no replica said which model it serves: %s", task.exception())
 
-    async def draw(self, jobs: Sequence[Job]) -> list[Picture]:
-        """Draw all pictures or none.
+    async def generate(self, jobs: Sequence[ImageJob]) -> list[GeneratedImage]:
+        """All images or none.
 
         Raises:
             ApiError: 400 the model refuses one, 429 too much waits already, 503 nobody answers.
         """
         with self._counted(len(jobs)):
-            pictures: list[Picture] = await _explain(
-                _all([self._one(job) for job in _announced(jobs)]), _left_s(jobs[0])
-            )
-        return pictures
+            calls = [self._generate_one(job) for job in _numbered(jobs)]
+            return await _explained(_all(calls), _left_s(jobs[0]))
 
-    async def stream(self, job: Job) -> AsyncIterator[Preview | Picture]:
-        """Previews of one picture, then the picture.
+    async def stream(self, job: ImageJob) -> AsyncIterator[PartialImage | GeneratedImage]:
+        """Partial images of one image, then the image.
 
         Raises:
-            ApiError: as for `draw`.
+            ApiError: as for `generate`.
         """
         with self._counted(1):
             for attempt in range(1, ATTEMPTS + 1):
-                shown = False
+                begun = False
                 try:
-                    async with contextlib.aclosing(self._streamed(job)) as answers:
-                        async for answer in answers:
-                            shown = True
-                            yield answer
+                    async with contextlib.aclosing(self._streamed(job)) as images:
+                        async for image in images:
+                            begun = True
+                            yield image
                     return
                 except ApiError as error:
                     died = isinstance(error.__cause__, RayActorError)
-                    if shown or not died or attempt == ATTEMPTS:
+                    if begun or not died or attempt == ATTEMPTS:
                         raise
-                    logger.warning("a replica died before it showed anything; trying another")
+                    logger.warning("a replica died before it sent anything; trying another")
 
-    async def _streamed(self, job: Job) -> AsyncGenerator[Preview | Picture, None]:
+    async def _streamed(self, job: ImageJob) -> AsyncGenerator[PartialImage | GeneratedImage, None]:
         answers: Any = self._streaming.stream.remote(job)
         try:
             while True:
-                answer = _accepted(await _explain(anext(answers), _left_s(job)))
-                if isinstance(answer, Picture):
-                    self._drawn(answer)
-                yield answer
-                if isinstance(answer, Picture):
+                image = _accepted(await _explained(anext(answers), _left_s(job)))
+                if isinstance(image, GeneratedImage):
+                    self._generated(image)
+                yield image
+                if isinstance(image, GeneratedImage):
                     return
         finally:
             with contextlib.suppress(Exception):  # cancel() raises what the call has raised
                 answers.cancel()
 
     async def check_ready(self) -> None:
-        """Return if a replica has drawn a picture lately, or draws one now.
+        """Return if a replica has generated an image lately, or generates one now.
 
         Raises:
             ApiError: none did; the message says why.
         """
-        if self._drew_lately():
+        if self._generated_lately():
             return
         if self._probe is None or self._probe.done():
-            # of nobody's request: Serve cancels what belongs to one whose client has gone
+            # a context of its own: Serve cancels what belongs to a request when its client goes
             self._probe = asyncio.get_running_loop().create_task(
-                self._draw_probe(), context=contextvars.Context()
+                self._generate_probe(), context=contextvars.Context()
             )
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
                 reason = await asyncio.shield(self._probe)
         except TimeoutError:
             reason = f"the readiness picture is not there after {PROBE_TIMEOUT_S:g} s"
-        if self._drew_lately():  # that picture, or anybody's
+        if self._generated_lately():  # the probe, or anybody's
             return
         status = await asyncio.to_thread(self._deployment_status)
         raise ApiError(
@@ -158,41 +170,41 @@ class Pool:
             retry_after_s=1,
         )
 
-    def _drew_lately(self) -> bool:
-        return time.monotonic() - self._drawn_at < READY_FOR_S
+    def _generated_lately(self) -> bool:
+        return time.monotonic() - self._generated_at < READY_FOR_S
 
-    async def _draw_probe(self) -> str:
-        """Why the readiness picture was not drawn; a model may take longer over it than one call of
-        /readyz waits."""
+    async def _generate_probe(self) -> str:
+        """Why the probe failed, if it did. A model may take longer over it than one call of /readyz
+        waits; the next call then waits for the same one."""
         try:
-            await self.draw([Job(PROBE, deadline=time.time() + DEADLINE_S)])
+            await self.generate([ImageJob(PROBE_REQUEST, deadline=time.time() + DEADLINE_S)])
         except ApiError as error:
-            return error.message
+            return error.detail
         except Exception:
-            logger.exception("a replica failed to draw the readiness picture")
+            logger.exception("a replica failed to generate the readiness image")
             return "a replica fails to draw; its log says why"
         return ""
 
-    async def _one(self, job: Job) -> Picture:
-        picture: Picture = _accepted(await _retried(lambda: self._handle.draw.remote(job)))
-        self._drawn(picture)
-        return picture
+    async def _generate_one(self, job: ImageJob) -> GeneratedImage:
+        image: GeneratedImage = _accepted(await _retried(lambda: self._handle.generate.remote(job)))
+        self._generated(image)
+        return image
 
-    def _drawn(self, picture: Picture) -> None:
-        self._drawn_at = time.monotonic()
-        self._remember(picture.card)
-        self.on_picture(picture)
+    def _generated(self, image: GeneratedImage) -> None:
+        self._generated_at = time.monotonic()
+        self._remember(image.model)
+        self.on_image(image)
 
-    def _remember(self, card: Card) -> None:
-        self.known, self._card_at = card, time.monotonic()
+    def _remember(self, model: ModelInfo) -> None:
+        self.known_model, self._heard_at = model, time.monotonic()
 
     @contextlib.contextmanager
-    def _counted(self, pictures: int) -> Any:
-        self.waiting += pictures
+    def _counted(self, num_images: int) -> Iterator[None]:
+        self.num_waiting += num_images
         try:
             yield
         finally:
-            self.waiting -= pictures
+            self.num_waiting -= num_images
 
     def _deployment_status(self) -> str:
         """What Serve knows of the generator's replicas."""
@@ -207,13 +219,13 @@ class Pool:
         return f"replicas: {states or 'none'}; {generator.status.value} {why}".strip()
 
 
-def _announced(jobs: Sequence[Job]) -> Iterator[Job]:
-    """Each says how many follow it, so that the replica knows whom to wait for."""
-    for place, job in enumerate(jobs, 1):
-        yield dataclasses.replace(job, to_follow=len(jobs) - place)
+def _numbered(jobs: Sequence[ImageJob]) -> Iterator[ImageJob]:
+    """Jobs that say how many follow them, so that the replica batches them together."""
+    for number, job in enumerate(jobs, 1):
+        yield dataclasses.replace(job, num_following=len(jobs) - number)
 
 
-def _left_s(job: Job) -> float:
+def _left_s(job: ImageJob) -> float:
     return max(0.0, job.deadline - time.time()) + GRACE_S
 
 
@@ -225,7 +237,7 @@ def _accepted(answer: Any) -> Any:
 
 
 def error_of(refusal: Refusal) -> ApiError:
-    """What a client is told of it."""
+    """The answer that a client gets for it."""
     status = _STATUS.get(refusal.code, 400)
     return ApiError(
         status,
@@ -238,8 +250,8 @@ def error_of(refusal: Refusal) -> ApiError:
 
 
 async def _retried(call: Callable[[], Any]) -> Any:
-    """Await a DeploymentResponse; make the call again if its replica died, withdraw it if the
-    client has gone."""
+    """Await a DeploymentResponse. If its replica died the call is made again; if the client has
+    gone it is withdrawn."""
     for attempt in range(1, ATTEMPTS + 1):
         response = call()
         try:
@@ -251,7 +263,7 @@ async def _retried(call: Callable[[], Any]) -> Any:
         except RayActorError as error:
             if isinstance(error, RayTaskError) or attempt == ATTEMPTS:
                 raise
-            logger.warning("a replica died while it drew; trying another")
+            logger.warning("a replica died while it worked; trying another")
     raise AssertionError("unreachable")
 
 
@@ -266,19 +278,19 @@ async def _all(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _explain(call: Any, timeout_s: float) -> Any:
+async def _explained(call: Awaitable[T], timeout_s: float) -> T:
     """Await with a time limit; failures between the deployments become ApiErrors."""
     try:
         async with asyncio.timeout(timeout_s):
             return await call
     except Exception as error:
-        known = _explained(error, timeout_s)
-        if known is None:
+        explained = _explanation(error, timeout_s)
+        if explained is None:
             raise
-        raise known from error
+        raise explained from error
 
 
-def _explained(error: Exception, timeout_s: float) -> ApiError | None:
+def _explanation(error: Exception, timeout_s: float) -> ApiError | None:
     """The answer for a failure between the deployments; None for what was not foreseen."""
     if isinstance(error, BackPressureError):
         return ApiError(

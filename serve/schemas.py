@@ -1,9 +1,9 @@
-"""What goes over the wire: the bodies of OpenAI's images API, as far as Tessera speaks it.
+"""The bodies of OpenAI's images API, as far as Tessera speaks it: what goes over the wire.
 
 Fields, types and defaults are those that `openai.OpenAI().images.generate(...)` sends; seed, style,
-negative_prompt, guidance_scale, temperature and num_steps travel in its `extra_body`. Unknown
-fields are refused, never ignored, and types are strict: "2" is not 2. A null means the default, as
-it does at OpenAI.
+negative_prompt, guidance_scale, temperature, num_steps and variation travel in its `extra_body`.
+Unknown fields are refused, never ignored. In JSON types are strict ("2" is not 2) and null means
+the default, as at OpenAI; a form's fields are text, so "2" is 2 there, and null is unknown.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from __future__ import annotations
 import unicodedata
 from typing import Annotated, Any, Literal
 
+from fastapi import UploadFile
 from pydantic import (
     AfterValidator,
+    AliasChoices,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -22,25 +25,28 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
+from starlette.datastructures import UploadFile as ParsedFile
 
 from pipeline.config import MAX_GUIDANCE, MAX_STEPS, MAX_TEMPERATURE
 from pipeline.contracts import MAX_SEED, GenerationRequest
-from serve.pictures import Format, Output
+from serve.messages import ImageFormat, OutputOptions
 
 CHAMPION = "champion"
 """The model name that stands for whatever is being served."""
 
-MAX_PICTURES = 10
-"""Pictures one request may ask for; ServeConfig.max_queued_requests is at least as large."""
+MAX_IMAGES = 10
+"""Images per request; ServeConfig.max_queued_requests is at least as large."""
 
 MAX_PROMPT_CHARS = 1000
-MAX_PREVIEWS = 3
-
+MAX_PARTIAL_IMAGES = 3
 
 _SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _CONTROL = r"\x00-\x1f\x7f-\x9f"
-_ONE_LINE = rf"^[{_SPACE}]*[^{_SPACE}{_CONTROL}]([^{_CONTROL}]*[^{_SPACE}{_CONTROL}])?[{_SPACE}]*$"
-"""What `Prompt` checks, for the schema: no control characters but around it."""
+_INNER = rf"[^{_CONTROL}]{{0,{MAX_PROMPT_CHARS - 2}}}"
+_ONE_LINE = rf"^[{_SPACE}]*[^{_SPACE}{_CONTROL}]({_INNER}[^{_SPACE}{_CONTROL}])?[{_SPACE}]*$"
+"""What `Prompt` checks, for the schema: up to MAX_PROMPT_CHARS characters, none of them a control
+character, and any blanks around them."""
 
 
 def _printable(prompt: str) -> str:
@@ -58,35 +64,69 @@ Prompt = Annotated[
     str,
     StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_PROMPT_CHARS),
     AfterValidator(_printable),
-    WithJsonSchema(
-        {"type": "string", "minLength": 1, "maxLength": MAX_PROMPT_CHARS, "pattern": _ONE_LINE}
-    ),
+    WithJsonSchema({"type": "string", "minLength": 1, "pattern": _ONE_LINE}),
 ]
 
 
-class Drawable(BaseModel):
-    """What the three ways to ask for pictures have in common."""
+def _is_file(value: Any) -> Any:
+    if not isinstance(value, ParsedFile):
+        raise PydanticCustomError("file_type", "send it as a file, with a file name")
+    return value
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+ImageFile = Annotated[UploadFile, BeforeValidator(_is_file)]
+
+
+def _null_is_default(schema: dict[str, Any]) -> None:
+    """A JSON body's schema: every field that may be left out may be null as well."""
+    for name in schema["properties"].keys() - set(schema.get("required", ())):
+        field = schema["properties"][name]
+        if "anyOf" not in field:
+            kept = {k: field.pop(k) for k in field.keys() - {"title", "description", "default"}}
+            field["anyOf"] = [kept, {"type": "null"}]
+
+
+def _no_null(schema: dict[str, Any]) -> None:
+    """A form's schema: no field can be null."""
+    for field in schema["properties"].values():
+        for choice in field.pop("anyOf", ()):
+            field |= choice if choice != {"type": "null"} else {}
+        if field.get("default", "") is None:
+            del field["default"]
+
+
+class ImageOptions(BaseModel):
+    """The fields that all three ways to ask for images have in common."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        json_schema_extra=_null_is_default,
+    )
 
     model: str = Field(CHAMPION, description="'champion' or the served model's own name")
-    n: int = Field(1, ge=1, le=MAX_PICTURES, description="pictures; a stream carries one")
-    size: str = Field("auto", description="WIDTHxHEIGHT as the model draws, or 'auto'")
+    n: int = Field(1, ge=1, le=MAX_IMAGES, description="number of images; 1 for a stream")
+    size: str = Field("auto", description="WIDTHxHEIGHT as the model generates, or 'auto'")
     response_format: Literal["b64_json", "url"] = Field(
-        "b64_json", description="'url' gives a data: URL; pictures are not stored"
+        "b64_json", description="'url' gives a data: URL; images are not stored"
     )
-    output_format: Format = "png"
+    output_format: ImageFormat = "png"
     output_compression: int | None = Field(
         None, ge=0, le=100, description="quality of jpeg and webp, 100 if absent; not for png"
     )
     background: Literal["auto", "opaque"] = Field(
-        "auto", description="pictures are opaque: the model knows no transparency"
+        "auto", description="images are opaque: the model knows no transparency"
     )
     user: str | None = Field(
-        None, max_length=256, description="whom the picture is for, noted in the log"
+        None, min_length=1, max_length=256, description="whom the images are for; logged"
     )
     seed: int | None = Field(
-        None, ge=0, le=MAX_SEED, description="picture i is drawn with seed + i; random if absent"
+        None,
+        ge=0,
+        lt=MAX_SEED + 1,  # OpenAPI's limits are floats: 2**63 is one, 2**63 - 1 is not
+        description="image i is generated with seed + i; random if absent",
     )
     style: str | None = Field(None, description="one of the styles that GET /v1/models lists")
     negative_prompt: Prompt | None = Field(None, description="what guidance leads away from")
@@ -94,12 +134,12 @@ class Drawable(BaseModel):
         None, ge=1, le=MAX_GUIDANCE, description="classifier-free guidance; 1 switches it off"
     )
     temperature: float | None = Field(
-        None, ge=0, le=MAX_TEMPERATURE, description="sampling noise; 0 is greedy"
+        None, ge=0, le=MAX_TEMPERATURE, description="sampling temperature; 0 is greedy"
     )
     num_steps: int | None = Field(None, ge=1, le=MAX_STEPS, description="decoding steps")
     stream: bool = Field(False, description="answer with server-sent events")
     partial_images: int = Field(
-        0, ge=0, le=MAX_PREVIEWS, description="pictures in the making, in a stream"
+        0, ge=0, le=MAX_PARTIAL_IMAGES, description="unfinished images to show in a stream"
     )
 
     @model_validator(mode="before")
@@ -130,7 +170,7 @@ class Drawable(BaseModel):
 
     @field_validator("stream")
     @classmethod
-    def _one_picture(cls, value: bool, info: ValidationInfo) -> bool:
+    def _one_image(cls, value: bool, info: ValidationInfo) -> bool:
         if value and info.data.get("n") != 1:
             raise ValueError("a stream carries one picture; ask for n=1")
         if value and info.data.get("response_format") == "url":
@@ -145,20 +185,21 @@ class Drawable(BaseModel):
         return value
 
     @property
-    def said(self) -> str:
-        """The prompt, empty where there is none."""
+    def prompt_text(self) -> str:
+        """The prompt, empty where the request has none."""
         return ""
 
     @property
-    def output(self) -> Output:
+    def output(self) -> OutputOptions:
+        """How the images are to be encoded."""
         quality = 100 if self.output_compression is None else self.output_compression
-        return Output(self.output_format, quality)
+        return OutputOptions(self.output_format, quality)
 
-    def pictures(self, first_seed: int) -> list[GenerationRequest]:
-        """The n pictures asked for, each with its own seed (wrapping after MAX_SEED)."""
+    def generation_requests(self, first_seed: int) -> list[GenerationRequest]:
+        """One request per image, each with its own seed (wrapping after MAX_SEED)."""
         return [
             GenerationRequest(
-                prompt=self.said,
+                prompt=self.prompt_text,
                 seed=(first_seed + i) % (MAX_SEED + 1),
                 style=self.style,
                 guidance_scale=self.guidance_scale,
@@ -170,35 +211,58 @@ class Drawable(BaseModel):
         ]
 
 
-class ImageRequest(Drawable):
-    """POST /v1/images/generations: what to draw, how many times, how."""
+class ImageRequest(ImageOptions):
+    """POST /v1/images/generations, a JSON body."""
 
-    prompt: Prompt = Field(description="what to draw, in any language the model reads")
+    prompt: Prompt = Field(
+        description=f"what to draw, in any language the model reads; {MAX_PROMPT_CHARS} characters"
+    )
 
     @property
-    def said(self) -> str:
+    def prompt_text(self) -> str:
         return self.prompt
 
 
 class EditRequest(ImageRequest):
-    """POST /v1/images/edits, beside the files: what to draw where the mask is transparent."""
+    """POST /v1/images/edits, a form: what to draw where the mask is transparent."""
+
+    model_config = ConfigDict(strict=False, json_schema_extra=_no_null)
+
+    image: ImageFile = Field(
+        exclude=True,
+        validation_alias=AliasChoices("image", "image[]"),  # OpenAI's client may send a list of one
+        description="square PNG, WebP or JPEG to start from",
+    )
+    mask: ImageFile | None = Field(
+        None,
+        exclude=True,
+        description="PNG of the same size, transparent where to draw; without one the image's own "
+        "transparency counts",
+    )
 
 
-class VariationRequest(Drawable):
-    """POST /v1/images/variations, beside the file: the picture again, a part of it drawn anew."""
+class VariationRequest(ImageOptions):
+    """POST /v1/images/variations, a form: the image again, a part of it generated anew."""
 
+    model_config = ConfigDict(strict=False, json_schema_extra=_no_null)
+
+    image: ImageFile = Field(
+        exclude=True,
+        validation_alias=AliasChoices("image", "image[]"),
+        description="square PNG, WebP or JPEG to start from",
+    )
     variation: float = Field(
-        0.5, gt=0, le=1, description="share of the picture's tokens that are drawn anew"
+        0.5, gt=0, le=1, description="share of the image's tokens that is generated anew"
     )
 
 
 class ImageData(BaseModel):
-    """One picture, as base64 or as a data: URL."""
+    """One image, as base64 or as a data: URL."""
 
     b64_json: str | None = Field(None, description="base64; its metadata says how it was made")
     url: str | None = Field(None, description="a data: URL")
-    seed: int = Field(description="draws this picture again")
-    model_version: str = Field(description="that drew it; another one's may be among the others")
+    seed: int = Field(description="generates this image again")
+    model_version: str = Field(description="that generated it; others may be of another version")
 
 
 class InputDetails(BaseModel):
@@ -209,7 +273,7 @@ class InputDetails(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens read and drawn, over all pictures of a request."""
+    """Tokens read and generated, over all images of a request."""
 
     input_tokens: int
     input_tokens_details: InputDetails
@@ -218,14 +282,14 @@ class Usage(BaseModel):
 
 
 class ImagesResponse(BaseModel):
-    """The pictures of one request, in order of their seeds."""
+    """The images of one request, in order of their seeds."""
 
     created: int = Field(description="Unix time, seconds")
     data: list[ImageData]
     size: str
-    output_format: Format
+    output_format: ImageFormat
     background: Literal["opaque"] = "opaque"
-    usage: Usage | None = Field(None, description="absent for models that draw without tokens")
+    usage: Usage | None = Field(None, description="absent for models that work without tokens")
     model: str
     model_version: str
 
@@ -237,7 +301,7 @@ class ImageEvent(BaseModel):
     b64_json: str
     created_at: int = Field(description="Unix time, seconds")
     size: str
-    output_format: Format
+    output_format: ImageFormat
     background: Literal["opaque"] = "opaque"
     quality: Literal["auto"] = "auto"
     partial_image_index: int | None = None
@@ -288,4 +352,4 @@ class Health(BaseModel):
     status: Literal["ok", "ready"]
     model: str | None = None
     model_version: str | None = None
-    notice: str | None = Field(None, description="that a newer version is not served")
+    notice: str | None = Field(None, description="why the newest version is not served")

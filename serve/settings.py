@@ -1,10 +1,18 @@
-"""Who may use the service and how much: every setting with its default, unit and limits.
+"""All settings of the service, with their defaults, units and limits: one model, `ServiceConfig`.
 
-A YAML file for `tessera serve --config FILE`, or `args.service` of a Serve config file:
+    service = resolve_service(recipe.serve, Path("service.yaml"))
+
+Its section `serve`, replicas and batches, is the one that a recipe has too (it lies below, in
+pipeline/serve_config.py, because pipeline/ does not know serve/). Each setting of that section is
+what the environment says (TESSERA__SERVE__MAX_BATCH_SIZE=32), else the file, else the recipe, else
+the default. All others are the file's alone:
 
     keys:
       - {name: alice, sha256: 9f86d0..., pictures_per_minute: 60}     # from `tessera key alice`
     cors_origins: [https://example.org]
+    serve: {max_replicas: 4}
+
+`serve deploy` takes the same settings from `args` of its own file (app.AppArgs; infra/serve.yaml).
 """
 
 from __future__ import annotations
@@ -12,27 +20,30 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from pipeline.config import Config
+from pipeline.config import Config, ServeConfig, load_serve_section
+from pipeline.config_section import merged
 from pipeline.errors import RecipeError
+from pipeline.overrides import stated
 
 
 class ApiKey(Config):
-    """One client; the key itself is nowhere, only its digest."""
+    """One client. The key itself is stored nowhere, only its digest."""
 
     name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of the key, in hexadecimal")
-    pictures_per_minute: float = Field(60, ge=1, description="pictures; as many at once")
+    pictures_per_minute: float = Field(60, ge=1, description="images; as many at once")
     megapixels_per_day: float = Field(1_000, gt=0, description="width * height * n / 1e6")
 
 
 class C2paConfig(Config):
-    """What signs pictures; the files are read where replicas run."""
+    """What signs images; the files are read where replicas run."""
 
     certificates: Path = Field(description="PEM chain, the signing certificate first")
     private_key: Path = Field(description="PEM, of the signing certificate")
@@ -40,9 +51,9 @@ class C2paConfig(Config):
 
 
 class ServiceConfig(Config):
-    """Access, limits, safety and caches."""
+    """The service: access, limits, safety, caches, and in the section `serve` its replicas."""
 
-    keys: tuple[ApiKey, ...] = Field((), description="who may draw; empty lets everybody draw")
+    keys: tuple[ApiKey, ...] = Field((), description="who may call; empty lets everybody call")
     allow_anonymous: bool = Field(
         False, description="serve without keys even where other machines reach it"
     )
@@ -50,14 +61,21 @@ class ServiceConfig(Config):
     safety: str = Field(
         "words", description="'words', 'off', or module:factory of a serve.safety.Safety"
     )
-    c2pa: C2paConfig | None = Field(None, description="sign pictures; needs the extra c2pa")
     blocked_words: tuple[str, ...] = Field((), description="in addition to serve/blocked.txt")
-    deadline_s: float = Field(60, gt=0, le=3600, description="a picture is answered within it")
+    c2pa: C2paConfig | None = Field(None, description="sign images; needs the extra c2pa")
+    deadline_s: float = Field(
+        60, gt=0, le=3600, description="seconds within which a request is answered"
+    )
     max_upload_bytes: int = Field(8_000_000, ge=1, description="of a multipart body")
-    result_cache_bytes: int = Field(64_000_000, ge=0, description="pictures kept; 0 keeps none")
-    idempotency_ttl_s: float = Field(600, gt=0, description="an Idempotency-Key is known so long")
-    watch_every_s: float = Field(5, gt=0, description="how often a moved alias is looked for")
+    result_cache_bytes: int = Field(64_000_000, ge=0, description="images kept; 0 keeps none")
+    idempotency_ttl_s: float = Field(
+        600, gt=0, description="seconds that an answer is kept under its Idempotency-Key"
+    )
+    watch_every_s: float = Field(
+        5, gt=0, description="seconds between a replica's looks whether its alias has moved"
+    )
     log_format: Literal["json", "text"] = Field("json", description="of the replicas' logs")
+    serve: ServeConfig = Field(ServeConfig(), description="replicas and batches")
 
     @field_validator("cors_origins")
     @classmethod
@@ -79,39 +97,60 @@ class ServiceConfig(Config):
         return self
 
 
-def load_service(path: Path) -> ServiceConfig:
-    """Read a YAML file.
+def resolve_service(
+    serve: ServeConfig | None = None,
+    file: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> ServiceConfig:
+    """The settings of a service from all places that may say them, see the top of this file.
+
+    Args:
+        serve: a recipe's section `serve`.
+        file: YAML, a mapping of ServiceConfig's settings.
+        environment: TESSERA__SERVE__KEY=value; os.environ unless given.
 
     Raises:
-        RecipeError: it cannot be read, or says something that is not a setting.
+        RecipeError: the file cannot be read, a setting is unknown or has a wrong value.
     """
+    given = _read(file) if file else {}
+    recipe = {} if serve is None else stated(serve)
+    section = load_serve_section(environment, merged(recipe, given.get("serve", {})))
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return ServiceConfig.model_validate({} if values is None else values)
-    except (OSError, yaml.YAMLError) as error:
-        raise RecipeError(f"cannot read {path}: {error}") from error
+        return ServiceConfig.model_validate({**given, "serve": section})
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
+        first = error.errors(include_url=False, include_input=False)[0]  # it may be a secret
         where = ".".join(str(part) for part in first["loc"])
         known = ", ".join(ServiceConfig.model_fields)
-        raise RecipeError(f"{path}: {where}: {first['msg']}; settings: {known}") from error
+        raise RecipeError(f"{file}: {where}: {first['msg']}; settings: {known}") from error
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The file's settings as a mapping, of which the section `serve` is one too."""
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise RecipeError(f"cannot read {file}: {error}") from error
+    values = {} if values is None else values
+    if not isinstance(values, dict) or not isinstance(values.get("serve", {}), dict):
+        raise RecipeError(f"{file} must hold a mapping of settings; so must its section `serve`")
+    return values
 
 
 def behind_haproxy() -> bool:
-    """Whether Ray's HAProxy is asked for."""
+    """Whether Ray Serve is told to put HAProxy in front."""
     return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
 
 
-def check_exposure(host: str, config: ServiceConfig) -> None:
+def check_exposure(host: str, service: ServiceConfig) -> None:
     """Refuse to listen to other machines without API keys.
 
     Raises:
-        RecipeError: `host` is not this machine's alone and there is no key.
+        RecipeError: other machines reach `host`, and there is no key.
     """
-    if config.keys or config.allow_anonymous:
+    if service.keys or service.allow_anonymous:
         return
     if behind_haproxy():
-        host = "0.0.0.0"  # behind HAProxy Ray's replicas listen everywhere, whatever is asked for
+        host = "0.0.0.0"  # Ray's replicas then listen on all interfaces, whatever is asked for
     if is_loopback(host):
         return
     raise RecipeError(

@@ -1,6 +1,6 @@
-"""Uploaded pictures: looked at with suspicion, then laid out as the canvas a model goes on from.
+"""Uploaded images: decoded within limits, then laid out as the canvas that a model starts from.
 
-Runs in the replica: the ingress holds other users' requests and decodes nothing of anybody's.
+This runs in the replica: the ingress holds everybody's requests, so it decodes nobody's images.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipeline.image_decode import (
     raising_bad_image,
 )
 from pipeline.runtime import return_memory
-from serve.pictures import Upload
+from serve.messages import Upload
 
 LIMITS = PreprocessConfig(max_pixels=16_777_216, min_side=16, max_aspect=1.0)
 _REASONS = {
@@ -36,9 +36,9 @@ _REASONS = {
 }
 
 
-@lru_cache(maxsize=1)  # pictures of one request come one after the other
+@lru_cache(maxsize=1)  # images of one request come one after the other
 def canvas(upload: Upload, image_size: int) -> Canvas:
-    """Decode an upload for a model that draws image_size pixels a side; the latest is remembered.
+    """Decode an upload for a model of images of `image_size` pixels; the latest is remembered.
 
     Raises:
         RequestError: image or mask cannot be used; the message says why and what to send.

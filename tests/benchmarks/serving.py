@@ -55,8 +55,8 @@ from pipeline.contracts import GenerationRequest
 from pipeline.model_registry import ModelRegistry
 from pipeline.tracking import Tracker
 from serve.app import build_app
-from serve.front import Address, listening
 from serve.launch import APP_NAME, Server, launch
+from serve.listener import Address, listening
 from serve.settings import ServiceConfig
 
 BUNDLE = "asset:base"
@@ -94,8 +94,8 @@ def free_port() -> int:
 def served(
     home: Path, config: ServeConfig, model: str = BUNDLE, **service: Any
 ) -> Iterator[Server]:
-    make = partial(build_app, model, config, ServiceConfig(**service), home=str(home))
-    server = launch(make, host="127.0.0.1", port=free_port(), blocking=False, ready_timeout_s=300)
+    build = partial(build_app, model, ServiceConfig(serve=config, **service), home=str(home))
+    server = launch(build, host="127.0.0.1", port=free_port(), ready_timeout_s=300)
     try:
         yield server
     finally:
@@ -174,7 +174,7 @@ def contender(name: str, home: Path) -> Iterator[Saturate]:
     def load(duration_s: float, seed: int) -> float:
         result = load_on(url, duration_s, seed, 2 * BATCH)
         assert not result.errors, result
-        return result.pictures_per_s
+        return result.images_per_s
 
     kind, _, workers = name.partition("-")
     if kind in ("fastapi", "litserve"):
@@ -224,7 +224,7 @@ class NoModel:
 
 def empty_api(listen: Address) -> FastAPI:
     """An ingress that does nothing but ask `NoModel`, and listens itself as the service's does."""
-    api = FastAPI(lifespan=partial(listening, address=listen, at_once=1))
+    api = FastAPI(lifespan=partial(listening, address=listen, max_concurrency=1))
     model = serve.get_deployment_handle(NoModel.name)
 
     async def draw(request: Request) -> JSONResponse:

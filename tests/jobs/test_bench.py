@@ -73,7 +73,7 @@ def test_a_closed_loop_counts_pictures_latencies_and_errors(stub: tuple[str, Stu
     one, four = bench(url, *arguments, "--api-key", "k", "--num-steps", "3")
     assert one["load"] == "concurrency 1" and one["errors"] == {}
     assert 2 <= one["requests"] <= 0.6 / DELAY_S + 1
-    assert one["pictures_per_s"] == pytest.approx(2 * one["requests"] / one["seconds"])
+    assert one["images_per_s"] == pytest.approx(2 * one["requests"] / one["seconds"])
     assert DELAY_S <= one["p50"] <= one["p95"] <= one["p99"] <= one["worst"]
     assert four["errors"]["429"] > 0 and four["requests"] > 0
     assert len(seen.bodies) == 1 + one["requests"] + four["requests"] + four["errors"]["429"]

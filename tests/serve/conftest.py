@@ -12,8 +12,7 @@ from served import free_port
 
 from serve.app import assemble
 from serve.launch import launch
-from serve.replica import Found
-from serve.settings import ServiceConfig
+from serve.versions import ModelVersion
 
 cloudpickle.register_pickle_by_value(harness)  # replicas do not have tests/ on their path
 
@@ -23,9 +22,9 @@ def server(
     ray_session: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[harness.Running]:
     log = tmp_path_factory.mktemp("serve") / "batches"
-    found = Found("tiny", "3", partial(harness.HashGenerator, log))
-    # what is drawn is what these tests are about; test_access.py is about the cache
-    make = partial(assemble, found, harness.CONFIG, ServiceConfig(result_cache_bytes=0))
-    started = launch(make, host="127.0.0.1", port=free_port(), blocking=False, ready_timeout_s=60)
+    version = ModelVersion("tiny", "3", partial(harness.HashGenerator, log))
+    # these tests are about what is generated; test_access.py is about the cache
+    build = partial(assemble, version, harness.settings(result_cache_bytes=0))
+    started = launch(build, host="127.0.0.1", port=free_port(), ready_timeout_s=60)
     yield harness.Running(started.url, log)
     started.close()

@@ -1,7 +1,7 @@
 """What the tests of serve share: a generator that needs no training, and a handle on the server.
 
 The generator's pixels are a hash of the request, so what the service promises (batches, isolation,
-errors, overload) shows exactly and fast. Words in the prompt steer it: "slow" takes its time,
+errors, overload) shows exactly and fast. WordList in the prompt steer it: "slow" takes its time,
 "endless" more than anyone waits for, "explode" fails, "refuse" is refused.
 """
 
@@ -24,12 +24,18 @@ from torch import Tensor
 from pipeline.config import ServeConfig
 from pipeline.contracts import GenerationRequest, OnStep, TokenCount
 from pipeline.errors import BundleError, RequestError
+from serve.settings import ServiceConfig
 
 SLOW_S = 0.4
 
 CONFIG = ServeConfig(
     min_replicas=1, max_replicas=1, max_batch_size=4, max_queued_requests=10, num_cpus=0.5
 )
+
+
+def settings(**others: Any) -> ServiceConfig:
+    """All settings of a service of one small replica."""
+    return ServiceConfig(serve=CONFIG, **others)
 
 
 STEPS = 4

@@ -20,27 +20,27 @@ from pydantic import ValidationError
 from ray.serve.exceptions import BackPressureError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
-from test_pool import CARD, Call, Handle
+from test_pool import MODEL, Call, Handle
 
 from pipeline.contracts import TokenCount
 from pipeline.errors import RecipeError
-from serve.access import Bucket, new_key
-from serve.answers import events
+from serve.access import TokenBucket, new_key
 from serve.api import create_api
-from serve.edge import Edge
 from serve.errors import ApiError
+from serve.messages import DEADLINE_EXCEEDED, GeneratedImage, ImageJob, Refusal, Timing
 from serve.metrics import Metrics
-from serve.pictures import LATE, Job, Picture, Refusal, Timing
-from serve.pool import Pool
-from serve.safety import Words, load_safety
+from serve.middleware import RequestLogMiddleware
+from serve.pool import ReplicaPool
+from serve.responses import stream_events
+from serve.safety import WordList, load_safety
 from serve.schemas import ImageRequest
-from serve.settings import ApiKey, ServiceConfig, load_service
+from serve.settings import ApiKey, ServiceConfig, resolve_service
 
 KEY, DIGEST = new_key()
 KEYED = ServiceConfig(
     keys=(ApiKey(name="alice", sha256=DIGEST, pictures_per_minute=3, megapixels_per_day=0.05),)
 )
-PICTURE = Picture(b"png", 0, CARD, Timing(0.1, 0.2, 0.01, 4), TokenCount(3, 0, 16))
+PICTURE = GeneratedImage(b"png", 0, MODEL, Timing(0.1, 0.2, 0.01, 4), TokenCount(3, 0, 16))
 DRAW = ("POST", "/v1/images/generations", {"json": {"prompt": "a cat", "seed": 1}})
 Ask = tuple[str, str, dict[str, Any]]
 
@@ -52,7 +52,7 @@ def ask(
 
     async def send() -> list[httpx.Response]:
         drawn = [Call(PICTURE) for _ in range(20)]
-        pool = Pool(handle or Handle(*drawn))  # type: ignore[arg-type]
+        pool = ReplicaPool(handle or Handle(*drawn))  # type: ignore[arg-type]
         transport = httpx.ASGITransport(create_api(pool, service), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
             return [await http.request(method, path, **more) for method, path, more in asked]
@@ -115,7 +115,7 @@ def test_limits_by_key() -> None:
         (200, None), (429, "rate_limit_exceeded"), (200, None), (429, "rate_limit_exceeded"),
     ]  # fmt: skip
     assert 15 <= int(answers[1].headers["retry-after"]) <= 20
-    assert "3 pictures a minute" in answers[1].json()["error"]["message"]
+    assert "3 pictures per minute" in answers[1].json()["error"]["message"]
     assert codes(answers)[4] == (400, "invalid_value"), "more than the limit ever allows"
 
 
@@ -125,7 +125,7 @@ def test_pixels_are_limited_too() -> None:
     )
     answers = ask(draw(3), draw(1), service=ServiceConfig(keys=(key,)))
     assert codes(answers) == [(200, None), (429, "rate_limit_exceeded")]
-    assert "megapixels a day" in answers[1].text
+    assert "megapixels per day" in answers[1].text
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -133,7 +133,7 @@ def test_pixels_are_limited_too() -> None:
     ("failure", "status"),
     [
         (Call(BackPressureError(10, 10, 429, 1)), 429),
-        (Call(LATE), 503),
+        (Call(DEADLINE_EXCEEDED), 503),
         (Call(Refusal("the image is cut off", "image")), 400),
         (Call(RuntimeError()), 500),
     ],
@@ -171,7 +171,7 @@ class Streaming(Handle):
 @given(costs=st.lists(st.floats(0.1, 5), max_size=20), gap=st.floats(0, 10))
 def test_a_bucket_never_gives_more_than_it_gets(costs: list[float], gap: float) -> None:
     now, taken = 0.0, 0.0
-    bucket = Bucket(5, 10, lambda: now)
+    bucket = TokenBucket(5, 10, lambda: now)
     for cost in costs:
         now += gap
         if bucket.wait_s(cost) == 0:
@@ -203,7 +203,7 @@ def test_the_word_list(prompt: str, passes: bool) -> None:
 
 def test_operators_add_words_and_hooks() -> None:
     assert load_safety(ServiceConfig(blocked_words=("Mauve",))).prompt("a mauve cat")
-    assert Words([]).prompt("anything") is None
+    assert WordList([]).prompt("anything") is None
     for wrong in ("nowhere:Nothing", "json:loads", "sillyname", "builtins:object"):
         with pytest.raises(RecipeError, match="safety="):
             load_safety(ServiceConfig(safety=wrong))
@@ -278,7 +278,7 @@ def test_the_same_picture_is_not_drawn_twice() -> None:
 
 
 def test_another_version_is_another_picture() -> None:
-    newer = Picture(b"new", 0, type(CARD)(**{**vars(CARD), "version": "4"}))
+    newer = GeneratedImage(b"new", 0, type(MODEL)(**{**vars(MODEL), "version": "4"}))
     handle = Handle(Call(PICTURE), Call(newer), Call(newer))
     unseeded = ("POST", DRAW[1], {"json": {"prompt": "a cat"}})
     answers = ask(DRAW, unseeded, DRAW, handle=handle)  # the second one tells of the new version
@@ -320,7 +320,7 @@ def test_a_deadline_goes_with_the_job() -> None:
     )
     assert codes(answers) == [(200, None)] + [(400, "invalid_value")] * 4
     (job,) = handle.asked
-    assert isinstance(job, Job)
+    assert isinstance(job, ImageJob)
 
 
 def test_metrics_and_the_dashboard_agree() -> None:
@@ -388,12 +388,12 @@ def test_what_cannot_be_answered_any_more(
         sent.append(message)
 
     metrics = Metrics()
-    edge = Edge(app, metrics, ServiceConfig())
+    logged = RequestLogMiddleware(app, metrics, log_text=False)
     scope = {"type": "http", "method": "GET", "headers": []}
     with pytest.raises(failure) if failure else contextlib.nullcontext():
-        asyncio.run(edge(scope, keep, keep))  # type: ignore[arg-type]
+        asyncio.run(logged(scope, keep, keep))  # type: ignore[arg-type]
     assert len(sent) == began
-    text = metrics.render(None, lambda: 0).decode()
+    text = metrics.render(None, 0).decode()
     assert f'tessera_requests_total{{code="",route="unknown",status="{status}"}} 1.0' in text
 
 
@@ -426,16 +426,16 @@ def test_the_text_log_says_as_much(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_stream_that_fails_is_no_success() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         request = Request(scope)
-        request.state.said = {}
+        request.state.log_fields = {}
 
         async def late() -> AsyncIterator[Any]:
             raise ApiError(503, "too late", code="deadline_exceeded")
             yield
 
         request.scope["app"] = SimpleNamespace(
-            state=SimpleNamespace(pool=SimpleNamespace(card=lambda: asyncio.sleep(0, CARD)))
+            state=SimpleNamespace(pool=SimpleNamespace(model_info=lambda: asyncio.sleep(0, MODEL)))
         )
-        told = events("image_generation", ImageRequest(prompt="a"), PICTURE, late(), request)
+        told = stream_events("image_generation", ImageRequest(prompt="a"), PICTURE, late(), request)
         await StreamingResponse(told)(scope, receive, send)
 
     sent: list[Any] = []
@@ -448,9 +448,10 @@ def test_a_stream_that_fails_is_no_success() -> None:
 
     metrics = Metrics()
     scope = {"type": "http", "method": "POST", "headers": [], "state": {}}
-    asyncio.run(Edge(app, metrics, ServiceConfig())(scope, silent, keep))  # type: ignore[arg-type]
+    logged = RequestLogMiddleware(app, metrics, log_text=False)
+    asyncio.run(logged(scope, silent, keep))  # type: ignore[arg-type]
     assert b"event: error" in b"".join(m.get("body", b"") for m in sent)
-    text = metrics.render(None, lambda: 0).decode()
+    text = metrics.render(None, 0).decode()
     assert 'code="deadline_exceeded",route="unknown",status="200"} 1.0' in text
 
 
@@ -467,6 +468,6 @@ def test_a_mistake_in_the_settings_is_named(text: str, said: str, tmp_path: Path
     file = tmp_path / "service.yaml"
     file.write_text(text)
     with pytest.raises(RecipeError, match=said):
-        load_service(file)
+        resolve_service(file=file)
     file.write_text(f"keys: [{{name: alice, sha256: {DIGEST}}}]")
-    assert load_service(file).keys[0].name == "alice"
+    assert resolve_service(file=file).keys[0].name == "alice"

@@ -16,7 +16,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from harness import CONFIG, Running
+from harness import Running, settings
 from openai import OpenAI
 from PIL import Image
 from ray import serve
@@ -26,9 +26,8 @@ from test_features import mask, png, source
 from pipeline.model_registry import ModelRegistry
 from pipeline.tracking import Tracker
 from serve.app import build_app
-from serve.front import Address
 from serve.launch import deploy
-from serve.settings import ServiceConfig
+from serve.listener import Address
 
 
 @dataclass(frozen=True)
@@ -61,12 +60,12 @@ def served(
 ) -> Iterator[Served]:
     home = tmp_path_factory.mktemp("home")
     (home / "pretrained").symlink_to(pretrained_cache)
-    door = Address("127.0.0.1", free_port())
-    client = OpenAI(base_url=f"{door.url}/v1", api_key="none", max_retries=0, timeout=120)
-    served = Served(client, Tracker(home), ModelRegistry(home), door.url)
+    address = Address("127.0.0.1", free_port())
+    client = OpenAI(base_url=f"{address.url}/v1", api_key="none", max_retries=0, timeout=120)
+    served = Served(client, Tracker(home), ModelRegistry(home), address.url)
     served.registry.set_champion("tiny", served.register(tiny_bundles["masked"]))
-    service = ServiceConfig(watch_every_s=0.5)
-    app = build_app("models:/tiny@champion", CONFIG, service, home=str(home), listen=door)
+    service = settings(watch_every_s=0.5)
+    app = build_app("models:/tiny@champion", service, home=str(home), listen=address)
     deploy(app, name="bundle", route_prefix="/bundle")
     yield served
     serve.delete("bundle")

@@ -1,4 +1,4 @@
-"""serve/README.md against the code: every endpoint, field, setting and error code is in it."""
+"""serve/README.md against the code: it has every endpoint, field, setting, file and error code."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import serve.replica
+from pipeline.config import ServeConfig
 from serve.api import create_api
 from serve.schemas import EditRequest, ImageRequest, VariationRequest
 from serve.settings import ApiKey, ServiceConfig
@@ -20,6 +21,17 @@ def test_every_field_and_setting_is_explained() -> None:
         assert re.search(rf"^\|[^|]*`{name}`", README, re.M), name
     for name in ApiKey.model_fields:
         assert name in README
+
+
+def test_every_setting_of_replicas_is_explained() -> None:
+    for name in ServeConfig.model_fields:
+        assert re.search(rf"^\|[^|]*`serve\.{name}`", README, re.M), name
+
+
+def test_every_file_is_on_the_map() -> None:
+    there = {path.name for path in FOLDER.glob("*.*")} - {"__init__.py", "README.md"}
+    (table,) = re.findall(r"^### Where what is\n(.*?)^##", README, re.M | re.S)
+    assert set(re.findall(r"`(\w+\.\w+)`", table)) == there
 
 
 def test_every_error_code_is_listed() -> None:

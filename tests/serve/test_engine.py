@@ -17,14 +17,15 @@ from typing import Any
 
 import pytest
 import torch
-from harness import CONFIG, SLOW_S, STEPS, HashDrawing, HashGenerator
+from harness import SLOW_S, STEPS, HashDrawing, HashGenerator, settings
 
 from pipeline.contracts import GenerationRequest
 from pipeline.errors import BundleError
-from serve.engine import Engine, Late, Place
-from serve.pictures import Job, Picture, Preview, Refusal
-from serve.replica import Found, Generator
-from serve.settings import ServiceConfig
+from serve.batch import DeadlineExceeded, QueuedRequest
+from serve.engine import Engine
+from serve.messages import GeneratedImage, ImageJob, PartialImage, Refusal
+from serve.replica import GeneratorReplica
+from serve.versions import ModelVersion
 
 SLOW = GenerationRequest("slow cat")
 LONG = 60.0
@@ -41,8 +42,10 @@ def run(tmp_path: Path, work: Callable[[Engine], Awaitable[Any]]) -> Any:
     return asyncio.run(main())
 
 
-def enter(engine: Engine, request: GenerationRequest, left_s: float = LONG, **more: Any) -> Place:
-    return engine.enter(request, deadline=time.time() + left_s, **more)
+def enter(
+    engine: Engine, request: GenerationRequest, left_s: float = LONG, **more: Any
+) -> QueuedRequest:
+    return engine.submit(request, deadline=time.time() + left_s, **more)
 
 
 def steps(tmp_path: Path) -> list[int]:
@@ -79,7 +82,7 @@ def test_who_is_alone_does_not_wait_and_who_shared_a_batch_meets_again(tmp_path:
         for pause_s in (0.0, 0.05):  # who comes back one after the other is waited for
             places = []
             for seed in range(4):
-                places.append(enter(engine, replace(SLOW, seed=seed), to_follow=3 - seed))
+                places.append(enter(engine, replace(SLOW, seed=seed), num_following=3 - seed))
                 await asyncio.sleep(pause_s)
             drawn = await asyncio.gather(*[place.done for place in places])
             assert [picture.batch_size for picture in drawn] == [4] * 4
@@ -94,7 +97,7 @@ def test_two_who_took_turns_draw_together(tmp_path: Path) -> None:
         await asyncio.sleep(SLOW_S / 4)
         second = enter(engine, replace(SLOW, seed=1))  # finds the first one drawing
         assert (await first.done).batch_size == 1
-        again = enter(engine, replace(SLOW, seed=2), to_follow=2)
+        again = enter(engine, replace(SLOW, seed=2), num_following=2)
         third = enter(engine, replace(SLOW, seed=3)), enter(engine, replace(SLOW, seed=4))
         drawn = await asyncio.gather(*[place.done for place in (second, again, *third)])
         assert [picture.batch_size for picture in drawn] == [4] * 4
@@ -104,7 +107,7 @@ def test_two_who_took_turns_draw_together(tmp_path: Path) -> None:
 
 def test_siblings_that_never_come_are_hardly_waited_for(tmp_path: Path) -> None:
     async def work(engine: Engine) -> None:
-        drawn = await enter(engine, GenerationRequest("cat"), to_follow=9).done
+        drawn = await enter(engine, GenerationRequest("cat"), num_following=9).done
         assert (drawn.batch_size, drawn.queue_s < 1.0) == (1, True)
 
     patient(tmp_path, work)
@@ -143,10 +146,10 @@ def test_who_cannot_be_in_time_is_told_early(tmp_path: Path) -> None:
         await enter(engine, SLOW).done  # now it knows how long a batch takes
         drawing = enter(engine, GenerationRequest("endless"), left_s=LONG)
         waiting = enter(engine, SLOW, left_s=SLOW_S / 4)
-        with pytest.raises(Late):
+        with pytest.raises(DeadlineExceeded):
             await waiting.done
         drawing.done.cancel()
-        with pytest.raises(Late):
+        with pytest.raises(DeadlineExceeded):
             await enter(engine, GenerationRequest("endless"), left_s=1.2).done
 
     run(tmp_path, work)
@@ -154,12 +157,12 @@ def test_who_cannot_be_in_time_is_told_early(tmp_path: Path) -> None:
 
 def test_one_slow_picture_does_not_turn_everyone_away_for_ever(tmp_path: Path) -> None:
     async def work(engine: Engine) -> None:
-        engine._took(100.0)  # as a machine that slept would have it
+        engine._record_duration(100.0)  # as a machine that slept would have it
         outcomes = []
         for seed in range(12):
             place = enter(engine, GenerationRequest("cat", seed=seed), left_s=5.0)
             outcomes.append(await asyncio.gather(place.done, return_exceptions=True))
-        late = [isinstance(outcome, Late) for (outcome,) in outcomes]
+        late = [isinstance(outcome, DeadlineExceeded) for (outcome,) in outcomes]
         assert late[0] and not late[-1] and late == sorted(late, reverse=True)
 
     run(tmp_path, work)
@@ -167,11 +170,11 @@ def test_one_slow_picture_does_not_turn_everyone_away_for_ever(tmp_path: Path) -
 
 def test_pictures_in_the_making(tmp_path: Path) -> None:
     async def work(engine: Engine) -> list[tuple[int, torch.Tensor]]:
-        place = enter(engine, SLOW, num_previews=3)
+        place = enter(engine, SLOW, num_partial_images=3)
         plain = enter(engine, replace(SLOW, seed=1))
         await asyncio.gather(place.done, plain.done)
-        assert plain.previews.empty()
-        return [place.previews.get_nowait() for _ in range(place.previews.qsize())]
+        assert plain.partial_images.empty()
+        return [place.partial_images.get_nowait() for _ in range(place.partial_images.qsize())]
 
     shown = run(tmp_path, work)
     assert [number for number, _ in shown] == [0, 1, 2]
@@ -185,8 +188,12 @@ def test_a_failing_neighbour_harms_nobody(tmp_path: Path) -> None:
         return await asyncio.gather(*[place.done for place in places], return_exceptions=True)
 
     fine, exploded, refused = run(tmp_path, work)
-    assert fine.image.shape == (3, 64, 64)
+    assert fine.pixels.shape == (3, 64, 64)
     assert isinstance(exploded, RuntimeError) and refused.param == "num_steps"
+
+
+def image_job(prompt: str, **more: Any) -> ImageJob:
+    return ImageJob(GenerationRequest(prompt), deadline=time.time() + LONG, **more)
 
 
 class Registry:
@@ -196,10 +203,10 @@ class Registry:
         self.log, self.version = log, "1"
         self.niceness: dict[str, int] = {}  # of the thread that loaded a version
 
-    def __call__(self) -> Found:
+    def __call__(self) -> ModelVersion:
         if self.version == "gone":
             raise BundleError("no answer from https://me:secret@registry")
-        return Found("tiny", self.version, partial(self._load, self.version))
+        return ModelVersion("tiny", self.version, partial(self._load, self.version))
 
     def _load(self, version: str) -> HashGenerator:
         if version == "bad":
@@ -213,37 +220,36 @@ def test_a_moved_alias_is_followed_and_a_bad_bundle_refused(
 ) -> None:
     async def main() -> None:
         registry = Registry(tmp_path / "log")
-        service = ServiceConfig(watch_every_s=0.02)
-        replica = Generator(registry(), registry, CONFIG, service)
+        replica = GeneratorReplica(registry(), registry, settings(watch_every_s=0.02))
 
         async def until(version: str, notice: str) -> None:
             async with asyncio.timeout(10):
                 while True:
-                    card = await replica.card()
-                    if card.version == version and notice in card.notice:
+                    model = await replica.model_info()
+                    if model.version == version and notice in model.notice:
                         return
                     await asyncio.sleep(0.01)
 
-        job = Job(SLOW, deadline=time.time() + LONG)
-        during = asyncio.ensure_future(replica.draw(job))
+        job = image_job("slow cat")
+        during = asyncio.ensure_future(replica.generate(job))
         await asyncio.sleep(SLOW_S / 2)
         registry.version = "2"
         await until("2", "")
-        assert (await during).card.version == "1"  # type: ignore[union-attr]
-        assert (await replica.draw(job)).card.version == "2"  # type: ignore[union-attr]
+        assert (await during).model.version == "1"  # type: ignore[union-attr]
+        assert (await replica.generate(job)).model.version == "2"  # type: ignore[union-attr]
         registry.version = "bad"
         await until("2", "version bad is refused; the replicas' log says why")
-        drawn = await replica.draw(job)
-        assert isinstance(drawn, Picture) and "/srv" not in drawn.card.notice
+        drawn = await replica.generate(job)
+        assert isinstance(drawn, GeneratedImage) and "/srv" not in drawn.model.notice
         registry.version = "gone"
         await until("2", "the registry does not answer")
-        assert "secret" not in (await replica.card()).notice
+        assert "secret" not in (await replica.model_info()).notice
         registry.version = "bad"
         await until("2", "version bad is refused")
         assert "/srv" in caplog.text and "secret" in caplog.text
         registry.version = "3"
         await until("3", "")
-        assert (await replica.card()).notice == ""
+        assert (await replica.model_info()).notice == ""
         if sys.platform == "linux":  # where loading gives way to drawing
             assert registry.niceness["1"] < registry.niceness["2"] == registry.niceness["3"]
 
@@ -258,26 +264,28 @@ def test_a_replica_that_starts_later_begins_with_what_the_alias_stands_for(
         registry = Registry(tmp_path / "log")
         built = registry()
         registry.version = now
-        replica = Generator(built, registry, CONFIG, ServiceConfig(watch_every_s=60))
-        assert (await replica.card()).version == served
+        replica = GeneratorReplica(built, registry, settings(watch_every_s=60))
+        assert (await replica.model_info()).version == served
 
     asyncio.run(main())
 
 
 def test_a_stream_shows_then_finishes_and_leaving_it_frees_the_place(tmp_path: Path) -> None:
     async def main() -> None:
-        found = Found("tiny", "1", lambda: HashGenerator(tmp_path / "log"))
-        replica = Generator(found, None, CONFIG, ServiceConfig())
-        job = Job(SLOW, deadline=time.time() + LONG, previews=2)
+        version = ModelVersion("tiny", "1", lambda: HashGenerator(tmp_path / "log"))
+        replica = GeneratorReplica(version, None, settings())
+        job = image_job("slow cat", num_partial_images=2)
         seen = [answer async for answer in replica.stream(job)]
-        assert [type(answer) for answer in seen] == [Preview, Preview, Picture]
-        assert seen[0].image != seen[1].image  # type: ignore[union-attr]
-        endless = Job(GenerationRequest("endless"), deadline=time.time() + LONG, previews=3)
+        assert [type(answer) for answer in seen] == [PartialImage, PartialImage, GeneratedImage]
+        assert seen[0].encoded != seen[1].encoded  # type: ignore[union-attr]
+        endless = ImageJob(
+            GenerationRequest("endless"), deadline=time.time() + LONG, num_partial_images=3
+        )
         stream = replica.stream(endless)
         await anext(stream)
         await stream.aclose()
         began = time.monotonic()
-        await replica.draw(Job(GenerationRequest("cat"), deadline=time.time() + LONG))
+        await replica.generate(image_job("cat"))
         assert time.monotonic() - began < 2.0
 
     asyncio.run(main())
@@ -294,11 +302,13 @@ class LostDevice(HashGenerator):
 
 def test_a_replica_whose_gpu_has_failed_is_not_healthy(tmp_path: Path) -> None:
     async def main() -> None:
-        found = Found("tiny", "1", lambda: LostDevice(tmp_path / "log"))
-        replica = Generator(found, None, CONFIG, ServiceConfig())
+        version = ModelVersion("tiny", "1", lambda: LostDevice(tmp_path / "log"))
+        replica = GeneratorReplica(version, None, settings())
 
         async def draw(prompt: str) -> Any:
-            return await replica.draw(Job(GenerationRequest(prompt), deadline=time.time() + LONG))
+            return await replica.generate(
+                ImageJob(GenerationRequest(prompt), deadline=time.time() + LONG)
+            )
 
         assert isinstance(await draw("refuse"), Refusal)
         await replica.check_health()
@@ -323,18 +333,22 @@ class Censor:
 
 def test_a_picture_may_be_refused(tmp_path: Path) -> None:
     async def main() -> Any:
-        found = Found("tiny", "1", lambda: HashGenerator(tmp_path / "log"))
-        replica = Generator(found, None, CONFIG, ServiceConfig(safety=f"{__name__}:Censor"))
-        return await replica.draw(Job(GenerationRequest("cat"), deadline=time.time() + LONG))
+        version = ModelVersion("tiny", "1", lambda: HashGenerator(tmp_path / "log"))
+        replica = GeneratorReplica(version, None, settings(safety=f"{__name__}:Censor"))
+        return await replica.generate(
+            ImageJob(GenerationRequest("cat"), deadline=time.time() + LONG)
+        )
 
     assert asyncio.run(main()) == Refusal("not this one", None, "content_policy_violation")
 
 
 def test_previews_of_a_refused_picture_are_not_shown(tmp_path: Path) -> None:
     async def main() -> list[Any]:
-        found = Found("tiny", "1", lambda: HashGenerator(tmp_path / "log"))
-        replica = Generator(found, None, CONFIG, ServiceConfig(safety=f"{__name__}:Censor"))
-        job = Job(GenerationRequest("slow cat"), deadline=time.time() + LONG, previews=3)
+        version = ModelVersion("tiny", "1", lambda: HashGenerator(tmp_path / "log"))
+        replica = GeneratorReplica(version, None, settings(safety=f"{__name__}:Censor"))
+        job = ImageJob(
+            GenerationRequest("slow cat"), deadline=time.time() + LONG, num_partial_images=3
+        )
         return [answer async for answer in replica.stream(job)]
 
     assert asyncio.run(main()) == [Refusal("not this one", None, "content_policy_violation")]

@@ -20,7 +20,8 @@ from pipeline.models._sequential import SequentialDecoding
 from pipeline.models.causal import CausalConfig
 from pipeline.models.networks import causal
 from pipeline.models.networks.causal import CausalGenerator
-from serve.engine import Drawn, Engine, Late, Place
+from serve.batch import DeadlineExceeded, QueuedRequest, RawImage
+from serve.engine import Engine
 
 CONFIG = GeneratorConfig(
     family="causal", width=32, depth=2, heads=2, dropout=0, num_styles=3, guidance_scale=2.0,
@@ -138,24 +139,24 @@ def test_the_engine_lets_pictures_in_between_steps(
     async def main() -> list[Any]:
         engine = Engine(model, max_batch_size=3, batch_wait_s=0.01)
         deadline = time.time() + 60
-        places: list[Place] = []
+        places: list[QueuedRequest] = []
         for request in REQUESTS:
-            places.append(engine.enter(request, deadline=deadline, num_previews=1))
+            places.append(engine.submit(request, deadline=deadline, num_partial_images=1))
             await asyncio.sleep(0.1)
-        refused = engine.enter(replace(REQUESTS[0], num_steps=3), deadline=deadline)
-        gone = engine.enter(REQUESTS[1], deadline=deadline)
+        refused = engine.submit(replace(REQUESTS[0], num_steps=3), deadline=deadline)
+        gone = engine.submit(REQUESTS[1], deadline=deadline)
         await asyncio.sleep(0.45)
         gone.done.cancel()
         found = await asyncio.gather(*[p.done for p in (*places, refused)], return_exceptions=True)
-        assert all(place.previews.qsize() == 1 for place in places)
+        assert all(place.partial_images.qsize() == 1 for place in places)
         engine.close()
         return found
 
     *drawn, refused = asyncio.run(main())
     assert isinstance(refused, RequestError)
     for picture, request in zip(drawn, REQUESTS, strict=True):
-        assert isinstance(picture, Drawn)
-        assert torch.equal(picture.image, model.generate([request])[0])
+        assert isinstance(picture, RawImage)
+        assert torch.equal(picture.pixels, model.generate([request])[0])
     assert drawn[1].queue_s < drawn[0].model_s / 2, "it did not wait for the first to end"
     assert max(seated) == 3
 
@@ -164,7 +165,7 @@ def test_nobody_waits_for_who_may_join_later(model: CausalGenerator) -> None:
     async def main() -> None:
         engine = Engine(model, max_batch_size=3, batch_wait_s=10.0)
         for _ in range(2):  # the second time just after a shared batch
-            places = [engine.enter(request, deadline=time.time() + 60) for request in REQUESTS[:2]]
+            places = [engine.submit(request, deadline=time.time() + 60) for request in REQUESTS[:2]]
             assert all([(await place.done).queue_s < 1.0 for place in places])
             await asyncio.sleep(0.2)  # that batch is over
         engine.close()
@@ -191,14 +192,14 @@ def test_under_a_load_that_never_ends_who_cannot_be_in_time_is_told_early(
     async def main() -> None:
         engine = Engine(model, max_batch_size=3, batch_wait_s=0.01)
 
-        def enter(prompt: str, left_s: float) -> Place:
-            return engine.enter(GenerationRequest(prompt), deadline=time.time() + left_s)
+        def enter(prompt: str, left_s: float) -> QueuedRequest:
+            return engine.submit(GenerationRequest(prompt), deadline=time.time() + left_s)
 
         first = enter("first", 60)
         await asyncio.sleep(0.2)
         second = enter("second", 60)
         await first.done  # the second one keeps the batch going
-        with pytest.raises(Late):
+        with pytest.raises(DeadlineExceeded):
             await enter("hurried", 0.2).done
         await second.done
         engine.close()

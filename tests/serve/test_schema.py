@@ -50,6 +50,8 @@ def _what_no_schema_says(case: Case) -> None:
     together: a request that the schema allows field by field is made one that makes sense."""
     if case.path_parameters:
         case.path_parameters["name"] = "champion"
+    for header in ("x-deadline-s", "idempotency-key"):  # too short a time; a key that was used
+        case.headers.pop(header, None)
     if not isinstance(case.body, dict):
         return
     unwanted = {"model", "size", "style"}

@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import CONFIG, HashGenerator
+from harness import HashGenerator, settings
 from PIL import Image
 from test_features import mask, png, source
 
 from pipeline.contracts import GenerationRequest
 from pipeline.errors import RequestError
 from serve import uploads
-from serve.pictures import Job, Picture, Upload
-from serve.replica import Found, Generator
-from serve.settings import ServiceConfig
+from serve.messages import GeneratedImage, ImageJob, Upload
+from serve.replica import GeneratorReplica
+from serve.versions import ModelVersion
 
 
 def test_siblings_share_one_decoded_upload_and_strangers_take_turns(
@@ -41,17 +41,17 @@ def test_siblings_share_one_decoded_upload_and_strangers_take_turns(
     monkeypatch.setattr(uploads, "_lay_out", seen)
 
     async def main() -> None:
-        found = Found("tiny", "1", lambda: HashGenerator(tmp_path / "log"))
-        replica = Generator(found, None, CONFIG, ServiceConfig())
+        version = ModelVersion("tiny", "1", lambda: HashGenerator(tmp_path / "log"))
+        replica = GeneratorReplica(version, None, settings())
         deadline = time.time() + 60
         jobs = [
-            Job(GenerationRequest("a", seed), deadline, upload=Upload(png(image), share=share))
+            ImageJob(GenerationRequest("a", seed), deadline, upload=Upload(png(image), share=share))
             for image in (source(), source(64))
             for share in (0.3, 0.4)
             for seed in range(5)
         ]
-        drawn = await asyncio.gather(*map(replica.draw, jobs))
-        assert all(isinstance(picture, Picture) for picture in drawn)
+        drawn = await asyncio.gather(*map(replica.generate, jobs))
+        assert all(isinstance(picture, GeneratedImage) for picture in drawn)
 
     asyncio.run(main())
     assert len(decoded) == 4 and set(most) == {1}

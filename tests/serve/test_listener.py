@@ -1,4 +1,4 @@
-"""The ingress replica's own door: real sockets, a real uvicorn, and a replica that is killed."""
+"""The ingress listens itself: real sockets, a real uvicorn, and a replica that is killed."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ import pytest
 import ray
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse
-from harness import CONFIG, HashGenerator, Running
+from harness import HashGenerator, Running, settings
 from ray import serve
 from served import free_port, ready
 
 from serve.app import assemble
-from serve.front import Address, listening, on_one_machine
 from serve.launch import deploy
-from serve.replica import Found
-from serve.settings import ServiceConfig
+from serve.listener import Address, ingress_may_listen, listening
+from serve.versions import ModelVersion
 
 
 class Slow:
@@ -55,11 +54,11 @@ class Slow:
 
 
 @contextlib.asynccontextmanager
-async def opened(slow: Slow, at_once: int = 8) -> AsyncIterator[httpx.AsyncClient]:
-    door = Address("127.0.0.1", free_port())
+async def opened(slow: Slow, max_concurrency: int = 8) -> AsyncIterator[httpx.AsyncClient]:
+    address = Address("127.0.0.1", free_port())
     async with (
-        listening(slow.app, door, at_once=at_once),
-        httpx.AsyncClient(base_url=door.url, timeout=20) as http,
+        listening(slow.app, address, max_concurrency=max_concurrency),
+        httpx.AsyncClient(base_url=address.url, timeout=20) as http,
     ):
         yield http
 
@@ -113,7 +112,7 @@ def test_a_websocket_is_not_opened() -> None:
 def test_only_so_many_come_in_at_a_time() -> None:
     async def ask() -> None:
         slow = Slow()
-        async with opened(slow, at_once=1) as http:
+        async with opened(slow, max_concurrency=1) as http:
             first = asyncio.create_task(http.get("/slow"))
             await slow.began.wait()
             second = asyncio.create_task(http.post("/echo", content=b"second"))
@@ -137,9 +136,9 @@ def test_a_failure_is_one_request_s() -> None:
 
 def test_answers_that_have_begun_are_finished_and_the_port_is_free_at_once() -> None:
     async def ask() -> None:
-        slow, door = Slow(), Address("127.0.0.1", free_port())
-        async with httpx.AsyncClient(base_url=door.url, timeout=20) as http:
-            async with listening(slow.app, door, at_once=8):
+        slow, address = Slow(), Address("127.0.0.1", free_port())
+        async with httpx.AsyncClient(base_url=address.url, timeout=20) as http:
+            async with listening(slow.app, address, max_concurrency=8):
                 asking = asyncio.create_task(http.get("/slow"))
                 await slow.began.wait()
                 asyncio.get_running_loop().call_later(0.3, slow.let_go.set)
@@ -147,7 +146,9 @@ def test_answers_that_have_begun_are_finished_and_the_port_is_free_at_once() -> 
             assert asking.result().json() == "there"
             with pytest.raises(httpx.ConnectError):
                 await http.post("/echo")
-            async with listening(slow.app, door, at_once=8):  # connections linger in TIME_WAIT
+            async with listening(
+                slow.app, address, max_concurrency=8
+            ):  # connections linger in TIME_WAIT
                 assert (await http.post("/echo", content=b"again")).text == "again"
 
     asyncio.run(ask())
@@ -166,33 +167,33 @@ def test_a_replica_listens_itself_where_there_is_one_machine(
 ) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert on_one_machine()
+    assert ingress_may_listen()
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setattr(ray, "nodes", lambda: [{}, {}])
-    assert not on_one_machine()
+    assert not ingress_may_listen()
     monkeypatch.setattr(ray, "nodes", lambda: [{}])
-    assert on_one_machine()
+    assert ingress_may_listen()
     monkeypatch.setenv("RAY_ADDRESS", "auto")  # a cluster, which may grow
-    assert not on_one_machine()
+    assert not ingress_may_listen()
     monkeypatch.delenv("RAY_ADDRESS")
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
-    assert not on_one_machine()
+    assert not ingress_may_listen()
 
 
 def test_a_killed_ingress_is_back_at_the_same_address(server: Running, tmp_path: Path) -> None:
-    door = Address("127.0.0.1", free_port())
-    found = Found("tiny", "5", partial(HashGenerator, tmp_path / "log"))
-    app = assemble(found, CONFIG, ServiceConfig(), listen=door)
-    deploy(app, name="door", route_prefix="/door")
-    with httpx.Client(base_url=door.url, timeout=60) as http:
+    address = Address("127.0.0.1", free_port())
+    version = ModelVersion("tiny", "5", partial(HashGenerator, tmp_path / "log"))
+    app = assemble(version, settings(), listen=address)
+    deploy(app, name="direct", route_prefix="/direct")
+    with httpx.Client(base_url=address.url, timeout=60) as http:
         for _ in range(2):
             assert http.get("/readyz").json()["model_version"] == "5"
-            os.kill(ingress_pid("door"), signal.SIGKILL)
+            os.kill(ingress_pid("direct"), signal.SIGKILL)
             deadline = time.monotonic() + 60
-            while not ready(door.url):
+            while not ready(address.url):
                 assert time.monotonic() < deadline
                 time.sleep(0.2)
-    serve.delete("door")
+    serve.delete("direct")
 
 
 def ingress_pid(app: str) -> int:

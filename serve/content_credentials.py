@@ -1,9 +1,9 @@
-"""C2PA: a signed manifest in every picture that says a machine made it (extra `c2pa`).
+"""Content Credentials (C2PA): a signed manifest in every image that says a machine made it.
 
-Content Credentials, C2PA specification 2.1, 18.15: one action `c2pa.created` whose
-digitalSourceType is that of encode.source_type. The plain marker of encode.py stays beside it. Whom
-a viewer trusts is its own business: a certificate that you made yourself signs, and shows as
-unknown.
+C2PA specification 2.1, 18.15: one action `c2pa.created` whose digitalSourceType is that of
+encode.source_type. The plain marker of encode.py stays beside it. Which certificates it trusts is
+the viewer's business: one that you made yourself signs, and shows as unknown. Needs the extra
+`c2pa`.
 
     service.yaml:  c2pa: {certificates: chain.pem, private_key: key.pem, algorithm: es256}
 """
@@ -18,15 +18,15 @@ from typing import Any
 from pipeline import __version__
 from pipeline.errors import ResourceError
 from serve.encode import source_type
-from serve.pictures import Format
+from serve.messages import ImageFormat
 from serve.settings import C2paConfig
 
-Sign = Callable[[bytes, Format, bool], bytes]
-"""An encoded picture, and whether parts of it were given -> the same with a manifest."""
+Sign = Callable[[bytes, ImageFormat, bool], bytes]
+"""(encoded image, its format, whether parts of it were given) -> the same with a manifest."""
 
 
 def load_signer(config: C2paConfig | None) -> Sign:
-    """What signs pictures; without settings, what leaves them alone.
+    """A function that signs images; without settings, one that returns them as they are.
 
     Raises:
         ResourceError: the extra is not installed, or certificate and key cannot sign.
@@ -48,7 +48,7 @@ def load_signer(config: C2paConfig | None) -> Sign:
             f"a PEM chain, leaf first, and its {config.algorithm} key"
         ) from error
 
-    def sign(image: bytes, kind: Format, composite: bool) -> bytes:
+    def sign(image: bytes, kind: ImageFormat, composite: bool) -> bytes:
         source, signed = io.BytesIO(image), io.BytesIO()
         with c2pa.Builder(json.dumps(_manifest(kind, composite))) as builder:
             builder.sign(signer, f"image/{kind}", source, signed)
@@ -57,7 +57,7 @@ def load_signer(config: C2paConfig | None) -> Sign:
     return sign
 
 
-def _manifest(kind: Format, composite: bool) -> dict[str, Any]:
+def _manifest(kind: ImageFormat, composite: bool) -> dict[str, Any]:
     created = {"action": "c2pa.created", "digitalSourceType": source_type(composite)}
     return {
         "claim_generator_info": [{"name": "Tessera", "version": __version__}],

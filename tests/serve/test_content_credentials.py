@@ -17,9 +17,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from pipeline.errors import ResourceError
-from serve.credentials import load_signer
+from serve.content_credentials import load_signer
 from serve.encode import encode, source_type
-from serve.pictures import Format, Output
+from serve.messages import ImageFormat, OutputOptions
 from serve.settings import C2paConfig
 
 PEM = serialization.Encoding.PEM
@@ -73,12 +73,12 @@ def signing(tmp_path: Path) -> C2paConfig:
 
 
 @pytest.mark.parametrize("composite", [False, True])
-@pytest.mark.parametrize("kind", get_args(Format))
+@pytest.mark.parametrize("kind", get_args(ImageFormat))
 def test_a_signed_picture_says_a_machine_made_it_and_shows_changes(
-    kind: Format, composite: bool, signing: C2paConfig
+    kind: ImageFormat, composite: bool, signing: C2paConfig
 ) -> None:
     image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
-    plain = encode(image, Output(kind), {"Software": "Tessera"}, composite=composite)
+    plain = encode(image, OutputOptions(kind), {"Software": "Tessera"}, composite=composite)
     signed = load_signer(signing)(plain, kind, composite)
     with c2pa.Reader(f"image/{kind}", io.BytesIO(signed)) as reader:
         assert reader.get_validation_state() == "Valid"

@@ -1,0 +1,152 @@
+"""The messages between the two deployments of the service, the ingress and the generator replicas.
+
+    ingress -> replica    ImageJob, one per image
+    replica -> ingress    GeneratedImage, PartialImage (of a stream), Refusal, ModelInfo
+
+They are pickled from process to process, so they are frozen dataclasses of plain values. The
+ingress imports this file and does without PyTorch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from pipeline.contracts import GenerationRequest, TokenCount
+
+PROBE_REQUEST = GenerationRequest(prompt="a red circle")
+"""Generated once by a model before it serves, and again when readiness is asked for."""
+
+ImageFormat = Literal["png", "jpeg", "webp"]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What clients may know of the served model.
+
+    Attributes:
+        name: its name in the registry.
+        version: its version in the registry.
+        image_size: height and width of its images, pixels.
+        styles: the values that a request's `style` may have.
+        loaded: when it was loaded, Unix time in seconds.
+        tasks: what it was trained for; edits and variations need "completion".
+        notice: why a newer version is not served; empty if the newest one is.
+    """
+
+    name: str
+    version: str
+    image_size: int
+    styles: tuple[str, ...]
+    loaded: int
+    tasks: frozenset[str] = frozenset({"text_to_image"})
+    notice: str = ""
+
+    @property
+    def size(self) -> str:
+        """As OpenAI's API writes it, for example "64x64"."""
+        return f"{self.image_size}x{self.image_size}"
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """How an image is encoded; quality is 0 to 100 and for jpeg and webp alone."""
+
+    format: ImageFormat = "png"
+    quality: int = 100
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A client's image to start from: still encoded, and not looked at yet.
+
+    Attributes:
+        image: a square PNG, WebP or JPEG.
+        mask: a PNG of the same size, fully transparent where the image is generated anew. None:
+            the image's own transparency is the mask, unless `share` is given.
+        share: fraction of the image tokens that is generated anew, in (0, 1].
+    """
+
+    image: bytes = field(repr=False)
+    mask: bytes | None = field(default=None, repr=False)
+    share: float | None = None
+
+    @cached_property
+    def digest(self) -> bytes:
+        """sha256 of the whole upload, computed once for all images that start from it."""
+        files = [file and hashlib.sha256(file).digest() for file in (self.image, self.mask)]
+        return hashlib.sha256(repr((files, self.share)).encode()).digest()
+
+
+@dataclass(frozen=True)
+class ImageJob:
+    """One image to generate.
+
+    Attributes:
+        request: what to generate.
+        deadline: Unix time in seconds after which the client has stopped waiting.
+        output: how to encode the image.
+        upload: the image to start from.
+        num_partial_images: unfinished images to send before the finished one.
+        num_following: further jobs of the same client request, sent right after this one.
+    """
+
+    request: GenerationRequest
+    deadline: float
+    output: OutputOptions = OutputOptions()
+    upload: Upload | None = None
+    num_partial_images: int = 0
+    num_following: int = 0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where an image's time went, in seconds, and how many were generated together at its end."""
+
+    queue: float
+    model: float
+    encode: float
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class PartialImage:
+    """An image between two decoding steps, encoded; `index` counts from 0."""
+
+    index: int
+    encoded: bytes = field(repr=False)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """A finished image, encoded, and the model that generated it."""
+
+    encoded: bytes = field(repr=False)
+    seed: int
+    model: ModelInfo
+    timing: Timing | None = None
+    tokens: TokenCount | None = None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why an image is not generated; `param` names the field at fault.
+
+    It is a value because an exception would arrive in the ingress as a replica's traceback.
+    """
+
+    message: str
+    param: str | None
+    code: Literal["invalid_value", "content_policy_violation", "deadline_exceeded"] = (
+        "invalid_value"
+    )
+
+
+DEADLINE_EXCEEDED = Refusal(
+    "the picture cannot be drawn in time; try again later, or allow more time",
+    param=None,
+    code="deadline_exceeded",
+)
