@@ -13,14 +13,23 @@ from jobs.options import DEFAULT_HOME, AsJson, Debug, Home, Overrides, RecipeNam
 
 data_app = typer.Typer(no_args_is_help=True, help="Check shard sets and look at them.")
 
-Uri = Annotated[str, typer.Argument(help="A shard set: directory, URI, asset:NAME or home:NAME.")]
+Uri = Annotated[
+    str,
+    typer.Argument(
+        help="A shard set: a directory, a URI (s3://, gs://), asset:NAME for one that ships with "
+        "Tessera, or home:NAME for HOME/shards/NAME."
+    ),
+]
 
 
 @data_app.command("verify")
 def data_verify(
     uri: Uri, home: Home = DEFAULT_HOME, as_json: AsJson = False, debug: Debug = False
 ) -> None:
-    """Read every byte; name each missing, truncated, altered or surplus shard. Exits with 1."""
+    """Read every byte of a shard set; name each missing, truncated, altered or surplus shard.
+
+    Exits with 1 if there is one.
+    """
     from pipeline.shards import locate, read_manifest, verify
 
     target = locate(uri, home)
@@ -40,13 +49,15 @@ def data_verify(
 @data_app.command("show")
 def data_show(
     uri: Uri,
-    out: Annotated[Path, typer.Option(help="The contact sheet to write.")] = Path("sheet.png"),
-    count: Annotated[int, typer.Option(min=1, max=1000, help="Pictures on it.")] = 48,
+    out: Annotated[Path, typer.Option(help="Contact sheet to write, a PNG.")] = Path("sheet.png"),
+    count: Annotated[
+        int, typer.Option(min=1, max=1000, help="Number of pictures on the sheet.")
+    ] = 48,
     home: Home = DEFAULT_HOME,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Count what a set holds, and draw some of its pictures with their captions."""
+    """Count what a shard set holds, and draw some of its pictures with their captions."""
     from jobs.data import contact_sheet
     from pipeline.shards import locate
 
@@ -76,13 +87,16 @@ def data_show(
 def data_augment(
     recipe: RecipeName,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="The picture grid to write.")] = Path("augment.png"),
-    count: Annotated[int, typer.Option(min=2, max=64, help="Pictures a row.")] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random changes.")] = 0,
+    out: Annotated[Path, typer.Option(help="Picture grid to write, a PNG.")] = Path("augment.png"),
+    count: Annotated[int, typer.Option(min=2, max=64, help="Pictures per row.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random changes.")] = 0,
     home: Home = DEFAULT_HOME,
     debug: Debug = False,
 ) -> None:
-    """Show what every augmentation does to a recipe's pictures, and what its sections do."""
+    """Draw what every augmentation does to a recipe's pictures: one row per augmentation.
+
+    Below them one row per section of the recipe shows what its own settings do.
+    """
     from jobs.data import augmentation_grid
     from pipeline.config import load_recipe
 

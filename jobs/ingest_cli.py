@@ -99,9 +99,9 @@ ingest_app = typer.Typer(
 
 def _command(name: str) -> TyperCommand:
     """The command of a source, as Typer makes it of a function with the source's signature."""
-    from pipeline import sources
+    from pipeline.sources import load_source
 
-    source = sources.load(name)
+    source = load_source(name)
 
     def run(
         out: str,

@@ -1,4 +1,4 @@
-"""Captions, checked once: what a caption may be, and why one is refused.
+"""Captions, checked in one place: what a caption may be, and why one is refused.
 
 Use:
 
@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.contracts import Caption
 
 
-class BadCaption(ValueError):  # noqa: N818 - a verdict on one row, not a failure of the program
+class BadCaption(ValueError):  # noqa: N818 - says why one row is left out; the program goes on
     """A caption that cannot be used.
 
     Attributes:
@@ -28,16 +28,19 @@ class BadCaption(ValueError):  # noqa: N818 - a verdict on one row, not a failur
 
 
 def clean(text: str) -> str:
-    """NFC-normalise and collapse white space; control characters count as white space."""
+    """The text NFC-normalised, white space and control characters collapsed to single spaces."""
     spaced = "".join(" " if unicodedata.category(c) == "Cc" else c for c in text)
     return " ".join(unicodedata.normalize("NFC", spaced).split())
 
 
 def captions_of(raw: Any, max_chars: int) -> tuple[Caption, ...]:
-    """The captions of a parsed JSON list of {"text", "language"}, cleaned.
+    """The captions of a parsed JSON list of {"text", "language"} objects, cleaned.
+
+    Args:
+        max_chars: length of the longest caption allowed, in characters.
 
     Raises:
-        BadCaption: no list, no caption, an empty or a too long one, or text that is not Unicode.
+        BadCaption: it is no such list, it is empty, or a caption is empty, too long or not Unicode.
     """
     if not isinstance(raw, list):
         raise BadCaption("bad_json")
@@ -48,7 +51,7 @@ def captions_of(raw: Any, max_chars: int) -> tuple[Caption, ...]:
 
 
 def speaks(language: str, wanted: Sequence[str]) -> bool:
-    """Whether a BCP 47 tag is one of those wanted, or a kind of one (zh-hant of zh).
+    """Whether a BCP 47 tag is one of those wanted, or narrower than one (zh-Hant than zh).
 
     >>> speaks("zh-Hant", ["en", "zh"]), speaks("zho", ["zh"])
     (True, False)
@@ -74,7 +77,7 @@ def _caption(item: Any, max_chars: int) -> Caption:
 
 
 def with_tags(label: str, tags: Sequence[str], language: str) -> tuple[Caption, ...]:
-    """The label, and the label with its tags in brackets, punctuated as the language does.
+    """Two captions: the label, and the label with its tags in brackets, punctuated by language.
 
     >>> [c.text for c in with_tags("red apple", ["apple", "fruit"], "en")]
     ['red apple', 'red apple (apple, fruit)']

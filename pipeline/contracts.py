@@ -97,15 +97,17 @@ class Source(BaseModel):
     """Captioned images from anywhere, as one stream of `Sample`s.
 
     A source is one file of pipeline/sources, or of a plugin directory (pipeline/registry.py), that
-    defines one subclass of this class. `tessera ingest` has a command of the file's name. The
-    first paragraph of the file's docstring is the command's help. The fields of the class are its
-    arguments and options, with their descriptions, defaults and limits (`ge`, `le`):
+    defines a subclass of this class as `SOURCE`. `tessera ingest` has a command of the file's name.
+    The first paragraph of the file's docstring is the command's help; the fields of the class are
+    its arguments and options, with their descriptions, defaults and limits (`ge`, `le`):
 
         class SquaresSource(Source):
             side: int = Field(64, ge=8, description="Side of a square, in pixels.")
 
             def samples(self) -> Iterator[Sample]:
                 ...
+
+        SOURCE = SquaresSource
 
     A field may be a text, number, truth value, path, `Literal`, an optional one of these, or a
     tuple of any number of them, which becomes an option that may be repeated.

@@ -1,8 +1,8 @@
-"""What a sample says of itself beside its picture, whatever way it says it.
+"""A sample's record: its captions and credits, read from the names that data sets use for them.
 
-Tables, COCO files and foreign tars name things alike: `caption`, `text` or `captions`,
+Table rows, JSON objects and tar members are read alike: `caption`, `text` or `captions`,
 `caption_zh` for a language, `group`, `style`, `source`, `license`, `attribution` (or `author`).
-What a sample does not say, its source's `Credits` say for it.
+What a record leaves out, the `Credits` of its source say.
 
     record_of("000000012", {"jpg": ..., "txt": b"a dog"}, credits)["captions"]
 """
@@ -22,25 +22,33 @@ from pipeline.contracts import Caption
 
 FIELDS = ("group", "style", "source", "license", "attribution")
 LANGUAGE = r"(?P<language>[A-Za-z]{2,3}(?:[-_]\w+)*)"
-"""A BCP 47 tag, also with underscores."""
+"""Matches a BCP 47 tag, written with hyphens or underscores."""
 _NO_CAPTION = r"(?!(?:id|ids|url|raw|old|len)$)"  # caption_id is a number, not Indonesian
 _CAPTION_FIELD = re.compile(rf"^(?:captions?|text)(?:_{_NO_CAPTION}{LANGUAGE})?$")
 _CAPTION_FILE = re.compile(rf"^(?:{LANGUAGE}\.)?txt$")
 
 
 class Credits(BaseModel):
-    """What is true of all samples of a source that do not say otherwise themselves."""
+    """What is true of those samples of a source that do not say otherwise themselves.
+
+    Attributes:
+        style: who made the images, or in which manner.
+        source: where they come from.
+        license: SPDX identifier; NOASSERTION if it is unknown.
+        attribution: the credit that the licence asks for.
+        language: BCP 47 tag of the captions that name none.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    style: str = Field(min_length=1, description="who drew the pictures, or in which manner")
-    source: str = Field(min_length=1, description="where they come from")
-    license: str = Field(min_length=1, description="SPDX identifier; NOASSERTION if unknown")
-    attribution: str = Field("", description="the credit the licence asks for")
-    language: str = Field("en", min_length=2, description="of captions that name none, BCP 47")
+    style: str = Field(min_length=1)
+    source: str = Field(min_length=1)
+    license: str = Field(min_length=1)
+    attribution: str = ""
+    language: str = Field("en", min_length=2)
 
     def fill(self, said: Mapping[str, Any], *, group: str) -> dict[str, str]:
-        """FIELDS as `said` has them, else these; `group` if it names none."""
+        """The text of each of FIELDS: what a record says, else these credits and `group`."""
         known = {"group": group, **self.model_dump(include=set(FIELDS))}
         found = {name: _text(said.get(name)) for name in FIELDS}
         found["attribution"] = found["attribution"] or _text(said.get("author"))
@@ -48,9 +56,9 @@ class Credits(BaseModel):
 
 
 def _text(value: Any) -> str:
-    """Text and whole numbers (a group's id) are said; anything else is not.
+    """A text or whole number (the id of a group) as text; "" for anything else.
 
-    A column of whole numbers with a gap comes as floats from pandas.
+    pandas writes a column of whole numbers in which one is missing as floats.
     """
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -59,7 +67,11 @@ def _text(value: Any) -> str:
 
 
 def captions_in(said: Mapping[str, Any], language: str) -> list[Caption]:
-    """The captions of a row or JSON object; blank ones are none, and cleaning comes later."""
+    """The captions of a row or JSON object, without blank ones, cleaned later (captions.py).
+
+    Args:
+        language: BCP 47 tag of the captions that name none.
+    """
     captions: list[Caption] = []
     own = _text(said.get("language")) or language
     for name, value in said.items():
@@ -70,7 +82,7 @@ def captions_in(said: Mapping[str, Any], language: str) -> list[Caption]:
 
 
 def tag(language: str) -> str:
-    """zh_CN -> zh-CN."""
+    """A BCP 47 tag with hyphens: zh_CN -> zh-CN."""
     return language.replace("_", "-")
 
 
@@ -86,7 +98,7 @@ def _captions(value: Any, language: str) -> Iterator[Caption]:
 
 
 def canonical(captions: Iterable[Caption]) -> tuple[Caption, ...]:
-    """Language by language, each once, a language's shortest caption first."""
+    """Each caption once, grouped by language, the shortest of a language first."""
     by_language: dict[str, list[Caption]] = {}
     for caption in dict.fromkeys(captions):
         by_language.setdefault(caption.language, []).append(caption)
@@ -98,10 +110,14 @@ def canonical(captions: Iterable[Caption]) -> tuple[Caption, ...]:
 
 
 def record_of(key: str, files: Mapping[str, bytes], credits: Credits) -> dict[str, Any]:
-    """The record of a foreign tar's sample: KEY.json, KEY.txt and KEY.zh.txt, whichever there are.
+    """The record of a sample in a tar that someone else wrote, from those of KEY.json, KEY.txt and
+    KEY.zh.txt that there are.
+
+    Args:
+        files: contents by extension.
 
     Raises:
-        BadCaption: bad_json, bad_utf8 or failed_download (img2dataset's status).
+        BadCaption: bad_json, bad_utf8, or failed_download (the status that img2dataset noted).
     """
     said = _parsed(files["json"]) if "json" in files else {}
     if said.get("status", "success") != "success":
@@ -137,7 +153,7 @@ def _decoded(encoded: bytes) -> str:
 
 
 def plain_key(text: str) -> str:
-    """A name as a sample key: letters, digits, "-" and "_"; a hash keeps changed names apart.
+    """A file name as a sample key: letters, digits, "-" and "_"; a hash keeps changed names apart.
 
     >>> plain_key("img_0001"), plain_key("cats/tom 1")
     ('img_0001', 'cats-tom-1-d4b76fe1')

@@ -1,7 +1,8 @@
 """One registry for every kind of part: a file's name is its registration.
 
     registry.names("sources")               # ["coco", "emoji", "folder", ...]
-    registry.load("models", "masked")       # the module pipeline/models/masked.py
+    registry.load("tasks", "completion")    # the module pipeline/tasks/completion.py
+    registry.part("models", "masked", "FAMILY")     # what pipeline/models/masked.py calls FAMILY
     registry.summary("sources", "coco")     # what the file says of itself, without importing it
 
 To add a model family, a tokenizer, a task or a source, add one file to the folder of its kind.
@@ -28,6 +29,7 @@ import importlib
 import os
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from pipeline.errors import PluginError, RecipeError
 
@@ -63,6 +65,19 @@ def load(kind: str, name: str) -> ModuleType:
     package = importlib.import_module(PACKAGES[kind])
     package.__path__ = search_path(package.__name__)
     return importlib.import_module(f"{package.__name__}.{name}")
+
+
+def part(kind: str, name: str, constant: str) -> Any:
+    """What the file that is registered as `name` defines under the name of a constant.
+
+    Raises:
+        PluginError: the file defines no such constant.
+        RecipeError, PluginError: as `load` does.
+    """
+    module = load(kind, name)
+    if not hasattr(module, constant):
+        raise PluginError(f"{module.__file__} defines no {constant}: see {PACKAGES[kind]}")
+    return getattr(module, constant)
 
 
 def summary(kind: str, name: str) -> str:

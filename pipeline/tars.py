@@ -1,8 +1,8 @@
 """WebDataset tars read as a stream, whoever wrote them: nothing is extracted, nothing is trusted.
 
-Members of one name up to the first dot of its file name, one after another, are a sample; a member
-that comes a second time begins another sample of the same key. What cannot be used keeps its place
-with the reason, so that every sample of a tar is counted.
+Consecutive members whose paths agree up to the first dot of the file name are one sample; a member
+that comes a second time begins another sample of the same key. A sample that cannot be used is
+yielded with the reason, so that every sample of a tar is counted.
 
     with open_patiently(fs, path) as stream:
         for sample in read_samples(stream):
@@ -23,7 +23,7 @@ from pipeline.errors import DataError
 IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 TEXT_EXTENSIONS = ("json", "txt")
-MAX_MEMBER_BYTES = 256_000_000  # of a picture, and of all members of a sample together
+MAX_MEMBER_BYTES = 256_000_000  # of an image, and of all members of a sample together
 MAX_TEXT_BYTES = 4_000_000
 MAX_HEADER_BYTES = 1_000_000  # of a long name or of extended attributes
 _MEMBER = re.compile(r"^(?P<key>(?:.*/)?[^./][^./]*)\.(?P<extension>[^/]+)$", re.DOTALL)
@@ -32,7 +32,7 @@ _CHUNK = 1 << 20  # bytes
 
 @dataclass
 class TarSample:
-    """Files of one name in a tar.
+    """The members of a tar that are one sample.
 
     Attributes:
         key: their common path, up to the first dot of the file name.
@@ -52,10 +52,13 @@ class TarSample:
 
 
 def read_samples(stream: IO[bytes], *, name: str = "the tar") -> Iterator[TarSample]:
-    """Every sample of a tar, plain or gzipped, in its order.
+    """Every sample of a tar, plain or gzipped, in the tar's order.
+
+    Args:
+        name: what messages call the tar.
 
     Raises:
-        DataError: the tar is no tar, is damaged, or ends early; `name` says which.
+        DataError: the tar is no tar, is damaged, or ends early.
         OSError: the stream cannot be read.
     """
     seen: set[str] = set()
@@ -78,7 +81,7 @@ def read_samples(stream: IO[bytes], *, name: str = "the tar") -> Iterator[TarSam
 
 
 def _finished(sample: TarSample, seen: set[str]) -> TarSample:
-    """Judge a sample that lacks its picture or its text and had members before."""
+    """Mark a sample that lacks its image or its text and whose key came before: the other half."""
     partial = sample.image is None or len(sample.files) == 1
     if sample.key in seen and partial and sample.problem is None:
         sample.problem = "scattered_key"
@@ -96,7 +99,7 @@ def _problem(member: tarfile.TarInfo) -> str | None:
 
 
 def _limit(member: tarfile.TarInfo) -> int:
-    """Bytes that a member may have; 0 for those that are no part of a sample."""
+    """Bytes that a member may have; 0 for members whose content is not read."""
     extension = member.name.lower().rpartition(".")[2]
     if extension in IMAGE_EXTENSIONS:
         return MAX_MEMBER_BYTES
@@ -104,7 +107,7 @@ def _limit(member: tarfile.TarInfo) -> int:
 
 
 class _Header(tarfile.TarInfo):
-    """Of a member; one that would fill the memory before anything could look at it is refused."""
+    """A header that refuses to be read if it is large: tarfile reads one whole before any check."""
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
         if self.type not in tarfile.REGULAR_TYPES and self.size > MAX_HEADER_BYTES:
@@ -114,7 +117,7 @@ class _Header(tarfile.TarInfo):
 
 
 def _members(stream: IO[bytes], name: str) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
-    """Every member but folders, with its content; nothing for links and what is too large."""
+    """Every member but folders, with its content; b"" for links and members that are too large."""
     try:
         with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as tar:
             while (member := tar.next()) is not None:
@@ -133,7 +136,7 @@ def _members(stream: IO[bytes], name: str) -> Iterator[tuple[tarfile.TarInfo, by
 
 
 def _check_end(tar: Any, name: str) -> None:
-    """A tar ends in zeros; tarfile stops without a word where it is cut or damaged."""
+    """Raise DataError unless zeros end the tar: tarfile stops silently where one is damaged."""
     found = False
     while chunk := tar.fileobj.read(_CHUNK):
         found = True

@@ -23,5 +23,5 @@ def load_family(name: str) -> Family:
     Raises:
         RecipeError: there is none; the message lists what there is.
     """
-    family: Family = registry.load("models", name).FAMILY
+    family: Family = registry.part("models", name, "FAMILY")
     return family

@@ -1,4 +1,4 @@
-"""Packages of the npm registry as files: fetched once with the user's own npm settings, checked.
+"""Packages of the npm registry as files: fetched once, with the user's npm settings, and checked.
 
 Use:
 

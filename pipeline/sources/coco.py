@@ -21,7 +21,7 @@ from pydantic import Field
 from pipeline.contracts import Caption, Positional, Sample
 from pipeline.errors import DataError
 from pipeline.shards import open_uri
-from pipeline.sources._credited import CaptionedSource
+from pipeline.sources import CaptionedSource
 from pipeline.sources._files import EXTENSIONS, Folder, make_sample
 
 _CREATIVE_COMMONS = re.compile(
@@ -92,6 +92,9 @@ class CocoSource(CaptionedSource):
         if not content.entries:
             raise DataError(f"{self.annotations} lists no pictures")
         return content
+
+
+SOURCE = CocoSource
 
 
 @dataclass(frozen=True)

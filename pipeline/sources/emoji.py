@@ -230,6 +230,9 @@ class EmojiSource(Source):
             )
 
 
+SOURCE = EmojiSource
+
+
 def _vendor_samples(
     style: str, package: Path, annotations: Annotations, skin_tones: bool
 ) -> Iterator[Sample]:

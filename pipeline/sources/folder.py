@@ -26,7 +26,7 @@ from pydantic import Field
 from pipeline.contracts import Caption, Positional, Sample
 from pipeline.errors import DataError
 from pipeline.records import LANGUAGE, captions_in, tag
-from pipeline.sources._credited import CaptionedSource
+from pipeline.sources import CaptionedSource
 from pipeline.sources._files import Folder, make_sample, unique_names
 
 TABLES = tuple(
@@ -82,6 +82,9 @@ class FolderSource(CaptionedSource):
 
     def _fields(self, rows: list[Row], group: str) -> dict[str, str]:
         return self.credits(self.folder).fill(rows[0] if rows else {}, group=group)
+
+
+SOURCE = FolderSource
 
 
 def _lines(folder: Folder, name: str, language: str) -> list[Caption]:

@@ -21,7 +21,7 @@ from pydantic import Field
 from pipeline.contracts import Caption, OptionName, Positional, Sample
 from pipeline.errors import DataError
 from pipeline.records import FIELDS, captions_in
-from pipeline.sources._credited import CaptionedSource
+from pipeline.sources import CaptionedSource
 from pipeline.sources._files import Folder, make_sample
 
 BATCH = 64  # rows read at once; an image may have megabytes
@@ -97,6 +97,9 @@ class ParquetSource(CaptionedSource):
             for column, language in self._languages().items()
             for caption in captions_in({"caption": row[column]}, language)
         ]
+
+
+SOURCE = ParquetSource
 
 
 def _tables(folder: Folder) -> list[tuple[str, str]]:

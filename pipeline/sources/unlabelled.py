@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import Field
 
 from pipeline.contracts import Positional, Sample
-from pipeline.sources._credited import CreditedSource
+from pipeline.sources import CreditedSource
 from pipeline.sources._files import Folder, make_sample, unique_names
 
 
@@ -33,3 +33,6 @@ class UnlabelledSource(CreditedSource):
         for image, content in zip(images, contents, strict=True):
             fields = credits.fill({}, group=image.stem)
             yield make_sample(keys[image.name], content, image.extension, (), fields)
+
+
+SOURCE = UnlabelledSource

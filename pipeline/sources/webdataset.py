@@ -25,7 +25,7 @@ from pipeline.contracts import Caption, OptionName, Positional, Sample
 from pipeline.errors import DataError
 from pipeline.records import Credits, plain_key, record_of
 from pipeline.shards import InPlace, Manifest, Shard, Totals, list_tars, open_uri
-from pipeline.sources._credited import CaptionedSource
+from pipeline.sources import CaptionedSource
 from pipeline.sources._files import Folder, make_sample
 from pipeline.storage import CHUNK, open_patiently
 from pipeline.tars import IMAGE_EXTENSIONS, TarSample, read_samples
@@ -97,6 +97,9 @@ class WebDatasetSource(CaptionedSource):
                 shards.append(shard)
                 totals.merge(part)
         return totals.manifest(shards, there)
+
+
+SOURCE = WebDatasetSource
 
 
 def _address(folder: Folder) -> str:

@@ -33,7 +33,7 @@ def load_tokenizer_kind(name: str) -> TokenizerKind:
     Raises:
         RecipeError: there is none; the message lists what there is.
     """
-    kind: TokenizerKind = registry.load("tokenizers", name).TOKENIZER
+    kind: TokenizerKind = registry.part("tokenizers", name, "TOKENIZER")
     return kind
 
 
