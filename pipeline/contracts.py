@@ -466,7 +466,11 @@ class Family(Protocol):
     def generator(
         self, model: Any, config: GeneratorConfig, spec: ModelSpec, parts: ModelParts
     ) -> ImageGenerator:
-        """`model`, which `build` made, ready to generate images."""
+        """`model`, which `build` made, ready to generate images.
+
+        The weights of `model` and of the tokenizer may be in the dtype of mixed precision
+        (`runtime.cast_weights`): use both inside `runtime.autocast(device)`.
+        """
         ...
 
     def export(self, model: Any, directory: Path) -> None:

@@ -1,6 +1,6 @@
 """A tokenizer in one file, as a plugin: a token is the mean colour of its cell.
 
-    TESSERA_PLUGINS=$PWD/tests/pipeline/plugins tessera train smoke tokenizer.name=mean_colour
+    TESSERA_PLUGINS=$PWD/tests/plugins tessera train smoke tokenizer.name=mean_colour
 
 The decoder, which learns to paint a cell from its colour, is all that trains.
 """
