@@ -342,7 +342,7 @@ def _evaluate(
     )
     (context.path / "grids").mkdir(exist_ok=True)
     losses = {n: results[c.step].values["validation_loss"] for n, c in plan.candidates.items()}
-    found = evaluator.bundles(
+    found = evaluator.evaluate_bundles(
         subjects,
         tokenizer=load_tokenizer(tokenizer_of(plan, results)),
         candidates=losses,

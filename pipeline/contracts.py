@@ -480,7 +480,7 @@ class Family(Protocol):
 
 @dataclass(frozen=True)
 class Interval:
-    """A number with its 95 % bootstrap interval."""
+    """A number with its 95 % interval; where it was measured once, both ends are the number."""
 
     value: float
     low: float
@@ -489,13 +489,15 @@ class Interval:
 
 @dataclass(frozen=True)
 class EvalReport:
-    """What evaluation says of one generator on one set of held-out pictures.
+    """What evaluation measured of one subject on one evaluation set.
 
     Attributes:
-        subject: what was judged: "candidate", "champion", "untuned", "tokenizer", "real".
-        metrics: by name, for example "kid", "retrieval_seen", "validation_loss".
-        details: anything worth keeping that nothing decides by (counts, settings, floors).
-        grids: picture grid PNGs by title, as paths.
+        subject: what was evaluated: "candidate", "champion", "untuned" (the base), "tokenizer"
+            (reconstructions), "real", or the name of one of several candidates.
+        metrics: by name, for example "kid", "retrieval_seen", "validation_loss";
+            pipeline/evaluate.py lists them.
+        details: which images it was measured on: the evaluation set's digest, its style, counts.
+        grids: paths of image grids (PNG) by title.
     """
 
     subject: str
@@ -510,7 +512,7 @@ class Decision:
 
     Attributes:
         promoted: True if the candidate becomes champion.
-        reasons: one sentence a rule, numbers included.
+        reasons: one sentence per rule, numbers included.
     """
 
     promoted: bool

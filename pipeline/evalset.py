@@ -1,10 +1,10 @@
-"""The pictures and captions a generator is judged on, the same ones for every generator.
+"""The real images and captions that generators are evaluated on, the same ones for all of them.
 
     eval_set = EvalSet.from_parquet(pixels, recipe.evaluate, image_size=64)
 
-One set per style and split: "seen" is drawn from the training split, "unseen" from the test split.
-Within a set no two pictures are of the same thing or share a caption, so that retrieval has one
-right answer.
+There are two sets per style: "seen" is taken from the training split, "unseen" from the test split.
+Within a set no two images are of the same subject or share a caption, so that retrieval has one
+right answer. The choice depends on the data and the recipe's seed alone.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from pipeline.errors import DataError
 from pipeline.pixel_store import fixed_width, read_table
 
 SPLITS = {"seen": "train", "unseen": "test"}
-MIN_PICTURES = 8
+MIN_IMAGES = 8
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """N real pictures of one style, and M >= N captions to choose from.
+    """N real images of one style, and M >= N captions for retrieval to choose from.
 
     Attributes:
         name: "seen" or "unseen".
-        style: who drew the pictures.
-        keys: N names, in the order of the pictures.
+        style: of the images.
+        keys: N unique names, in the order of the images.
         images: uint8 (N, 3, S, S).
-        captions: M by language; the first N are the pictures' own, the others distract.
+        captions: M by language; the first N are the images' own, the others are distractors.
     """
 
     name: str
@@ -54,12 +54,12 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class EvalSet:
-    """All sets, those of the style that is gated on first.
+    """All image sets, those of the gated style first: the one that the promotion gate reads.
 
     Attributes:
-        sets: two a style.
-        training: the training split's pictures by style, uint8 (T, 3, S, S), to find copies of.
-        languages: the first is the one gated on.
+        sets: two per style, seen and unseen.
+        training: the training split's images by style, uint8 (T, 3, S, S), to find copies of.
+        languages: of the captions; the promotion gate reads the first.
     """
 
     sets: tuple[ImageSet, ...]
@@ -68,21 +68,26 @@ class EvalSet:
 
     @property
     def style(self) -> str:
-        """The style that is gated on."""
+        """The gated style."""
         return self.sets[0].style
 
     @property
     def digest(self) -> str:
-        """Names the choice of pictures: reports with the same digest can be compared."""
+        """Identifies the choice of images: reports with the same digest can be compared."""
         names = "\n".join(f"{s.style}/{s.name}/{key}" for s in self.sets for key in s.keys)
         return hashlib.sha256(names.encode()).hexdigest()
 
     @classmethod
     def from_parquet(cls, directory: Path, config: EvaluateConfig, *, image_size: int) -> EvalSet:
-        """Choose from preprocessed pictures; the choice depends on the data and config.seed alone.
+        """Choose from preprocessed images.
+
+        Args:
+            directory: the output of preprocessing.
+            config: styles, languages, sizes and the seed.
+            image_size: S of the preprocessed images.
 
         Raises:
-            DataError: a style, a split or a language has too few pictures.
+            DataError: a style, a split or a language has too few images.
         """
         styles = config.styles or _styles(directory)
         tables = {
@@ -116,7 +121,7 @@ def _read(directory: Path, style: str, split: str) -> pa.Table:
 
 
 def _languages(tables: Sequence[pa.Table], wanted: Sequence[str]) -> tuple[str, ...]:
-    """The wanted languages that most pictures have a caption in.
+    """The wanted languages that most images have a caption in.
 
     Raises:
         DataError: none of them; the message lists what there is.
@@ -136,24 +141,25 @@ def _languages(tables: Sequence[pa.Table], wanted: Sequence[str]) -> tuple[str, 
 
 
 def num_other_images(config: EvaluateConfig) -> int:
-    """Pictures a set of the further styles, and those asked in the further languages."""
+    """Images per set of the other styles, and of the gated style in the other languages."""
     return config.num_other_images or config.num_images
 
 
 def _choose(
     table: pa.Table, others: Sequence[pa.Table], name: str, picker: _Picker, image_size: int
 ) -> ImageSet:
-    """As many rows as the picker takes, and distractors if they are fewer than it wants.
+    """The rows that the picker takes of a table; if those are fewer than it wants, captions of the
+    other tables' rows fill up as distractors.
 
     Raises:
-        DataError: fewer than MIN_PICTURES differ in subject and captions.
+        DataError: fewer than MIN_IMAGES differ in subject and captions.
     """
     style = table["style"][0].as_py()
     rows = picker.take(table)
-    if len(rows) < MIN_PICTURES:
+    if len(rows) < MIN_IMAGES:
         raise DataError(
             f"only {len(rows)} {name} pictures of style {style!r} differ in subject and captions, "
-            f"at least {MIN_PICTURES} are needed: give more data or another evaluate.styles"
+            f"at least {MIN_IMAGES} are needed: give more data or another evaluate.styles"
         )
     for other in others:
         picker.take(other)
@@ -168,8 +174,12 @@ def _choose(
 
 
 class _Picker:
-    """Takes rows in a random order until there are enough, never two of a group or with a caption
-    in common."""
+    """Takes rows in random order until there are enough, never two of the same group or with a
+    caption in common.
+
+    Attributes:
+        captions: of the rows taken, in their order, by language.
+    """
 
     def __init__(self, languages: tuple[str, ...], enough: int, rng: np.random.Generator) -> None:
         self.enough, self.rng = enough, rng
@@ -177,7 +187,7 @@ class _Picker:
         self.captions: dict[str, list[str]] = {language: [] for language in languages}
 
     def take(self, table: pa.Table) -> list[int]:
-        """The rows taken of this table, in the order of their captions."""
+        """Take rows of this table; their indices, in the order of their captions."""
         groups, captions = table["group"].to_pylist(), table["captions"].to_pylist()
         taken = []
         for row in self.rng.permutation(table.num_rows).tolist():

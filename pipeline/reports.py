@@ -1,7 +1,9 @@
-"""Evaluation reports as JSON and as tables for people.
+"""Evaluation reports as JSON, and as tables for people.
 
-path.write_text(json.dumps(to_dict(report), ensure_ascii=False))
-print(markdown_table([real, reconstructed, champion, candidate]))
+    path.write_text(json.dumps(to_dict(report), ensure_ascii=False))
+    print(markdown_table([real, reconstructed, champion, candidate]))
+
+A report itself is `contracts.EvalReport`; pipeline/evaluate.py says what its metrics mean.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ from typing import Any
 from pipeline.contracts import EvalReport, Interval
 from pipeline.errors import DataError
 
-FORMAT = 2
-"""Of what evaluation reports; part of its step's key, so that older reports are made anew."""
+FORMAT = 3
+"""The version of what evaluation reports. It is part of the step's key, so that reports of an older
+version are made anew."""
 
 
 def to_dict(report: EvalReport) -> dict[str, Any]:
@@ -23,7 +26,7 @@ def to_dict(report: EvalReport) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any]) -> EvalReport:
-    """The inverse of `to_dict`, also after a journey through JSON.
+    """The inverse of `to_dict`, also of values that were read from JSON.
 
     Raises:
         DataError: it is not a report.
@@ -36,12 +39,12 @@ def from_dict(values: Mapping[str, Any]) -> EvalReport:
 
 
 def metric_values(report: EvalReport) -> dict[str, float]:
-    """Values alone, for a tracking server."""
+    """The metrics without their intervals, for a tracking server."""
     return {name: item.value for name, item in report.metrics.items()}
 
 
 def markdown_table(reports: Sequence[EvalReport]) -> str:
-    """One row a metric, one column a report: value and 95 % interval."""
+    """One row per metric, one column per report: value and 95 % interval."""
     names = list(dict.fromkeys(name for report in reports for name in report.metrics))
     lines = [
         "| metric | " + " | ".join(report.subject for report in reports) + " |",

@@ -30,7 +30,7 @@ from pipeline.artifacts import ASSETS, resolve_path
 from pipeline.bundle import load_bundle, load_generator
 from pipeline.config import CaptionEncoderConfig, EvaluateConfig, load_recipe
 from pipeline.contracts import GenerationRequest, ModelParts
-from pipeline.drawing import draw, requests_for
+from pipeline.drawing import generate_images, requests_for
 from pipeline.evalset import EvalSet
 from pipeline.features import ImageNetFeatures
 from pipeline.metrics import kid_interval, mean_interval, retrieval_at_1
@@ -121,7 +121,7 @@ def steps(args: argparse.Namespace) -> None:
         for pictures in eval_set.sets:
             requests = requests_for(pictures, "en", generator.styles, seed=0)
             requests = [replace(request, num_steps=num_steps) for request in requests]
-            images, seconds = draw(generator, requests, config.batch_size)
+            images, seconds = generate_images(generator, requests, config.batch_size)
             captions = aligner.embed_captions(*encoder.encode(pictures.captions["en"]))
             hits[pictures.name] = retrieval_at_1(aligner.embed_images(images), captions)
             drawn.append(features(images))

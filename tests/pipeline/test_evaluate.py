@@ -1,4 +1,4 @@
-"""Evaluation sets are fair, and a judge tells good generators from bad ones."""
+"""Evaluation sets are fair, and the evaluator tells good generators from bad ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.config import AlignerConfig, EvaluateConfig
 from pipeline.contracts import EvalReport, GenerationRequest
 from pipeline.errors import DataError
 from pipeline.evalset import EvalSet
-from pipeline.evaluate import Evaluator, evaluate
+from pipeline.evaluate import Evaluator
 from pipeline.features import ImageNetFeatures
 from pipeline.images import to_float, to_uint8
 from pipeline.reports import from_dict, markdown_table, metric_values, to_dict
@@ -60,7 +60,7 @@ def aligner(icon_images: Tensor, icons: list[dict], encoder: HFCaptionEncoder) -
 
 
 @pytest.fixture(scope="module")
-def judge(eval_set: EvalSet, aligner: Aligner, encoder: HFCaptionEncoder) -> Evaluator:
+def evaluator(eval_set: EvalSet, aligner: Aligner, encoder: HFCaptionEncoder) -> Evaluator:
     return Evaluator(
         eval_set, aligner=aligner, features=ImageNetFeatures(64), encoder=encoder, config=CONFIG
     )
@@ -151,17 +151,17 @@ def test_impossible_sets_are_refused(change: dict, message: str, pixels: Path) -
         EvalSet.from_parquet(pixels, CONFIG.model_copy(update=change), image_size=64)
 
 
-# ---- The judge -----------------------------------------------------------------------------------
+# ---- The evaluator -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def reports(
-    judge: Evaluator, eval_set: EvalSet, tmp_path_factory: pytest.TempPathFactory
+    evaluator: Evaluator, eval_set: EvalSet, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, EvalReport]:
     grids = tmp_path_factory.mktemp("grids")
-    found = {"real": judge.real(), "tokenizer": judge.tokenizer(Coarse())}
+    found = {"real": evaluator.evaluate_real(), "tokenizer": evaluator.evaluate_tokenizer(Coarse())}
     for subject, quality in (("good", 0.9), ("bad", 0.3)):
-        found[subject] = judge.generator(
+        found[subject] = evaluator.evaluate_generator(
             Oracle(eval_set, quality), subject, validation_loss=3.5, tokenizer=Coarse(), grids=grids
         )
     return found
@@ -183,10 +183,10 @@ def test_floors_and_generators_come_in_the_right_order(reports: dict[str, EvalRe
 
 
 def test_a_gain_is_of_the_same_pictures_together(
-    reports: dict[str, EvalReport], judge: Evaluator
+    reports: dict[str, EvalReport], evaluator: Evaluator
 ) -> None:
     good, bad = reports["good"].metrics, reports["bad"].metrics
-    gains = judge.with_gains(reports["good"], ["bad"]).metrics
+    gains = evaluator.with_gains(reports["good"], ["bad"]).metrics
     for name in ("kid", "kid_unseen", "noto/kid_seen"):
         gain = gains[f"over_bad/{name}"]
         assert gain.value == pytest.approx(bad[name].value - good[name].value)
@@ -194,7 +194,7 @@ def test_a_gain_is_of_the_same_pictures_together(
     for name in ("retrieval", "retrieval_seen_zh", "noto/retrieval"):
         gain = gains[f"over_bad/{name}"].value
         assert gain == pytest.approx(good[name].value - bad[name].value) and gain > 0
-    same = judge.with_gains(reports["good"], ["good"]).metrics
+    same = evaluator.with_gains(reports["good"], ["good"]).metrics
     assert all(gain.value == 0 for name, gain in same.items() if name.startswith("over_good/"))
     assert good.items() <= same.items() and len(same) > len(good)
 
@@ -206,10 +206,10 @@ def test_further_styles_and_languages_may_have_fewer_pictures(
     sets = EvalSet.from_parquet(pixels, config, image_size=64)
     assert [len(s.captions["en"]) for s in sets.sets] == [32, 32, 8, 8]
     generator = Oracle(sets)
-    report = evaluate(
-        generator, sets, aligner=aligner, features=ImageNetFeatures(64), encoder=encoder,
-        config=config, subject="candidate", grids=tmp_path,
-    )  # fmt: skip
+    evaluator = Evaluator(
+        sets, aligner=aligner, features=ImageNetFeatures(64), encoder=encoder, config=config
+    )
+    report = evaluator.evaluate_generator(generator, "candidate", grids=tmp_path)
     chinese = [call for call in generator.calls if call.prompt in sets.sets[0].captions["zh"]]
     assert len(chinese) == 8 and report.metrics["retrieval_seen_zh"].value > 0.7
     names = ("candidate-noto-seen.png", "candidate-twemoji-seen.png")
@@ -226,13 +226,15 @@ class Small(Oracle):
         return super().generate(requests)[:, :, ::2, ::2]
 
 
-def test_a_generator_of_another_size_is_judged_at_that_of_the_pictures(
-    eval_set: EvalSet, judge: Evaluator, tmp_path: Path
+def test_a_generator_of_another_size_is_evaluated_at_the_size_of_the_real_images(
+    eval_set: EvalSet, evaluator: Evaluator, tmp_path: Path
 ) -> None:
-    report = judge.generator(Small(eval_set), "small", grids=tmp_path)
+    report = evaluator.evaluate_generator(Small(eval_set), "small", grids=tmp_path)
     assert report.metrics["retrieval"].value > 0.7
     with Image.open(report.grids["noto-seen"]) as small:
-        full = judge.generator(Oracle(eval_set), "full", grids=tmp_path).grids["noto-seen"]
+        full = evaluator.evaluate_generator(Oracle(eval_set), "full", grids=tmp_path).grids[
+            "noto-seen"
+        ]
         assert small.size == Image.open(full).size
 
 
@@ -266,7 +268,7 @@ def test_grids_show_real_tokens_and_every_language(reports: dict[str, EvalReport
 
 
 def test_requests_carry_style_and_seed_and_only_known_styles(
-    judge: Evaluator, eval_set: EvalSet
+    evaluator: Evaluator, eval_set: EvalSet
 ) -> None:
     class NotoOnly(Oracle):
         styles = ("noto",)
@@ -276,11 +278,11 @@ def test_requests_carry_style_and_seed_and_only_known_styles(
             return torch.zeros(len(requests), 3, 64, 64, dtype=torch.uint8)
 
     generator = NotoOnly(eval_set)
-    report = evaluate(
-        generator, eval_set, aligner=judge.aligner, features=judge.features,
-        encoder=_Same(judge), config=CONFIG.model_copy(update={"guidance_scales": ()}),
-        subject="untuned",
+    unguided = Evaluator(
+        eval_set, aligner=evaluator.aligner, features=evaluator.features,
+        encoder=_Same(evaluator), config=CONFIG.model_copy(update={"guidance_scales": ()}),
     )  # fmt: skip
+    report = unguided.evaluate_generator(generator, "untuned")
     assert {request.style for request in generator.calls} == {None, "noto"}
     first = generator.calls[: len(eval_set.sets[0])]
     assert [request.seed for request in first] == list(range(len(first)))
@@ -288,12 +290,12 @@ def test_requests_carry_style_and_seed_and_only_known_styles(
 
 
 class _Same:
-    """Stands in for the encoder, whose captions the judge has already embedded."""
+    """Stands in for the encoder, whose captions the evaluator has already embedded."""
 
     width, max_tokens = 384, 24
 
-    def __init__(self, judge: Evaluator) -> None:
-        self.width = judge.aligner.caption_width
+    def __init__(self, evaluator: Evaluator) -> None:
+        self.width = evaluator.aligner.caption_width
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         states = torch.randn(
