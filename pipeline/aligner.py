@@ -26,11 +26,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from pipeline.config import AlignerConfig
+from pipeline.encoder_identity import EncoderIdentity
 from pipeline.errors import BundleError
 from pipeline.images import to_float
 from pipeline.objective import Objective, TrainableNetwork
 from pipeline.runtime import autocast
-from pipeline.text import EncoderIdentity, masked_mean, standardise
+from pipeline.text import masked_mean, standardise
 from pipeline.tokenizers._blocks import ChannelNorm, ResidualBlock
 
 PATCH = 4

@@ -13,9 +13,10 @@ from pipeline.aligner import AlignerObjective
 from pipeline.checkpoint import best_weights
 from pipeline.config import AlignerConfig
 from pipeline.datasets import captioned_dataset, sample_captions
+from pipeline.encoder_identity import identify
 from pipeline.pixel_store import read_table
 from pipeline.steps import StepContext
-from pipeline.text import HFCaptionEncoder, identify
+from pipeline.text import HFCaptionEncoder
 from pipeline.train import Training, fit
 
 

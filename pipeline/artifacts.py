@@ -18,17 +18,20 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from pipeline.errors import BundleError
 
 ASSETS = Path(__file__).parent / "assets"
 WEIGHTS = "model.safetensors"
 LOCK = ".lock"  # in the folder of what is being written
+SETTLED_S = 2  # after which a file's times tell it from an earlier version
 
 
 def resolve_path(bundle: str | Path) -> Path:
@@ -165,3 +168,47 @@ def _publish(new: Path, target: Path) -> None:
     for file in [new] if new.is_file() else [f for f in new.rglob("*") if f.is_file()]:
         file.chmod(mode)
     new.replace(target)
+
+
+# ---- Remembering ---------------------------------------------------------------------------------
+
+
+def remembered(
+    what: str,
+    files: Sequence[Path],
+    compute: Callable[[], Any],
+    *,
+    folder: Path,
+    settings: Any = None,
+) -> Any:
+    """A result that follows from files' contents, computed again only if one of the files changed.
+
+    A file counts as unchanged while its size, times and inode are the same. What was written in
+    the last seconds is not remembered, since it could change again within one tick of its time.
+
+    Args:
+        what: names the result among others that follow from the same files.
+        files: all that it follows from, beside the settings.
+        compute: gives the result, as JSON values.
+        folder: where results are remembered; if it cannot be written, none are.
+        settings: JSON values that the result depends on too.
+    """
+    made_of = [what, settings, {str(file.absolute()): _stamp(file) for file in files}]
+    name = hashlib.sha256(json.dumps([what, settings, sorted(made_of[2])]).encode()).hexdigest()
+    record = folder / "remembered" / f"{what}-{name[:16]}.json"
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(record.read_text())
+        if known["made_of"] == made_of:
+            return known["result"]
+    settled_ns = time.time_ns() - SETTLED_S * 10**9
+    result = compute()
+    if all(max(times) < settled_ns for _, *times, _ in made_of[2].values()):
+        with contextlib.suppress(OSError), publishing(record) as new:
+            new.write_text(json.dumps({"made_of": made_of, "result": result}))
+    return result
+
+
+def _stamp(file: Path) -> list[int]:
+    """Size in bytes, times of modification and of change in ns, inode."""
+    found = file.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]

@@ -27,10 +27,11 @@ from torch import Tensor
 from pipeline.artifacts import WEIGHTS, bundle_digest, file_digest, resolve_path
 from pipeline.config import CaptionEncoderConfig, Config, GeneratorConfig
 from pipeline.contracts import ImageGenerator, ModelParts, ModelSpec
+from pipeline.encoder_identity import EncoderIdentity, check_encoder
 from pipeline.models import load_family
 from pipeline.objective import GeneratorNetwork
 from pipeline.runtime import cast_weights, choose_device
-from pipeline.text import EncoderIdentity, check_encoder, load_caption_encoder
+from pipeline.text import load_caption_encoder
 from pipeline.tokenizers._saved import (
     FORMAT,
     copy_tokenizer,

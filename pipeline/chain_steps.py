@@ -225,9 +225,10 @@ def generator_inputs(plan: Plan, candidate: Candidate) -> tuple[tuple[str, ...],
     """What a generator is trained on: the steps it needs, and digests of what no step makes."""
     reads = "tokens" if candidate.family.reads == "image_tokens" else "preprocess"
     needs = (reads, *(["tokenizer"] if plan.tokenizer.trains else []), "captions")
-    language_model = candidate.language_model
-    known = {"language_model": content_digest(language_model)} if language_model else {}
-    return needs, {**given_inputs(plan), **known}
+    known = given_inputs(plan)
+    if candidate.language_model:
+        known["language_model"] = content_digest(candidate.language_model, cache=plan.cache)
+    return needs, known
 
 
 def _generator(plan: Plan, candidate: Candidate, context: StepContext) -> dict[str, Any]:

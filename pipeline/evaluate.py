@@ -52,8 +52,9 @@ from pipeline.contracts import (
     Interval,
 )
 from pipeline.drawing import generate_images, image_grid, reconstruct, requests_for
+from pipeline.encoder_identity import check_encoder
 from pipeline.evalset import EvalSet, ImageSet, num_other_images
-from pipeline.text import HFCaptionEncoder, check_encoder
+from pipeline.text import HFCaptionEncoder
 
 LATENCY_REQUESTS = 3
 COPY_PERCENTILE = 5

@@ -27,6 +27,7 @@ from pipeline.contracts import (
     ModelSpec,
 )  # fmt: skip
 from pipeline.datasets import captioned_dataset, sample_captions
+from pipeline.encoder_identity import identify
 from pipeline.errors import RecipeError
 from pipeline.finetune import adapter_weights, merged_weights
 from pipeline.image_grid import grid
@@ -36,7 +37,7 @@ from pipeline.objective import GeneratorNetwork, Objective
 from pipeline.steps import StepContext
 from pipeline.tasks import gives_source
 from pipeline.tasks._dataset import TaskDataset
-from pipeline.text import HFCaptionEncoder, identify
+from pipeline.text import HFCaptionEncoder
 from pipeline.tokenizers._saved import load_tokenizer
 from pipeline.train import Training, fit
 

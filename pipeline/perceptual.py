@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.errors import PretrainedNotFoundError
-from pipeline.pretrained import find_vgg
+from pipeline.vgg import find_vgg
 
 CAFFE_MEAN_BGR = (104.00699, 116.66877, 122.67892)  # what Caffe's VGG16 was trained with
 STAGES = (("conv1_1", "conv1_2"), ("conv2_1", "conv2_2"), ("conv3_1",))
@@ -32,7 +32,7 @@ class PerceptualLoss(nn.Module):
     """Uniformly weighted LPIPS over conv1_2, conv2_2 and conv3_1; its weights never train.
 
     Args:
-        features: a name in `pretrained.VGG_SOURCES` or the path of such a safetensors file.
+        features: a name in `vgg.VGG_SOURCES` or the path of such a safetensors file.
         cache: where a name is converted to, once.
 
     Raises:

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
 
 from pipeline.artifacts import bundle_digest, resolve_path
 from pipeline.bundle import text_tokenizer_of
 from pipeline.config import CaptionEncoderConfig, GeneratorConfig, Recipe, TokenizerConfig
 from pipeline.contracts import Family, ModelSpec
+from pipeline.encoder_identity import EncoderIdentity, encoder_width, identity_of
 from pipeline.model_registry import resolve_model
 from pipeline.models import load_family
 from pipeline.objective import TokenizerNetwork
@@ -29,7 +29,7 @@ from pipeline.pretrained import content_digest, find_language_model
 from pipeline.runtime import choose_device
 from pipeline.shapes import check_generator, make_spec, shape_of_base
 from pipeline.shards import Manifest, locate, read_manifest, verify
-from pipeline.text import HFCaptionEncoder, check_available, load_caption_encoder
+from pipeline.text import HFCaptionEncoder, load_caption_encoder
 from pipeline.tokenizers import build_tokenizer
 from pipeline.tokenizers._saved import (
     TokenizerManifest,
@@ -57,6 +57,10 @@ class EncoderPlan:
     digest: str
     width: int
     cache: Path
+
+    def identity(self) -> EncoderIdentity:
+        """What a bundle's own is compared with; the encoder is loaded if it is not remembered."""
+        return identity_of(self.config, cache=self.cache)
 
     def load(self) -> HFCaptionEncoder:
         """The encoder on this process' device; the same object whenever it is asked for."""
@@ -242,7 +246,6 @@ def _tokenizer(recipe: Recipe, base: Path | None) -> TokenizerPlan:
 
 
 def _encoder(config: CaptionEncoderConfig, cache: Path) -> EncoderPlan:
-    check_available(config, cache=cache)
+    width = encoder_width(config, cache=cache)
     source = find_language_model(config.model, cache=cache)
-    width: int = transformers.AutoConfig.from_pretrained(source).hidden_size
-    return EncoderPlan(config, source, content_digest(source), width, cache)
+    return EncoderPlan(config, source, content_digest(source, cache=cache), width, cache)

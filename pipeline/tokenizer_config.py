@@ -54,7 +54,7 @@ class TokenizerConfig(ChoiceConfig):
     perceptual_fraction: float = Field(
         0.25, gt=0, le=1, description="the part of each batch that the perceptual term sees"
     )
-    perceptual_features: str = Field("hed-vgg16", description="pretrained.VGG_SOURCES or a path")
+    perceptual_features: str = Field("hed-vgg16", description="vgg.VGG_SOURCES or a path")
     adversarial_weight: float = Field(
         0.0, ge=0, description="of a patch discriminator's loss, best in a training on `source`"
     )

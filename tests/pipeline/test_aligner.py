@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pipeline.aligner import Aligner, AlignerObjective, group_info_nce
 from pipeline.config import AlignerConfig
+from pipeline.encoder_identity import EncoderIdentity
 from pipeline.errors import BundleError
-from pipeline.text import EncoderIdentity
 
 TINY = AlignerConfig(embedding=32, widths=(16, 24, 32), depths=(1, 1, 1), label_smoothing=0.0)
 IDENTITY = EncoderIdentity("some/model", "0" * 64, ((1.0, 0.0), (0.0, 1.0)))

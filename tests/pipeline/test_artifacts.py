@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifacts import publish_once, publishing, replace_directory
+from pipeline.artifacts import publish_once, publishing, remembered, replace_directory
 
 AT_ONCE = 8
 
@@ -126,3 +126,46 @@ def test_a_directory_takes_the_place_of_another(tmp_path: Path) -> None:
         replace_directory(tmp_path / "finished", tmp_path / "target")
         assert (tmp_path / "target" / "file").read_text() == text
     assert list(tmp_path.iterdir()) == [tmp_path / "target"]
+
+
+def test_what_follows_from_files_is_computed_again_only_if_one_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.artifacts.SETTLED_S", 0)
+    files = [tmp_path / "a", tmp_path / "b"]
+    calls = []
+
+    def read() -> str:
+        calls.append(1)
+        return "".join(file.read_text() for file in files)
+
+    def ask(what: str = "content", settings: object = None) -> str:
+        time.sleep(0.02)  # two ticks of a file's time
+        found: str = remembered(what, files, read, folder=tmp_path / "cache", settings=settings)
+        return found
+
+    for file in files:
+        file.write_text("1")
+    assert ask() == ask() == "11" and len(calls) == 1
+    files[1].write_text("2")
+    assert ask() == "12", "as large as before, and later"
+    (tmp_path / "c").write_text("3")
+    os.utime(tmp_path / "c", ns=(0, files[1].stat().st_mtime_ns))
+    (tmp_path / "c").replace(files[1])
+    assert ask() == "13", "as large and as old as before"
+    count = len(calls)
+    assert ask("another") == ask(settings={"a": 1}) == "13" and len(calls) == count + 2
+
+
+def test_what_was_written_just_now_is_not_remembered(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    for text in ("1", "2", "3"):
+        file.write_text(text)  # within one tick of its time, perhaps
+        assert remembered("content", [file], file.read_text, folder=tmp_path / "cache") == text
+
+
+def test_where_nothing_can_be_written_nothing_is_remembered(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("1")
+    (tmp_path / "cache").write_text("a file, no folder")
+    read = (tmp_path / "file").read_text
+    assert remembered("content", [tmp_path / "file"], read, folder=tmp_path / "cache") == "1"

