@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from pipeline.errors import DataError
+from pipeline.storage import CHUNK
 
 IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -27,7 +28,6 @@ MAX_MEMBER_BYTES = 256_000_000  # of an image, and of all members of a sample to
 MAX_TEXT_BYTES = 4_000_000
 MAX_HEADER_BYTES = 1_000_000  # of a long name or of extended attributes
 _MEMBER = re.compile(r"^(?P<key>(?:.*/)?[^./][^./]*)\.(?P<extension>[^/]+)$", re.DOTALL)
-_CHUNK = 1 << 20  # bytes
 
 
 @dataclass
@@ -138,7 +138,7 @@ def _members(stream: IO[bytes], name: str) -> Iterator[tuple[tarfile.TarInfo, by
 def _check_end(tar: Any, name: str) -> None:
     """Raise DataError unless zeros end the tar: tarfile stops silently where one is damaged."""
     found = False
-    while chunk := tar.fileobj.read(_CHUNK):
+    while chunk := tar.fileobj.read(CHUNK):
         found = True
         if chunk.strip(b"\0"):
             raise DataError(f"{name} is damaged: no header at a member; write or fetch it again")

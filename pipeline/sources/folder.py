@@ -50,7 +50,7 @@ class FolderSource(CaptionedSource):
             DataError: there is no such folder, it has no images or no captions at all, or its
                 table cannot be read.
         """
-        folder = Folder.at(self.folder)
+        folder, credits = Folder.at(self.folder), self.credits(self.folder)
         names = folder.names()
         images = folder.images(names)
         rows = _rows(folder, names)
@@ -67,10 +67,10 @@ class FolderSource(CaptionedSource):
             captions = self._captions(rows.get(image.name, []))
             for language, name in beside.get(image.stem, ()):
                 captions += _lines(folder, name, language or self.language)
-            fields = self._fields(rows.get(image.name, []), group=image.stem)
+            fields = credits.fill(rows.get(image.name, [{}])[0], group=image.stem)
             yield make_sample(keys[image.name], content, image.extension, captions, fields)
         for name in sorted(rows.keys() - {image.name for image in images}):
-            fields = self._fields(rows[name], group=name)
+            fields = credits.fill(rows[name][0], group=name)
             yield make_sample(f"{name}.missing", b"", "png", self._captions(rows[name]), fields)
 
     def _captions(self, rows: list[Row]) -> list[Caption]:
@@ -79,9 +79,6 @@ class FolderSource(CaptionedSource):
             for row in rows
             for caption in captions_in(row, str(row.get("language") or self.language))
         ]
-
-    def _fields(self, rows: list[Row], group: str) -> dict[str, str]:
-        return self.credits(self.folder).fill(rows[0] if rows else {}, group=group)
 
 
 SOURCE = FolderSource

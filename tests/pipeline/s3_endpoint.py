@@ -18,8 +18,9 @@ class S3:
     """An endpoint on this machine.
 
     Attributes:
-        fail_every: of the GETs of objects, one so often is answered 503; 0 never.
-        failed: how many were.
+        fail_every: every n-th GET of an object is answered with status 503; 0: none is.
+        failed: how many GETs were.
+        gets: how many GETs of objects came while `fail_every` was set.
     """
 
     port: int = 0
@@ -28,7 +29,7 @@ class S3:
     gets: int = 0
 
     def uri(self, path: str) -> str:
-        """s3://... with all that pyarrow must know to reach it."""
+        """The s3:// URI of a path, with the options by which PyArrow reaches this endpoint."""
         return (
             f"s3://testing:testing@{path}?scheme=http&region=us-east-1"
             f"&endpoint_override=127.0.0.1%3A{self.port}"
