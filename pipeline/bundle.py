@@ -159,8 +159,10 @@ def load_generator(
     for network in (loaded.model, loaded.tokenizer):
         cast_weights(network, target)
     family = load_family(manifest.generator.family)
-    caption_ids = family.caption_ids(manifest.generator, text_tokenizer_of(resolve_path(bundle)))
-    parts = ModelParts(loaded.tokenizer.to(target), encoder, target, caption_ids)
+    caption_tokenizer = family.caption_tokenizer(
+        manifest.generator, text_tokenizer_of(resolve_path(bundle))
+    )
+    parts = ModelParts(loaded.tokenizer.to(target), encoder, target, caption_tokenizer)
     return family.generator(loaded.model, manifest.generator, manifest.model_spec, parts)
 
 

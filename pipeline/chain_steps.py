@@ -347,7 +347,7 @@ def _evaluate(
         subjects,
         tokenizer=load_tokenizer(tokenizer_of(plan, results)),
         candidates=losses,
-        before={"untuned", champion_is} & subjects.keys(),
+        before=[name for name in ("untuned", champion_is) if name is not None and name in subjects],
         grids=context.path / "grids",
         pretrained_cache=plan.cache,
     )

@@ -322,16 +322,24 @@ class TokenizerKind(Protocol):
 
 
 class CaptionEncoder(Protocol):
-    """A frozen pretrained language model that reads captions."""
+    """A frozen pretrained language model that reads captions.
 
-    width: int
-    max_tokens: int
+    Attributes:
+        width: of its states.
+        max_tokens: L; longer captions are cut.
+    """
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def max_tokens(self) -> int: ...
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """B captions -> states float (B, L, width) and mask bool (B, L), L <= max_tokens."""
 
 
-class CaptionIds(Protocol):
+class CaptionTokenizer(Protocol):
     """Reads captions as token ids, for families built around a language model of their own.
 
     Attributes:
@@ -376,13 +384,13 @@ class ModelParts:
         tokenizer: decodes image tokens.
         encoder: reads captions as states.
         device: where images are generated.
-        caption_ids: reads captions as token ids, for families that read those instead.
+        caption_tokenizer: reads captions as token ids, for families that read those instead.
     """
 
     tokenizer: ImageTokenizer
     encoder: CaptionEncoder
     device: torch.device
-    caption_ids: CaptionIds | None = None
+    caption_tokenizer: CaptionTokenizer | None = None
 
 
 class Family(Protocol):
@@ -445,7 +453,9 @@ class Family(Protocol):
         """
         return {}
 
-    def caption_ids(self, config: GeneratorConfig, source: str | None) -> CaptionIds | None:
+    def caption_tokenizer(
+        self, config: GeneratorConfig, source: str | None
+    ) -> CaptionTokenizer | None:
         """What reads captions as token ids, given where the text tokenizer lies (None: there is
         none of its own). The default, None, means that the family reads the caption encoder's
         states."""

@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.config import ImageFilter
+from pipeline.contracts import CaptionTokenizer
 from pipeline.feed import RowWeights, spread
 from pipeline.mirror import may_mirror
-from pipeline.models._captions import CaptionTokenizer
 from pipeline.pixel_store import MappedRows, read_pixels, read_table, read_tokens
 
 ROWS_AT_ONCE = 4_096  # whose captions are Python objects at one time

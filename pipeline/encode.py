@@ -37,7 +37,7 @@ from pipeline.images import to_float
 from pipeline.mirror import may_mirror
 from pipeline.pixel_store import fixed_width, parquet_files
 from pipeline.progress import OnProgress, Progress
-from pipeline.runtime import autocast, choose_device, task_slots
+from pipeline.runtime import autocast, choose_device, cluster_resources, task_slots
 from pipeline.text import load_caption_encoder
 from pipeline.tokenizers._saved import load_tokenizer
 
@@ -119,8 +119,7 @@ def _view_seed(key: str, view: int, seed: int) -> int:
 
 def _actor_options() -> dict[str, Any]:
     """As many actors at most as CPU-bound tasks truly run at once; with GPUs, one per GPU."""
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    if gpus := int(resources.get("GPU", 0)):
+    if gpus := int(cluster_resources().get("GPU", 0)):
         return {"num_gpus": 1, "compute": ray.data.ActorPoolStrategy(min_size=1, max_size=gpus)}
     return {"num_cpus": 1, "compute": ray.data.ActorPoolStrategy(min_size=1, max_size=task_slots())}
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +115,8 @@ def _add_adapters(model: TrainableNetwork, config: TrainConfig) -> None:
             f"train.policy=lora: {type(model).__name__} has no linear layer or convolution beside "
             "its head; take another policy"
         )
-    settings = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=targets)
+    alpha: Any = config.lora_alpha  # peft declares a whole number and divides by the rank
+    settings = LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=targets)
     inject_adapter_in_model(settings, model)
 
 

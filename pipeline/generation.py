@@ -20,7 +20,7 @@ from pipeline.bundle import load_bundle, save_bundle
 from pipeline.checkpoint import best_weights
 from pipeline.config import CaptionEncoderConfig, GeneratorConfig
 from pipeline.contracts import (
-    CaptionIds,
+    CaptionTokenizer,
     Family,
     GenerationRequest,
     ModelParts,
@@ -77,9 +77,9 @@ class GeneratorTask:
         return load_family(self.config.family)
 
     @property
-    def caption_ids(self) -> CaptionIds | None:
-        """See `contracts.Family.caption_ids`."""
-        return self.family.caption_ids(self.config, self.language_model)
+    def caption_tokenizer(self) -> CaptionTokenizer | None:
+        """See `contracts.Family.caption_tokenizer`."""
+        return self.family.caption_tokenizer(self.config, self.language_model)
 
     def model(self) -> GeneratorNetwork:
         """The network that training starts from: the base's, or a fresh one."""
@@ -92,13 +92,13 @@ class GeneratorTask:
 
     def build(self) -> Training:
         """See pipeline.train.Training."""
-        family, model, tokenizer = self.family, self.model(), self.caption_ids
+        family, model, tokenizer = self.family, self.model(), self.caption_tokenizer
         sizes = (
             {"num_tokens": self.spec.num_tokens}
             if family.reads == "image_tokens"
             else {"image_size": self.spec.image_size}
         )
-        train, validation = (
+        rows = [
             captioned_dataset(
                 self.images,
                 self.captions,
@@ -110,13 +110,13 @@ class GeneratorTask:
                 **sizes,
             )
             for split in ("train", "validation")
-        )
+        ]
         if self.base is None and tokenizer is None:
-            model.standardise_captions(*sample_captions(train))
-        if gives_source(self.config.tasks):
-            train, validation = (
-                TaskDataset(rows, self.config.tasks) for rows in (train, validation)
-            )
+            model.standardise_captions(*sample_captions(rows[0]))
+        train, validation = (
+            TaskDataset(each, self.config.tasks) if gives_source(self.config.tasks) else each
+            for each in rows
+        )
         objective = family.objective(model, self.config)
         return Training(objective, train, validation, sample=partial(draw_samples, task=self))
 
@@ -226,7 +226,7 @@ def draw_samples(objective: Objective, *, task: GeneratorTask) -> Image.Image:
         objective.model,
         task.config,
         task.spec,
-        ModelParts(tokenizer, task.sample_prompts, device, task.caption_ids),
+        ModelParts(tokenizer, task.sample_prompts, device, task.caption_tokenizer),
     )
     style = task.spec.styles[-1] if task.spec.styles else None
     requests = [GenerationRequest(p, seed=i, style=style) for i, p in enumerate(SAMPLE_PROMPTS)]

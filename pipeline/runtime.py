@@ -236,6 +236,14 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cluster_resources() -> dict[str, float]:
+    """What Ray counts in the whole cluster, by kind: "CPU", "GPU", "memory" and so on."""
+    import ray
+
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return resources
+
+
 def task_slots() -> int:
     """How many CPU-bound Ray tasks the hardware runs at once: one per CPU of the cluster.
 
@@ -244,7 +252,7 @@ def task_slots() -> int:
     """
     import ray
 
-    cpus = int(ray.cluster_resources().get("CPU", 1))
+    cpus = int(cluster_resources().get("CPU", 1))
     if sum(node["Alive"] for node in ray.nodes()) == 1:
         cpus = min(cpus, available_cpus())
     return max(1, cpus)

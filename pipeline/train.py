@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import feed
 from pipeline.augment import Augment
@@ -50,6 +51,7 @@ from pipeline.runtime import (
     autocast,
     available_cpus,
     can_compile,
+    cluster_resources,
     compile_modules,
     environment,
     peak_memory_gb,
@@ -106,7 +108,7 @@ def fit(
         ResourceError: the cluster is too small.
         KeyboardInterrupt: Ctrl-C; the workers are stopped.
     """
-    scaling = scaling_for(config.num_workers, ray.cluster_resources())
+    scaling = scaling_for(config.num_workers, cluster_resources())
     with watch(on_progress) as board:
         trainer = ray.train.torch.TorchTrainer(
             _worker,
@@ -121,7 +123,9 @@ def fit(
                     checkpoint_score_attribute="validation_loss",
                     checkpoint_score_order="min",
                 ),
-                callbacks=list(callbacks),
+                callbacks=list[Any](
+                    callbacks
+                ),  # typed as the Tune callbacks of Train's first version
             ),
         )
         try:
@@ -131,8 +135,10 @@ def fit(
             raise _first_cause(error) from error
     chosen, metrics = result.checkpoint, result.metrics
     if config.restore == "best":
-        chosen = result.get_best_checkpoint("validation_loss", "min")
-        metrics = next(m for c, m in result.best_checkpoints if c.path == chosen.path)
+        best = result.get_best_checkpoint("validation_loss", "min")
+        kept = result.best_checkpoints or ()
+        chosen, metrics = next((c, m) for c, m in kept if best is not None and c.path == best.path)
+    assert chosen is not None and metrics is not None, "a training reports before it ends"
     return TrainResult(Path(chosen.path), {k: v for k, v in metrics.items() if _is_number(v)})
 
 
@@ -389,13 +395,19 @@ class _Worker:
         for i in range(pieces):
             piece = {name: tensor[i::pieces] for name, tensor in batch.items()}
             last = i == pieces - 1
-            with nullcontext() if last or self.world_size == 1 else self.wrapped.no_sync():
+            with nullcontext() if last else self._unsynchronised():
                 with autocast(self.device):
                     losses = self.wrapped(piece, phase)
                 (losses["loss"] / pieces).backward()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach() / pieces
         return sums
+
+    def _unsynchronised(self) -> AbstractContextManager[None]:
+        """Gradients of a piece of the batch stay on this rank until the last piece."""
+        if isinstance(self.wrapped, DistributedDataParallel):
+            return self.wrapped.no_sync()
+        return nullcontext()
 
     def _pinned(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """In memory from which a GPU fetches by itself."""

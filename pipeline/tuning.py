@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ray
 import yaml
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
@@ -36,6 +35,7 @@ from pipeline.overrides import stated
 from pipeline.plan import Candidate, Plan
 from pipeline.preflight import check_candidate
 from pipeline.progress import OnProgress, Progress
+from pipeline.runtime import cluster_resources
 from pipeline.steps import Step, StepContext, step_settings
 from pipeline.tracking import RunHandle, RunLogger, Tracker
 from pipeline.workflow import Session
@@ -104,7 +104,7 @@ def check_room(config: TuneConfig, trials: Sequence[Trial]) -> None:
     Raises:
         ResourceError: the cluster has no room for `max_concurrent` trainings at once.
     """
-    resources = ray.cluster_resources()
+    resources = cluster_resources()
     workers = [train.scaling_for(t.candidate.config.train.num_workers, resources) for t in trials]
     for kind in ("CPU", "GPU"):
         each = max(w.total_resources.get(kind, 0) for w in workers)
@@ -188,8 +188,8 @@ def _search(session: Session, trials: Sequence[Trial], context: StepContext) -> 
         results = tuner.fit()
     failures = {
         result.config["number"]: _reason(result.error, folders[result.config["number"]])
-        for result in results
-        if result.error is not None
+        for result in map(results.__getitem__, range(len(results)))
+        if result.error is not None and result.config is not None
     }
     for trial, job in zip(trials, jobs, strict=True):
         if trial.number not in failures:  # one that was interrupted before may say otherwise
@@ -274,7 +274,7 @@ class _Recorder(TuneReportCallback):
     """Hands a training's reports to Tune, and keeps them."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.folder = folder
         known = _reports(folder)
         self.step = known[-1]["step"] if known else 0

@@ -113,7 +113,7 @@ class Session:
         found = reports_of(evaluation)
         subject = champion_subject(plan, results, champion)
         champion_report = None if subject is None else found[subject]
-        winner, choice = next(iter(plan.candidates)), ()
+        winner, choice = next(iter(plan.candidates)), tuple[str, ...]()
         if plan.recipe.candidates:
             candidates = {name: found[name] for name in plan.candidates}
             winner, choice = choose(candidates, champion_report, plan.recipe.promote)

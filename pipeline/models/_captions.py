@@ -67,7 +67,7 @@ class KnownCaptions:
         return torch.cat(states), torch.cat(masks)
 
 
-class CaptionTokenizer:
+class HFCaptionTokenizer:
     """Captions as a language model's own token ids, padded on the left to one length. An empty one
     stands for none: its mask is all False.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from pipeline.config_section import Config
-from pipeline.contracts import CaptionIds, Family, ImageGenerator, ModelParts, ModelSpec
+from pipeline.contracts import CaptionTokenizer, Family, ImageGenerator, ModelParts, ModelSpec
 from pipeline.models._shape import TRANSFORMER_SHAPE, check_heads
 
 if TYPE_CHECKING:
@@ -83,11 +83,11 @@ class Causal(Family):
 
         return language_model_config(config, source)
 
-    def caption_ids(self, config: GeneratorConfig, source: str | None) -> CaptionIds:
+    def caption_tokenizer(self, config: GeneratorConfig, source: str | None) -> CaptionTokenizer:
         """The language model's own tokens; UTF-8 bytes without one."""
-        from pipeline.models._captions import CaptionTokenizer
+        from pipeline.models._captions import HFCaptionTokenizer
 
-        return CaptionTokenizer(source, config.options(CausalConfig).max_prompt_tokens)
+        return HFCaptionTokenizer(source, config.options(CausalConfig).max_prompt_tokens)
 
     def build(self, config: GeneratorConfig, spec: ModelSpec) -> CausalTransformer:
         """A freshly initialised network."""

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.config import GeneratorConfig
 from pipeline.contracts import ModelSpec
-from pipeline.models._captions import CaptionTokenizer
+from pipeline.models._captions import HFCaptionTokenizer
 from pipeline.models._decoding import DecoderMaker
 from pipeline.models.causal import CausalConfig
 from pipeline.models.networks import causal
@@ -150,7 +150,7 @@ def main() -> None:
     device = choose_device()
     print(json.dumps({"machine_gb_per_s": round(machine_gb_per_s(device), 1)}), flush=True)
     source = None if args.model == "small" else find_language_model(args.model, cache=args.cache)
-    model, read = build(source).to(device), CaptionTokenizer(source, PROMPT)
+    model, read = build(source).to(device), HFCaptionTokenizer(source, PROMPT)
     with tempfile.TemporaryDirectory() as folder:
         causal.export(model, Path(folder))
         layout = json.loads((Path(folder) / "tessera.json").read_text())

@@ -68,7 +68,7 @@ def build(recipe_name: str, cache: Path) -> tuple[Any, Clock]:
     base = load_bundle("asset:base")
     config = load_recipe(recipe_name, environment={}).generator
     family, spec = load_family(config.family), base.manifest.model_spec
-    reader = family.caption_ids(config, None)
+    reader = family.caption_tokenizer(config, None)
     spec = replace(spec, language_model=family.language_model_config(config, None))
     encoder = load_caption_encoder(CaptionEncoderConfig(), cache=cache)
     tokenizer = load_tokenizer(resolve_path("asset:base") / "tokenizer")

@@ -23,7 +23,7 @@ from pipeline.contracts import GenerationRequest, ModelParts, ModelSpec
 from pipeline.errors import PretrainedNotFoundError, RecipeError
 from pipeline.finetune import apply_policy, build_optimizers
 from pipeline.models import _sampling as sampling
-from pipeline.models._captions import CaptionTokenizer
+from pipeline.models._captions import HFCaptionTokenizer
 from pipeline.models._decoding import CacheDecoder, GraphDecoder, LlamaWeights, Room, SlotDecoder
 from pipeline.models._tokens import ImageVocabulary
 from pipeline.models.causal import CausalConfig
@@ -60,7 +60,7 @@ def model(spec: ModelSpec = SPEC) -> causal.CausalTransformer:
 
 
 def generator(made: causal.CausalTransformer, config: GeneratorConfig = CONFIG) -> CausalGenerator:
-    ids = CaptionTokenizer(None, config.causal.max_prompt_tokens)
+    ids = HFCaptionTokenizer(None, config.causal.max_prompt_tokens)
     parts = ModelParts(Flat(), None, torch.device("cpu"), ids)  # type: ignore[arg-type]
     return CausalGenerator(made, config, made.spec, parts)
 
@@ -71,7 +71,7 @@ def test_transformers_generates_the_same_tokens_from_the_export(tmp_path: Path) 
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     layout = json.loads((tmp_path / "tessera.json").read_text())
     prompts = ["红苹果", "a dog on"]
-    ids, mask = CaptionTokenizer(None, 12)(prompts)
+    ids, mask = HFCaptionTokenizer(None, 12)(prompts)
     markers = torch.tensor([[layout["style_markers"]["b"], layout["begin_marker"]]] * 2)
     first = layout["first_image_token"]
     others = [i for i in range(plain.config.vocab_size) if not first <= i < first + 40]
@@ -88,7 +88,7 @@ def test_transformers_generates_the_same_tokens_from_the_export(tmp_path: Path) 
 
 def test_the_cache_changes_nothing() -> None:
     made = model()
-    ids, mask = CaptionTokenizer(None, 12)(["house", "一座红色的房子"])
+    ids, mask = HFCaptionTokenizer(None, 12)(["house", "一座红色的房子"])
     style = torch.tensor([0, made.no_style])
     requests = [
         GenerationRequest("house", style="a", guidance_scale=1.0, temperature=0.0),
@@ -101,7 +101,7 @@ def test_the_cache_changes_nothing() -> None:
 
 def test_a_picture_sees_its_past_alone() -> None:
     made = model()
-    ids, mask = CaptionTokenizer(None, 12)(["house"])
+    ids, mask = HFCaptionTokenizer(None, 12)(["house"])
     tokens = torch.randint(40, (1, 16))
     other = tokens.clone()
     other[:, 9:] = (other[:, 9:] + 1) % 40
@@ -113,7 +113,7 @@ def test_a_picture_sees_its_past_alone() -> None:
 
 def test_withheld_tokens_are_not_seen_by_later_ones() -> None:
     made = model()
-    ids, mask = CaptionTokenizer(None, 12)(["house"])
+    ids, mask = HFCaptionTokenizer(None, 12)(["house"])
     tokens, withheld = torch.randint(40, (1, 16)), torch.zeros(1, 16, dtype=torch.bool)
     withheld[:, 3] = True
     other = torch.where(withheld, (tokens + 1) % 40, tokens)
@@ -129,7 +129,7 @@ def test_withheld_tokens_are_not_seen_by_later_ones() -> None:
 
 def test_token_dropout_is_for_training_alone() -> None:
     made, wholly = model(), replace_causal(token_dropout=1.0)
-    ids, mask = CaptionTokenizer(None, 12)(["house", "红苹果"])
+    ids, mask = HFCaptionTokenizer(None, 12)(["house", "红苹果"])
     batch = {
         "image_tokens": torch.randint(40, (2, 16)), "caption_ids": ids, "caption_mask": mask,
         "style": torch.tensor([0, 1]),
@@ -227,7 +227,7 @@ def test_the_vocabulary_has_a_place_for_everything() -> None:
 
 
 def test_captions_are_padded_on_the_left_and_cut() -> None:
-    ids, mask = CaptionTokenizer(None, 6)(["ab", "红苹果"])
+    ids, mask = HFCaptionTokenizer(None, 6)(["ab", "红苹果"])
     assert mask.tolist() == [[False] * 4 + [True] * 2, [True] * 6]
     assert ids[0, 4:].tolist() == [ord("a") + 3, ord("b") + 3], "ByT5 has three special tokens"
 
@@ -301,7 +301,7 @@ def test_another_architecture_draws_through_its_own_cache() -> None:
     drawing = generator(made).start(requests)
     assert not drawing.joinable
     drawn = generator(made).draw_tokens(requests)
-    ids, mask = CaptionTokenizer(None, 12)(["cat", "a dog"])
+    ids, mask = HFCaptionTokenizer(None, 12)(["cat", "a dog"])
     style = torch.full((2,), made.no_style)
     with torch.inference_mode():
         assert torch.equal(made(drawn, ids, mask, style).argmax(-1), drawn)

@@ -96,7 +96,7 @@ def test_captions_and_styles_change_the_loss(family: str) -> None:
         return made.losses(batch | changes, made.phases[-1])["loss"].item()
 
     assert loss() == loss()
-    reads_ids = load_family(family).caption_ids(CONFIG, None) is not None
+    reads_ids = load_family(family).caption_tokenizer(CONFIG, None) is not None
     read = "caption_ids" if reads_ids else "caption_states"
     assert loss() != loss(**{read: batch[read].flip(0)})
     assert loss() != loss(style=1 - batch["style"])

@@ -17,7 +17,7 @@ from pipeline.config import AugmentConfig, GeneratorConfig, TrainConfig
 from pipeline.contracts import Canvas, GenerationRequest, ModelParts
 from pipeline.errors import RecipeError, RequestError
 from pipeline.models import load_family
-from pipeline.models._captions import CaptionTokenizer
+from pipeline.models._captions import HFCaptionTokenizer
 from pipeline.models.networks import causal
 from pipeline.models.networks.causal import CausalGenerator
 from pipeline.objective import Objective
@@ -145,7 +145,7 @@ def completing(config: GeneratorConfig) -> CausalGenerator:
     for parameter in made.parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.2)
-    ids = CaptionTokenizer(None, config.causal.max_prompt_tokens)
+    ids = HFCaptionTokenizer(None, config.causal.max_prompt_tokens)
     parts = ModelParts(Striped(), None, torch.device("cpu"), ids)  # type: ignore[arg-type]
     return CausalGenerator(made, config, CAUSAL_SPEC, parts)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.config import GeneratorConfig
 from pipeline.contracts import ContinuousBatch, GenerationRequest, ModelParts, ModelSpec
 from pipeline.errors import RequestError
-from pipeline.models._captions import CaptionTokenizer
+from pipeline.models._captions import HFCaptionTokenizer
 from pipeline.models._sequential import SequentialDecoding
 from pipeline.models.causal import CausalConfig
 from pipeline.models.networks import causal
@@ -56,7 +56,7 @@ def model() -> CausalGenerator:
     for parameter in made.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.2)
-    ids = CaptionTokenizer(None, 12)
+    ids = HFCaptionTokenizer(None, 12)
     parts = ModelParts(Grey(), None, torch.device("cpu"), ids)  # type: ignore[arg-type]
     return CausalGenerator(made, CONFIG, spec, parts)
 

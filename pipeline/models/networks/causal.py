@@ -258,8 +258,8 @@ class CausalGenerator:
     ) -> None:
         self.model = model.to(parts.device).eval()
         self.config, self.spec, self.parts = config, spec, parts
-        assert parts.caption_ids is not None, "the causal family reads captions as token ids"
-        self.read_ids = parts.caption_ids
+        assert parts.caption_tokenizer is not None, "the causal family reads captions as token ids"
+        self.read_ids = parts.caption_tokenizer
         self.styles, self.image_size = spec.styles, spec.image_size
         self.tasks = frozenset(config.tasks)
         self.make_decoder = DecoderMaker(self.model.lm, self.model.image_head)
