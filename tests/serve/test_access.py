@@ -22,6 +22,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
 from test_pool import MODEL, Call, Handle
 
+from pipeline.config import ServeConfig
 from pipeline.contracts import TokenCount
 from pipeline.errors import RecipeError
 from serve.access import TokenBucket, new_key
@@ -40,7 +41,7 @@ KEY, DIGEST = new_key()
 KEYED = ServiceConfig(
     keys=(ApiKey(name="alice", sha256=DIGEST, pictures_per_minute=3, megapixels_per_day=0.05),)
 )
-PICTURE = GeneratedImage(b"png", 0, MODEL, Timing(0.1, 0.2, 0.01, 4), TokenCount(3, 0, 16))
+IMAGE = GeneratedImage(b"png", 0, MODEL, Timing(0.1, 0.2, 0.01, 4), TokenCount(3, 0, 16))
 DRAW = ("POST", "/v1/images/generations", {"json": {"prompt": "a cat", "seed": 1}})
 Ask = tuple[str, str, dict[str, Any]]
 
@@ -51,7 +52,7 @@ def ask(
     """The answers of one application, in turn."""
 
     async def send() -> list[httpx.Response]:
-        drawn = [Call(PICTURE) for _ in range(20)]
+        drawn = [Call(IMAGE) for _ in range(20)]
         pool = ReplicaPool(handle or Handle(*drawn))  # type: ignore[arg-type]
         transport = httpx.ASGITransport(create_api(pool, service), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
@@ -90,6 +91,24 @@ def test_without_the_key_nothing_is_answered(headers: dict[str, str]) -> None:
     assert codes(answers) == [(401, "invalid_api_key")] * 3
     assert {answer.headers["www-authenticate"] for answer in answers} == {"Bearer"}
     assert all(DIGEST not in answer.text and KEY not in answer.text for answer in answers)
+
+
+def test_without_the_key_no_body_is_read() -> None:
+    async def body() -> AsyncIterator[bytes]:
+        raise AssertionError("it is read")
+        yield b""
+
+    for path in ("generations", "edits", "variations"):
+        (answer,) = ask(("POST", f"/v1/images/{path}", {"content": body()}), service=KEYED)
+        assert codes([answer]) == [(401, "invalid_api_key")]
+
+
+def test_the_schema_wants_a_key_where_the_service_does() -> None:
+    schema: Ask = ("GET", "/openapi.json", {})
+    (keyed_schema,), (open_schema,) = ask(schema, service=KEYED), ask(schema)
+    paths = {path: keyed_schema.json()["paths"][path] for path in ("/metrics", "/healthz")}
+    assert paths["/metrics"]["get"]["security"] and "security" not in paths["/healthz"]["get"]
+    assert "security" not in open_schema.text
 
 
 def test_with_the_key_it_is_and_health_needs_none() -> None:
@@ -265,21 +284,21 @@ def test_security_headers_are_on_everything() -> None:
 
 
 def test_the_same_picture_is_not_drawn_twice() -> None:
-    handle = Handle(*[Call(PICTURE) for _ in range(9)])
+    handle = Handle(*[Call(IMAGE) for _ in range(9)])
     other = ("POST", "/v1/images/generations", {"json": {"prompt": "a dog", "seed": 1}})
     jpeg = ("POST", DRAW[1], {"json": {**DRAW[2]["json"], "output_format": "jpeg"}})
     unseeded = ("POST", DRAW[1], {"json": {"prompt": "a cat"}})
     answers = ask(DRAW, DRAW, other, jpeg, unseeded, unseeded, handle=handle)
     assert {answer.status_code for answer in answers} == {200}
     assert len(handle.asked) == 5
-    off = Handle(*[Call(PICTURE) for _ in range(9)])
+    off = Handle(*[Call(IMAGE) for _ in range(9)])
     ask(DRAW, DRAW, service=ServiceConfig(result_cache_bytes=0), handle=off)
     assert len(off.asked) == 2
 
 
 def test_another_version_is_another_picture() -> None:
     newer = GeneratedImage(b"new", 0, type(MODEL)(**{**vars(MODEL), "version": "4"}))
-    handle = Handle(Call(PICTURE), Call(newer), Call(newer))
+    handle = Handle(Call(IMAGE), Call(newer), Call(newer))
     unseeded = ("POST", DRAW[1], {"json": {"prompt": "a cat"}})
     answers = ask(DRAW, unseeded, DRAW, handle=handle)  # the second one tells of the new version
     assert len(handle.asked) == 3
@@ -292,7 +311,7 @@ def repeat(key: str, prompt: str = "a cat") -> Ask:
 
 
 def test_a_request_sent_again_gets_the_same_answer() -> None:
-    handle = Handle(*[Call(PICTURE) for _ in range(9)])
+    handle = Handle(*[Call(IMAGE) for _ in range(9)])
     answers = ask(
         repeat("k1"), repeat("k1"), repeat("k2"), repeat("k1", "a dog"), repeat("x" * 256),
         handle=handle,
@@ -306,7 +325,7 @@ def test_a_request_sent_again_gets_the_same_answer() -> None:
 
 
 def test_a_failure_is_not_remembered() -> None:
-    handle = Handle(Call(RuntimeError("once")), Call(PICTURE))
+    handle = Handle(Call(RuntimeError("once")), Call(IMAGE))
     assert [a.status_code for a in ask(repeat("k"), repeat("k"), handle=handle)] == [500, 200]
 
 
@@ -314,7 +333,7 @@ def test_a_deadline_goes_with_the_job() -> None:
     def within(value: str) -> Ask:
         return ("POST", DRAW[1], {**DRAW[2], "headers": {"x-deadline-s": value}})
 
-    handle = Handle(Call(PICTURE), Call(PICTURE))
+    handle = Handle(Call(IMAGE), Call(IMAGE))
     answers = ask(
         within("2.5"), within("soon"), within("-1"), within("nan"), within("inf"), handle=handle
     )
@@ -397,6 +416,28 @@ def test_what_cannot_be_answered_any_more(
     assert f'tessera_requests_total{{code="",route="unknown",status="{status}"}} 1.0' in text
 
 
+def test_a_client_that_leaves_while_it_sends_is_logged_as_gone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"100")]
+    scope = {
+        "type": "http", "method": "POST", "path": DRAW[1], "query_string": b"", "headers": headers,
+    }  # fmt: skip
+
+    async def leave() -> Any:
+        return {"type": "http.disconnect"}
+
+    async def unwanted(message: Any) -> None:
+        raise AssertionError(message)
+
+    async def send() -> None:
+        await create_api(ReplicaPool(Handle()))(scope, leave, unwanted)  # type: ignore[arg-type]
+
+    with caplog.at_level(logging.INFO, logger="ray.serve"):
+        asyncio.run(send())
+    assert next(r.http for r in caplog.records if r.getMessage() == "answered")["status"] == 499
+
+
 def test_a_line_in_the_log_holds_no_raw_control_character(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -435,7 +476,7 @@ def test_a_stream_that_fails_is_no_success() -> None:
         request.scope["app"] = SimpleNamespace(
             state=SimpleNamespace(pool=SimpleNamespace(model_info=lambda: asyncio.sleep(0, MODEL)))
         )
-        told = stream_events("image_generation", ImageRequest(prompt="a"), PICTURE, late(), request)
+        told = stream_events("image_generation", ImageRequest(prompt="a"), IMAGE, late(), request)
         await StreamingResponse(told)(scope, receive, send)
 
     sent: list[Any] = []
@@ -461,13 +502,29 @@ def test_a_stream_that_fails_is_no_success() -> None:
         ("keyz: []", "settings: keys,"),
         ("keys: [{name: a, sha256: short}]", "keys.0.sha256"),
         ("keys: [", "cannot read"),
+        (f"keys: [{{name: a, sha256: {DIGEST}x}}]", "keys.0.sha256"),
+        ("[]", "must hold a mapping"),
+        ("serve: 3", "its section `serve`"),
+        ("serve: {num_gpu: 1}", "unknown key 'serve.num_gpu'; did you mean 'num_gpus'"),
+        ("serve: {max_replicas: 0}", "serve.max_replicas"),
         (f"keys: [{{name: a, sha256: {DIGEST}}}, {{name: a, sha256: {DIGEST}}}]", "same name"),
     ],
 )
 def test_a_mistake_in_the_settings_is_named(text: str, said: str, tmp_path: Path) -> None:
     file = tmp_path / "service.yaml"
     file.write_text(text)
-    with pytest.raises(RecipeError, match=said):
+    with pytest.raises(RecipeError, match=said) as caught:
         resolve_service(file=file)
+    assert DIGEST not in str(caught.value), "what stands in the wrong place may be a secret"
     file.write_text(f"keys: [{{name: alice, sha256: {DIGEST}}}]")
     assert resolve_service(file=file).keys[0].name == "alice"
+
+
+def test_replicas_are_as_the_environment_the_file_and_the_recipe_say(tmp_path: Path) -> None:
+    file = tmp_path / "service.yaml"
+    file.write_text("serve: {max_batch_size: 3, max_replicas: 5}\ndeadline_s: 7")
+    recipe = ServeConfig(max_batch_size=2, max_replicas=4, num_cpus=2)
+    service = resolve_service(recipe, file, {"TESSERA__SERVE__MAX_BATCH_SIZE": "16"})
+    assert service.deadline_s == 7
+    assert service.serve == ServeConfig(max_batch_size=16, max_replicas=5, num_cpus=2)
+    assert resolve_service(environment={}) == ServiceConfig()

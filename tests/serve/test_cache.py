@@ -16,15 +16,15 @@ from serve.cache import IdempotencyCache, ResultCache
 from serve.errors import ApiError
 from serve.messages import GeneratedImage, ImageJob, OutputOptions, Upload
 
-PICTURE = GeneratedImage(bytes(1_000), 0, MODEL)
+IMAGE = GeneratedImage(bytes(1_000), 0, MODEL)
 JOB = ImageJob(GenerationRequest("a hat"), deadline=0, upload=Upload(bytes(10**6), mask=b"mask"))
 
 
 def test_a_kept_picture_does_not_keep_its_upload() -> None:
     kept = ResultCache(10**6)
-    kept.put(JOB, PICTURE)
+    kept.put(JOB, IMAGE)
     assert sum(map(sys.getsizeof, kept._images)) < 100
-    assert kept.get(replace(JOB, deadline=9.0, num_partial_images=2), "3") is PICTURE
+    assert kept.get(replace(JOB, deadline=9.0, num_partial_images=2), "3") is IMAGE
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_a_kept_picture_does_not_keep_its_upload() -> None:
 )
 def test_what_the_picture_depends_on_is_another_picture(other: ImageJob) -> None:
     kept = ResultCache(10**6)
-    kept.put(JOB, PICTURE)
+    kept.put(JOB, IMAGE)
     assert kept.get(other, "3") is None and kept.get(JOB, "4") is None
 
 
@@ -56,9 +56,9 @@ class Service:
             self.drawn += 1
             if until is not None:
                 await until
-            return [PICTURE]
+            return [IMAGE]
 
-        assert await self.cache.run_once(caller, key, "a cat", work) == [PICTURE]
+        assert await self.cache.run_once(caller, key, "a cat", work) == [IMAGE]
 
 
 def with_a_service(work: Callable[[Service], Awaitable[None]]) -> None:
@@ -127,7 +127,7 @@ def test_a_key_is_of_one_request() -> None:
     async def work(service: Service) -> None:
         await service.ask("alice", "k")
         with pytest.raises(ApiError) as caught:
-            await service.cache.run_once("alice", "k", "a dog", lambda: asyncio.sleep(0, [PICTURE]))
+            await service.cache.run_once("alice", "k", "a dog", lambda: asyncio.sleep(0, [IMAGE]))
         assert caught.value.code == "idempotency_key_reused"
 
     with_a_service(work)

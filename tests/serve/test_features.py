@@ -162,7 +162,7 @@ def bomb() -> bytes:
 
 IMAGE = ("image.png", png(source()))
 MASK = ("mask.png", png(mask()))
-FORMS: list[tuple[str, dict[str, str], Any, int, str | None, str]] = [
+FORMS: list[tuple[str, dict[str, Any], Any, int, str | None, str]] = [
     ("edits", {"prompt": "a"}, {"mask": MASK}, 400, "image", "missing_required_parameter"),
     ("edits", {}, {"image": IMAGE, "mask": MASK}, 400, "prompt", "missing_required_parameter"),
     ("edits", {"prompt": "a"}, {"image": IMAGE}, 400, "mask", "invalid_value"),
@@ -191,6 +191,26 @@ FORMS: list[tuple[str, dict[str, str], Any, int, str | None, str]] = [
         "image",
         "invalid_value",
     ),
+    (
+        "edits",
+        {"prompt": ["a", "b"]},
+        {"image": IMAGE, "mask": MASK},
+        400,
+        "prompt",
+        "invalid_value",
+    ),
+    ("edits", {"prompt": "a", "n": ""}, {"image": IMAGE}, 400, "n", "invalid_value"),
+    ("edits", {"prompt": ""}, {"image": IMAGE}, 400, "prompt", "invalid_value"),
+    ("edits", {"prompt": "a" * 20_000}, {"image": IMAGE}, 400, None, "invalid_multipart"),
+    (
+        "edits",
+        {"prompt": "a"},
+        [(f"image{i}", IMAGE) for i in range(9)],
+        400,
+        None,
+        "invalid_multipart",
+    ),
+    ("edits", {f"x{i}": "1" for i in range(41)}, {"image": IMAGE}, 400, None, "invalid_multipart"),
     ("edits", {"prompt": "a", "n": "two"}, {"image": IMAGE}, 400, "n", "invalid_value"),
     ("edits", {"prompt": "a", "n": "11"}, {"image": IMAGE}, 400, "n", "invalid_value"),
     ("edits", {"prompt": "a", "x": "1"}, {"image": IMAGE}, 400, "x", "unknown_parameter"),
@@ -229,7 +249,7 @@ FORMS: list[tuple[str, dict[str, str], Any, int, str | None, str]] = [
 def test_mistakes_in_forms(
     server: Running,
     path: str,
-    fields: dict[str, str],
+    fields: dict[str, Any],
     files: Any,
     status: int,
     param: str | None,

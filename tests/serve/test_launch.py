@@ -116,5 +116,8 @@ def test_the_config_file_is_valid(tiny_bundle: Path, tmp_path: Path) -> None:
     assert isinstance(build(app.args | here), serve.Application)
     with pytest.raises(RecipeError, match="API key"):
         build(app.args | here | {"service": {}})
+    replicas = {"service": app.args["service"] | {"serve": {"max_replicas": 3}}}
+    with pytest.raises(ValidationError, match=r"service\.serve.* are the same section"):
+        build(app.args | here | replicas)
     with pytest.raises(ValidationError, match="modell"):
         build(app.args | here | {"modell": "asset:base"})

@@ -103,6 +103,16 @@ RAW: list[tuple[str, str, bytes, dict[str, str], int, str | None, str]] = [
         "guidance_scale",
         "invalid_value",
     ),
+    (
+        "POST",
+        "images/generations",
+        b'{"prompt": "a", "seed": ' + b"1" * 5000 + b"}",
+        JSON,
+        400,
+        None,
+        "invalid_json",
+    ),
+    ("POST", "images/generations", b"null", JSON, 400, None, "invalid_type"),
     ("POST", "images/generations", b"{}", {}, 415, None, "unsupported_media_type"),
     (
         "POST",

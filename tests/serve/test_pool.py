@@ -220,6 +220,15 @@ def test_the_last_error_of_a_traceback() -> None:
     assert last_error("") == ""
 
 
+@pytest.mark.parametrize("depth", [100, 300, 600, 800, 850, 900, 925, 950, 975, 1000, 100_000])
+def test_json_nested_however_deeply_is_refused(depth: int) -> None:
+    body = b'{"prompt": ' + b"[" * depth + b"]" * depth + b"}"
+    headers = {"content-type": "application/json"}
+    answer = ask(ReplicaPool(Handle()), content=body, headers=headers)  # type: ignore[arg-type]
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] in ("invalid_type", "invalid_json")
+
+
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
