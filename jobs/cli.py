@@ -325,7 +325,7 @@ def serve(
     from serve.settings import check_exposure, resolve_service
 
     loaded = load_recipe(recipe) if recipe else None
-    service = resolve_service(loaded and loaded.serve, config)
+    service = resolve_service(loaded.serve if loaded else None, config)
     check_exposure(host, service)  # a mistake is told before anything heavy is imported
     from jobs.generate import default_model
 

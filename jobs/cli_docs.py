@@ -3,13 +3,15 @@
     python -m jobs.cli_docs    # after every change of a command, an option or a help text
 
 The page holds what `--help` shows, so that the commands can be read and searched without installing
-Tessera. It is the same whatever the terminal, the environment and the installed extras are; only
-another version of Typer lays it out differently, which is why the page names the version.
+Tessera. It is the same whatever the terminal, the environment, the plugins and the installed extras
+are; only another version of Typer lays it out differently, which is why the page names the version.
 tests/jobs/test_cli_docs.py fails while the page is out of date.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -19,6 +21,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from jobs.cli import app
+from pipeline.registry import PLUGINS
 
 PAGE = Path(__file__).with_name("README.md")
 WIDTH = 100  # columns of a help text
@@ -48,7 +51,8 @@ def page() -> str:
     """What jobs/README.md must hold."""
     root = typer.main.get_command(app)
     assert isinstance(root, TyperGroup)
-    sections = [_section(context) for context in contexts(root, "tessera")]
+    with _without_plugins():
+        sections = [_section(context) for context in contexts(root, "tessera")]
     return "\n".join([OPENING, *sections])
 
 
@@ -64,6 +68,17 @@ def contexts(
         for name, child in command.commands.items():
             assert isinstance(child, TyperCommand | TyperGroup)
             yield from contexts(child, name, context)
+
+
+@contextlib.contextmanager
+def _without_plugins() -> Iterator[None]:
+    """Leave out the sources of plugin directories, whose commands are not Tessera's."""
+    directories = os.environ.pop(PLUGINS, None)
+    try:
+        yield
+    finally:
+        if directories is not None:
+            os.environ[PLUGINS] = directories
 
 
 def _section(context: typer.Context) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -34,14 +35,19 @@ def test_the_page_is_what_the_command_writes() -> None:
     assert written == cli_docs.page(), f"jobs/README.md is out of date: run `{cli_docs.COMMAND}`"
 
 
-def test_the_page_depends_on_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_depends_on_no_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = cli_docs.page()
+    (tmp_path / "sources").mkdir()
+    (tmp_path / "sources" / "nobodys.py").write_text('"""A source of nobody\'s."""\n')
     for name, value in {
         "COLUMNS": "40", "TERMINAL_WIDTH": "40", "FORCE_COLOR": "1", "TERM": "xterm-256color",
-        "TESSERA_HOME": "/somewhere", "TESSERA_API_KEY": "secret", "LANG": "zh_CN.UTF-8",
+        "TESSERA_HOME": "/somewhere", "TESSERA_PLUGINS": str(tmp_path),
+        "TESSERA_API_KEY": "secret", "LANG": "zh_CN.UTF-8",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    assert cli_docs.page() == before
+    assert cli_docs.page() == before and os.environ["TESSERA_PLUGINS"] == str(tmp_path)
     assert "\x1b" not in before
     assert all(len(line) <= cli_docs.WIDTH for line in _help_lines(before))
 
