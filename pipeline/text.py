@@ -85,15 +85,16 @@ class HFCaptionEncoder:
         """Mean of the states, l2-normalised: float32 (B, width)."""
         return F.normalize(masked_mean(*self.encode(captions)), dim=-1)
 
-    def _forward(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+    def _forward(self, tokens: list[list[int]]) -> Tensor:
         """Token ids of B captions -> float32 (B, L, width), zero at the padding."""
         padded = {"input_ids": tokens}
         with self._lock:
             batch = self._tokenizer.pad(padded, padding_side="right", return_tensors="pt")
-        mask = batch["attention_mask"].to(self.device)
+        mask: Tensor = batch["attention_mask"].to(self.device)
         with autocast(self.device):
             output = self._model(input_ids=batch["input_ids"].to(self.device), attention_mask=mask)
-        return (output.last_hidden_state.float() * mask[..., None]).cpu()
+        states: Tensor = output.last_hidden_state
+        return (states.float() * mask[..., None]).cpu()
 
 
 def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
@@ -194,7 +195,7 @@ def _for_inference(model: transformers.PreTrainedModel) -> nn.Module:
 def _digest(model: transformers.PreTrainedModel) -> str:
     """sha256 over every weight in fp16, by name; the pooler, which nothing reads, is dropped."""
     if getattr(model, "pooler", None) is not None:
-        model.pooler = None
+        model.register_module("pooler", None)
     sha = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         sha.update(f"{name}{tuple(weight.shape)}".encode())

@@ -28,14 +28,16 @@ from pipeline.sinks import Sink, SinkAddress, check_sinks, open_sinks
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from PIL.Image import Image
 
 EXPERIMENT = "tessera"
 PARENT = "mlflow.parentRunId"
 
 
 def _mlflow() -> ModuleType:
-    """Takes seconds to import: of many workers, only the one that writes does so."""
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # for seven small files
+    """MLflow, imported when it is first needed: that takes a second, and of many workers only one
+    writes."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bundle is few files
     import mlflow.data.http_dataset_source
     import mlflow.data.meta_dataset
 
@@ -44,7 +46,7 @@ def _mlflow() -> ModuleType:
 
 @dataclass(frozen=True)
 class RunHandle:
-    """A run by its address, small enough to travel to any worker."""
+    """Where a run is recorded; small enough to send to any worker."""
 
     tracking_uri: str
     run_id: str
@@ -54,8 +56,9 @@ class RunHandle:
 class RunLogger:
     """Writes parameters, metrics, images and files of one run; does nothing without a handle.
 
-    Sinks are opened when they are first written to. Who has them closes them: at most one process
-    at a time should have a run's sinks open.
+    Sinks are opened when they are first written to, and the process that opened them closes them
+    (`close`, or the end of a with block), since only one process at a time may write to a run's
+    sinks.
     """
 
     def __init__(self, handle: RunHandle | None) -> None:
@@ -71,7 +74,7 @@ class RunLogger:
         self.close()
 
     def close(self) -> None:
-        """Let go of the sinks; what is written later opens them again."""
+        """Close the sinks; what is logged later opens them again."""
         for sink in self._open:
             sink.close()
         self._open = []
@@ -82,7 +85,8 @@ class RunLogger:
         return self._open
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Log parameters; those already logged by an earlier, interrupted attempt stay."""
+        """Log settings. Those that an earlier, interrupted attempt logged stay as they are, since
+        MLflow refuses to change a parameter."""
         if self.client is not None:
             known = self.client.get_run(self.run_id).data.params
             param = _mlflow().entities.Param
@@ -92,6 +96,7 @@ class RunLogger:
             sink.params(values)
 
     def metrics(self, values: Mapping[str, float], *, step: int = 0) -> None:
+        """Log numbers of a step."""
         if self.client is not None:
             now, metric = int(time.time() * 1000), _mlflow().entities.Metric
             batch = [metric(name, float(value), now, step) for name, value in values.items()]
@@ -99,27 +104,32 @@ class RunLogger:
         for sink in self._sinks():
             sink.metrics(values, step)
 
-    def image(self, name: str, image: Any, *, step: int) -> None:
-        """A PIL image as the artifact NAME/STEP.png."""
+    def image(self, name: str, image: Image, *, step: int) -> None:
+        """Log an image of a step, as the artifact NAME/STEP.png."""
         if self.client is not None:
             self.client.log_image(self.run_id, image, artifact_file=f"{name}/{step:07d}.png")
         for sink in self._sinks():
             sink.image(name, image, step)
 
     def files(self, path: Path, *, folder: str) -> None:
-        """A file, or a directory's content, as artifacts under `folder`."""
+        """Log a file, or a directory's content, as artifacts under `folder`; sinks get none."""
         if self.client is not None:
             log = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
             log(self.run_id, str(path), folder)
 
     def tags(self, values: Mapping[str, str]) -> None:
+        """Set tags of the run; sinks get none."""
         if self.client is not None:
             for name, value in values.items():
                 self.client.set_tag(self.run_id, name, value)
 
 
 class Tracker:
-    """The driver's side: makes runs and ends them.
+    """Begins and ends runs, on the driver.
+
+    Args:
+        home: where the database lies unless MLFLOW_TRACKING_URI names a server.
+        sinks: keys of `sinks.SINKS`: where runs are recorded too.
 
     Raises:
         MissingExtraError: a sink's package is not installed.
@@ -142,12 +152,13 @@ class Tracker:
     def run(
         self, name: str, *, parent: RunHandle | None = None, resume: str | None = None
     ) -> Iterator[RunHandle]:
-        """A run that ends FINISHED, FAILED on an error or KILLED on Ctrl-C.
+        """A run for the duration of the block, which ends as FINISHED, on an error as FAILED and on
+        Ctrl-C as KILLED.
 
         Args:
             name: shown in MLflow.
             parent: the run this one is nested in.
-            resume: id of an interrupted run to go on with, if it still exists.
+            resume: id of an interrupted run to continue, if it still exists.
         """
         run_id = self._reopen(resume) or self._create(name, parent)
         status = "FAILED"
@@ -183,7 +194,11 @@ class Tracker:
         return run_id
 
     def log_dataset(self, handle: RunHandle, *, name: str, digest: str, uri: str) -> None:
-        """Which data a run saw, in MLflow's own data set view."""
+        """Log which data a run saw, for MLflow's view of data sets.
+
+        Args:
+            digest: of the data; MLflow keeps 36 characters.
+        """
         mlflow = _mlflow()
         source = mlflow.data.http_dataset_source.HTTPDatasetSource(uri)
         dataset = mlflow.data.meta_dataset.MetaDataset(source, name=name, digest=digest[:36])
@@ -191,7 +206,7 @@ class Tracker:
         self.client.log_inputs(handle.run_id, datasets=[entity])
 
     def log_decision(self, handle: RunHandle, record: Mapping[str, Any]) -> None:
-        """The gate's decision and its numbers as decision.json."""
+        """Log a promotion's decision, its reasons and numbers, as decision.json."""
         text = json.dumps(record, indent=2, ensure_ascii=False)
         self.client.log_text(handle.run_id, text, "decision.json")
 
@@ -202,7 +217,7 @@ def tracking_uri(home: Path) -> str:
 
 
 def connect(home: Path) -> MlflowClient:
-    """A client whose server answered; for sqlite, the tables exist afterwards.
+    """An MLflow client whose server has answered; a database gets its tables.
 
     Raises:
         ResourceError: nothing answers at the tracking URI.

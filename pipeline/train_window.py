@@ -1,4 +1,14 @@
-"""What the training loop knows of its latest steps, read no sooner than it has to be."""
+"""The latest steps of a training: their metrics for the log, and whether gradients were finite.
+
+A GPU works ahead of the Python code that feeds it, and reading a tensor waits for it. So the values
+of many steps are kept as tensors on the device and read together:
+
+    window = Window()
+    window.add(step, metrics, gradients)    # every step; nothing is read
+    window.check()                          # every CHECK_EVERY steps; raises for a bad gradient
+    if window.full:
+        images_per_s, means = window.close(batch_size)
+"""
 
 from __future__ import annotations
 
@@ -12,32 +22,49 @@ from torch import Tensor
 
 from pipeline.errors import TrainingError
 
-CHECK_EVERY = 10  # steps
-LOG_EVERY = 10  # steps at least, and as many as take LOG_SECONDS
+CHECK_EVERY = 10
+"""Steps between two checks of the gradients."""
+LOG_EVERY = 10
+"""Fewest steps between two log lines."""
 LOG_SECONDS = 1.0
+"""Time between two log lines that the number of steps is adapted to."""
 
 
 class Window:
-    """The steps since the last log line. Nothing of them is read before it is asked for: a GPU
-    would have to be waited for."""
+    """The steps since the last log line.
+
+    Attributes:
+        every: steps until the next log line.
+        since: when the first of these steps began, by `time.monotonic`.
+        rows: the metrics of each step.
+        unchecked: number and gradients of each step since the last check.
+    """
 
     def __init__(self) -> None:
         self.every, self.since = LOG_EVERY, time.monotonic()
         self.rows: list[dict[str, Tensor]] = []
         self.unchecked: list[tuple[int, dict[str, Tensor]]] = []
 
-    def add(self, step: int, metrics: dict[str, Tensor], signs: dict[str, Tensor]) -> None:
-        """A step; of each phase the gradient's norm and the loss, (2,)."""
+    def add(self, step: int, metrics: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
+        """Keep a step's values without reading them.
+
+        Args:
+            step: its number.
+            metrics: scalars by name.
+            gradients: for each phase a tensor (2,): the gradient's norm and the loss.
+        """
         self.rows.append(metrics)
-        self.unchecked.append((step, signs))
+        self.unchecked.append((step, gradients))
 
     @property
     def full(self) -> bool:
+        """Whether it is time for a log line."""
         return len(self.rows) >= self.every
 
     def check(self) -> None:
-        """Whether every step since the last check was sound. A rank that raises leaves the others
-        waiting for it, so all check at the same steps.
+        """Make sure that the gradients of every step since the last check were finite.
+
+        All ranks must check at the same steps: one that raises alone leaves the others waiting.
 
         Raises:
             TrainingError: a gradient was not finite; names the first step.
@@ -45,8 +72,10 @@ class Window:
         if not self.unchecked:
             return
         phases = list(self.unchecked[0][1])
-        signs = [torch.stack([signs[phase] for phase in phases]) for _, signs in self.unchecked]
-        for (step, _), of_step in zip(self.unchecked, torch.stack(signs).tolist(), strict=True):
+        values = torch.stack(
+            [torch.stack([gradients[phase] for phase in phases]) for _, gradients in self.unchecked]
+        )  # (steps, phases, 2)
+        for (step, _), of_step in zip(self.unchecked, values.tolist(), strict=True):
             for phase, (norm, loss) in zip(phases, of_step, strict=True):
                 if not math.isfinite(norm):
                     raise TrainingError(
@@ -58,7 +87,7 @@ class Window:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave what is done meanwhile out of the time."""
+        """Leave the duration of the block out of the images per second."""
         began = time.monotonic()
         try:
             yield
@@ -66,7 +95,12 @@ class Window:
             self.since += time.monotonic() - began
 
     def close(self, batch_size: int) -> tuple[float, dict[str, float]]:
-        """Pictures a second, and means, since the last call."""
+        """End the window and begin the next, which has twice or half as many steps if this one took
+        much less or more than LOG_SECONDS.
+
+        Returns:
+            Images per second, and the mean of every metric, since the last call.
+        """
         means = {
             k: float(torch.stack([row[k] for row in self.rows]).float().mean())
             for k in self.rows[0]

@@ -1,27 +1,36 @@
-"""Reading captions so that a caption's states never depend on the captions beside it."""
+"""Caption readers: what generators and trainings read captions with.
+
+    CaptionReader        states of the caption encoder that do not depend on other captions
+    KnownCaptions        a caption encoder's states of a few captions, without the encoder
+    HFCaptionTokenizer   token ids, for families that are language models themselves
+
+To a generator an empty caption stands for none: it draws without a caption, as guidance needs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.contracts import CaptionEncoder
 
 REMEMBERED = 2_048
+"""Captions whose states a CaptionReader keeps."""
 
 
 class CaptionReader:
-    """Encodes one caption at a time, padded to the encoder's max_tokens, and remembers the latest.
-    An empty one stands for none: its mask is all False.
+    """Encodes one caption at a time, padded to the encoder's max_tokens, and caches the latest.
+    An empty caption stands for none: its mask is all False.
 
-    Batched encoding pads to the longest neighbour, which moves the last bits of the states: enough
-    for another picture. An encoder call a caption is little beside drawing one.
+    Encoding captions as a batch pads them to the longest one, which changes the last bits of the
+    states, and those change the image: a request's image would depend on the requests beside it.
+    One call of the encoder per caption costs little beside the image's decoding steps.
     """
 
     def __init__(self, encoder: CaptionEncoder) -> None:
@@ -29,7 +38,7 @@ class CaptionReader:
         self._read = lru_cache(maxsize=REMEMBERED)(partial(_encode, encoder))
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """B captions -> states (B, max_tokens, width) and mask bool (B, max_tokens)."""
+        """B captions -> states float32 (B, max_tokens, width) and mask bool (B, max_tokens)."""
         states, masks = zip(*(self._read(caption) for caption in captions), strict=True)
         return torch.stack(states), torch.stack(masks)
 
@@ -43,8 +52,16 @@ def _encode(encoder: CaptionEncoder, caption: str) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class KnownCaptions:
-    """contracts.CaptionEncoder of a few captions that were read elsewhere, for who would otherwise
-    load a language model for them."""
+    """A `contracts.CaptionEncoder` that knows a few captions only, encoded before by a real one.
+
+    A training worker that draws samples of fixed prompts is sent one of these (it pickles) instead
+    of loading a language model.
+
+    Attributes:
+        width: channels of a state.
+        max_tokens: the most tokens of a caption.
+        read: by caption its states float32 (1, L, width) and mask bool (1, L).
+    """
 
     width: int
     max_tokens: int
@@ -52,11 +69,16 @@ class KnownCaptions:
 
     @classmethod
     def of(cls, encoder: CaptionEncoder, captions: Sequence[str]) -> KnownCaptions:
+        """Encode captions for later, each on its own."""
         read = {caption: encoder.encode([caption]) for caption in captions}
         return cls(encoder.width, encoder.max_tokens, read)
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """See contracts.CaptionEncoder; KeyError for one that was not read."""
+        """B known captions -> states float32 (B, L, width) and mask bool (B, L), L the longest's.
+
+        Raises:
+            KeyError: a caption that `of` was not given.
+        """
         found = [self.read[caption] for caption in captions]
         missing = [max(m.shape[1] for _, m in found) - mask.shape[1] for _, mask in found]
         padded = [
@@ -68,33 +90,34 @@ class KnownCaptions:
 
 
 class HFCaptionTokenizer:
-    """Captions as a language model's own token ids, padded on the left to one length. An empty one
+    """Captions as token ids of a language model, padded on the left to one length. An empty caption
     stands for none: its mask is all False.
 
     Args:
         source: a directory or hub id with a tokenizer; None stands for UTF-8 bytes, which need no
-            vocabulary and know every language.
+            vocabulary and cover every language.
         max_tokens: longer captions are cut.
     """
 
     def __init__(self, source: str | None, max_tokens: int) -> None:
         self.max_tokens = max_tokens
-        self._tokenizer = transformers.AutoTokenizer.from_pretrained(source) if source else None
-        self._bytes = transformers.ByT5Tokenizer()
+        self._tokenizer: Any
+        if source is None:
+            from transformers import ByT5Tokenizer
+
+            as_bytes: Any = ByT5Tokenizer()
+            self._tokenizer = partial(as_bytes, add_special_tokens=False)
+        else:
+            from transformers import AutoTokenizer
+
+            self._tokenizer = AutoTokenizer.from_pretrained(source)
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """B captions -> ids int64 (B, max_tokens) and mask bool (B, max_tokens)."""
         ids = torch.zeros(len(captions), self.max_tokens, dtype=torch.long)
         mask = torch.zeros(len(captions), self.max_tokens, dtype=torch.bool)
         for row, caption in enumerate(captions):
-            found = self._read(caption)[: self.max_tokens] if caption else []
+            found = self._tokenizer(caption)["input_ids"][: self.max_tokens] if caption else []
             ids[row, self.max_tokens - len(found) :] = torch.tensor(found, dtype=torch.long)
             mask[row, self.max_tokens - len(found) :] = True
         return ids, mask
-
-    def _read(self, caption: str) -> list[int]:
-        if self._tokenizer is None:
-            read: list[int] = self._bytes(caption, add_special_tokens=False)["input_ids"]
-        else:
-            read = self._tokenizer(caption)["input_ids"]
-        return read
