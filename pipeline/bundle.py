@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import transformers
 from pydantic import Field
 from torch import Tensor
 
@@ -101,7 +100,9 @@ def save_bundle(
     copy_tokenizer(tokenizer, directory / "tokenizer")
     files = {WEIGHTS: save_weights(directory, weights)}
     if text_tokenizer is not None:
-        reader = transformers.AutoTokenizer.from_pretrained(text_tokenizer)
+        from transformers import AutoTokenizer  # a second to import, for a few bundles alone
+
+        reader = AutoTokenizer.from_pretrained(text_tokenizer)
         reader.save_pretrained(directory / TEXT_TOKENIZER)
         copied = sorted(p for p in (directory / TEXT_TOKENIZER).rglob("*") if p.is_file())
         files |= {p.relative_to(directory).as_posix(): file_digest(p) for p in copied}

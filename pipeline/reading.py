@@ -12,16 +12,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import pyarrow as pa
 import pyarrow.fs
-import ray.data
 
 from pipeline.captions import BadCaption
 from pipeline.records import Credits, record_of
 from pipeline.storage import open_patiently
 from pipeline.tars import TarSample, read_samples
+
+if TYPE_CHECKING:  # a second and a half to import, and most of this file does without it
+    import ray.data
 
 WORK_BYTES = 16_000_000  # of encoded images that are worked on together,
 WORK_SAMPLES = 256  # and of samples at most
@@ -149,6 +151,8 @@ def map_samples(
     """
     reader = _PartReader(filesystem, {shard.label: shard for shard in shards}, work)
     parts = [pa.Table.from_pylist([part]) for part in parts_of(shards, tasks)]
+    import ray.data
+
     dataset = ray.data.from_arrow(parts)
     return dataset.map_batches(
         reader,
