@@ -1,4 +1,5 @@
-"""What a recipe may say: every setting with its default, its unit and its limits, and nothing else.
+"""Recipes: every setting with its default, unit and limits, and how a recipe is read.
+
 The larger sections are in files of their own, *_config.py beside this one.
 
 A recipe is a YAML file (pipeline/recipes/NAME.yaml or a path). Any key can be overridden on the
@@ -39,27 +40,31 @@ from pipeline.tune_config import TuneConfig as TuneConfig
 RECIPES = Path(__file__).parent / "recipes"
 ENVIRONMENT_PREFIX = "TESSERA__"
 SUBJECTS = frozenset({"candidate", "champion", "untuned", "tokenizer", "real"})
-"""Of evaluation's reports: no candidate of a recipe can have these names."""
+"""Names of evaluation's reports, which no candidate of a recipe may have."""
 
 
 class CaptionEncoderConfig(Config):
     """The frozen pretrained language model that reads captions."""
 
     model: str = Field("intfloat/multilingual-e5-small", description="hub id or directory")
-    max_tokens: int = Field(24, ge=4, le=512, description="longer captions are cut")
-    prefix: str = Field("query: ", description="put before every caption, as the model wants it")
+    max_tokens: int = Field(24, ge=4, le=512, description="tokens after which captions are cut")
+    prefix: str = Field(
+        "query: ", description="put before every caption, as the model was trained with"
+    )
 
 
 MAX_GUIDANCE, MAX_TEMPERATURE, MAX_STEPS = 20.0, 4.0, 64
-"""What a request may ask for, and so what a model's defaults may be."""
+"""The largest values that a request may ask for, and that a model may have as its default."""
 
 
 class EncodeConfig(Config):
-    """Pixels and captions to image tokens and caption states, once, before training."""
+    """Encoding images as image tokens, once, before generators are trained."""
 
-    num_views: int = Field(1, ge=1, description="token grids a picture; the first is unaugmented")
+    num_views: int = Field(
+        1, ge=1, description="token grids per image; the first is of the image as it is"
+    )
     augment: AugmentConfig = AugmentConfig(shift=2, flip=0.0)
-    batch_size: int = Field(64, ge=1, description="pictures an actor call")
+    batch_size: int = Field(64, ge=1, description="images encoded together")
 
     @model_validator(mode="after")
     def _augmented_views_exist(self) -> Self:
@@ -82,34 +87,49 @@ class GeneratorConfig(ChoiceConfig):
         min_length=1,
         description="what it learns to do, in equal shares: files of pipeline/tasks",
     )
-    width: int = Field(256, ge=32)
+    width: int = Field(256, ge=32, description="channels of the network")
     depth: int = Field(6, ge=1, description="transformer blocks")
-    heads: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1, description="attention heads per block")
     caption_depth: int = Field(1, ge=0, description="trainable blocks over the caption states")
-    dropout: float = Field(0.1, ge=0, lt=1)
+    dropout: float = Field(0.1, ge=0, lt=1, description="probability of dropping an activation")
     base_share: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="of the weights training began with in the result, which keeps more of what "
-        "the base can draw of concepts that are not shown (WiSE-FT)",
+        description="share of the weights that training began with in the resulting weights, which "
+        "keeps more of what the base knows of concepts that are not shown (WiSE-FT)",
     )
-    caption_dropout: float = Field(0.1, ge=0, lt=1, description="for classifier-free guidance")
-    style_dropout: float = Field(0.1, ge=0, lt=1, description="so that a style may be left open")
+    caption_dropout: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="share of training rows without their caption, for classifier-free guidance",
+    )
+    style_dropout: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="share of training rows without their style, so that requests may name none",
+    )
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="while training")
-    rectangle_fraction: float = Field(0.15, ge=0, le=1, description="of the training masks")
-    num_styles: int = Field(16, ge=1, description="places for styles; new ones take a free place")
+    rectangle_fraction: float = Field(
+        0.15, ge=0, le=1, description="share of the training masks that are rectangles"
+    )
+    num_styles: int = Field(
+        16, ge=1, description="rows of the style table; new styles take free ones"
+    )
     guidance_scale: float | None = Field(
         None,
         ge=1,
         le=MAX_GUIDANCE,
-        description="default at generation; None: the family's, 3, for gan 1",
+        description="default of classifier-free guidance; None: the family's, 3, or 1 for gan",
     )
     guidance_schedule: Literal["constant", "linear"] = Field(
-        "constant", description="masked, causal; linear: from 1 at the first step to the scale"
+        "constant",
+        description="over the decoding steps; linear: from 1 at the first step to guidance_scale",
     )
-    temperature: float = Field(1.0, ge=0, le=MAX_TEMPERATURE, description="default at generation")
-    num_steps: int = Field(12, ge=1, le=MAX_STEPS, description="default at generation")
+    temperature: float = Field(1.0, ge=0, le=MAX_TEMPERATURE, description="default of sampling")
+    num_steps: int = Field(12, ge=1, le=MAX_STEPS, description="default of decoding steps")
     data: ImageFilter = ImageFilter()
     train: TrainConfig = TrainConfig()
 
@@ -127,14 +147,14 @@ class GeneratorConfig(ChoiceConfig):
 
 
 class AlignerConfig(Config):
-    """The contrastive caption-picture model that evaluation retrieves with."""
+    """The contrastive image-caption model that evaluation retrieves captions with."""
 
     source: str | None = Field(
         None, description="a trained aligner: a directory or asset:aligner; None trains one"
     )
     embedding: int = Field(256, ge=8, description="dimensions of the shared space")
-    widths: tuple[int, int, int] = Field((96, 192, 384), description="channels at 16, 8, 4 a side")
-    depths: tuple[int, int, int] = Field((2, 2, 2), description="residual blocks a stage")
+    widths: tuple[int, int, int] = Field((96, 192, 384), description="channels of the three stages")
+    depths: tuple[int, int, int] = Field((2, 2, 2), description="residual blocks of the stages")
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="while training")
     train: TrainConfig = TrainConfig(
         batch_size=256,
@@ -143,55 +163,59 @@ class AlignerConfig(Config):
 
 
 class EvaluateConfig(Config):
-    """What is measured, on how many pictures."""
+    """What is measured, and on how many images."""
 
-    num_images: int = Field(200, ge=8, description="pictures a set, and captions to choose from")
+    num_images: int = Field(200, ge=8, description="images per set, and captions to choose from")
     num_other_images: int | None = Field(
-        None, ge=8, description="as many of the further styles and languages; None: num_images"
+        None,
+        ge=8,
+        description="images per set of the further styles and languages; None: num_images",
     )
-    styles: tuple[str, ...] = Field((), description="styles judged, first is the one gated on")
+    styles: tuple[str, ...] = Field(
+        (), description="styles to evaluate; the promotion gate reads the first; empty: all"
+    )
     languages: tuple[str, ...] = Field(
         ("en", "zh"),
         min_length=1,
-        description="of the captions; the first is the one gated on, the others are asked of the "
-        "first style alone",
+        description="languages of the captions; the promotion gate reads the first, the others are "
+        "evaluated on the first style alone",
     )
     guidance_scales: tuple[Annotated[float, Field(ge=1, le=MAX_GUIDANCE)], ...] = Field(
-        (), description="further scales to report, to show what guidance does"
+        (), description="further guidance scales to evaluate, to show what guidance does"
     )
-    bootstrap: int = Field(1_000, ge=100, description="resamples an interval")
-    seed: int = Field(0, ge=0)
-    batch_size: int = Field(50, ge=1, description="pictures drawn together")
+    bootstrap: int = Field(1_000, ge=100, description="resamples per interval")
+    seed: int = Field(0, ge=0, description="seed of the choice of images, requests and resamples")
+    batch_size: int = Field(50, ge=1, description="images generated together")
 
 
 class PromoteConfig(Config):
-    """When the candidate is better than the champion."""
+    """The rule by which a candidate is better than the champion (pipeline/promotion.py)."""
 
     model_name: str = Field(
         "tessera", pattern=r"^[^/:@']+$", description="name in the model registry"
     )
     min_kid_gain: float = Field(0.0, description="KID must fall by more than this")
     min_retrieval_gain: float = Field(
-        0.0, description="retrieval must not fall by more than minus this"
+        0.0, description="retrieval must rise by at least this; below 0 it allows a fall"
     )
     max_forgetting: float = Field(
-        0.15, ge=0, description="retrieval on the other styles may fall by so much at most"
+        0.15, ge=0, description="largest fall of retrieval allowed on each other style"
     )
     choose_by: Literal["kid_unseen", "retrieval"] = Field(
-        "kid_unseen", description="what the best of several candidates is best at"
+        "kid_unseen", description="metric by which the best of several candidates is chosen"
     )
 
 
 class TrackingConfig(Config):
-    """Where runs are recorded beside MLflow."""
+    """Where runs are recorded besides MLflow."""
 
     sinks: tuple[Literal["tensorboard", "wandb"], ...] = Field(
-        (), description="each an extra of its name; see pipeline/sinks.py"
+        (), description="each needs the extra of its name; see pipeline/sinks.py"
     )
 
 
 class Recipe(Config):
-    """One use of Tessera from captioned pictures to a served champion."""
+    """One use of Tessera, from captioned images to a served champion."""
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
     description: str = ""
@@ -208,19 +232,19 @@ class Recipe(Config):
     generator: GeneratorConfig = GeneratorConfig()
     candidates: dict[str, dict[str, Any]] = Field(
         {},
-        description="several generators to train, by name: what each has other than the section "
-        "`generator`; the best by promote.choose_by goes to the gate",
+        description="several generators to train, by name, each with its changes to the section "
+        "`generator`; the best by promote.choose_by is the candidate for promotion",
     )
     aligner: AlignerConfig = AlignerConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     promote: PromoteConfig = PromoteConfig()
     serve: ServeConfig = ServeConfig()
     tracking: TrackingConfig = TrackingConfig()
-    tune: TuneConfig | None = Field(None, description="the search that `tessera tune` makes")
+    tune: TuneConfig | None = Field(None, description="the search of `tessera tune`; None: none")
 
     @property
     def generators(self) -> dict[str, GeneratorConfig]:
-        """The candidates by name; without a list of them the one there is, as "candidate"."""
+        """The candidates' sections by name; a recipe with one generator calls it "candidate"."""
         if not self.candidates:
             return {"candidate": self.generator}
         shared = stated(self.generator)
@@ -230,7 +254,7 @@ class Recipe(Config):
         }
 
     def with_settings(self, settings: Mapping[str, Any]) -> Self:
-        """This recipe without its search, with other values for dotted keys, checked again.
+        """This recipe without its section `tune`, with other values for dotted keys, checked again.
 
         Raises:
             RecipeError: an unknown key or a value that does not fit.

@@ -1,4 +1,4 @@
-"""What a recipe may say of a search for better settings: the space, the number of trials, ASHA.
+"""The recipe's section `tune`: a search for better settings of the generator.
 
 tune:
   num_trials: 8
@@ -38,12 +38,12 @@ FIXED = {
 
 
 class SettingSpace(Config):
-    """Where one setting is drawn from: exactly one of these."""
+    """The values that one setting is drawn from; exactly one of these is given."""
 
     choice: tuple[Any, ...] | None = Field(None, min_length=1, description="one of these values")
     uniform: tuple[float, float] | None = Field(None, description="a number from low to high")
     loguniform: tuple[float, float] | None = Field(
-        None, description="a number from low to high, its logarithm evenly spread"
+        None, description="a number from low to high whose logarithm is uniformly distributed"
     )
     integer: tuple[int, int] | None = Field(None, description="a whole number from low to high")
 
@@ -87,18 +87,20 @@ class SettingSpace(Config):
 class TuneConfig(Config):
     """A search for better settings of the generator: random trials, the worse ones stopped early.
 
-    ASHA is Li et al. 2020 (arXiv 1810.05934): of the trials that reached grace_steps, and
-    reduction_factor times as many steps, and so on, one in reduction_factor trains on.
+    ASHA (Li et al. 2020, arXiv 1810.05934) has rungs at grace_steps, reduction_factor times as many
+    steps, and so on: of the trials that reach a rung, one in reduction_factor trains on.
     """
 
-    num_trials: int = Field(8, ge=2, description="settings drawn from the space")
+    num_trials: int = Field(8, ge=2, description="combinations of settings that are tried")
     space: dict[str, SettingSpace] = Field(
         min_length=1, description="dotted settings below `generator.`, each with its space"
     )
     grace_steps: int = Field(200, ge=1, description="optimiser steps before a trial can be stopped")
-    reduction_factor: float = Field(3.0, gt=1, description="one in so many trains on at a rung")
+    reduction_factor: float = Field(
+        3.0, gt=1, description="one trial in this many trains on at each rung"
+    )
     max_concurrent: int = Field(1, ge=1, description="trials that train at once")
-    seed: int = Field(0, ge=0, description="of the draws")
+    seed: int = Field(0, ge=0, description="seed by which the trials' settings are drawn")
 
     @model_validator(mode="after")
     def _searchable(self) -> Self:
