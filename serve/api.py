@@ -26,7 +26,6 @@ from pipeline import __version__
 from serve.access import AccessControl
 from serve.cache import MAX_KEY_CHARS
 from serve.errors import CODE_HEADER, REQUEST_ID, install_error_handlers
-from serve.forms import FORM_LIMITS, check_form
 from serve.guard import GuardedRoute
 from serve.listener import Address, listening
 from serve.messages import Upload
@@ -95,9 +94,6 @@ IMAGES: dict[str, Any] = {
 }
 """What every route that generates answers with."""
 
-FORM: dict[str, Any] = {"form_limits": FORM_LIMITS, "dependencies": [Depends(check_form)]}
-"""What every route that takes a form checks."""
-
 guarded_router = APIRouter(route_class=GuardedRoute)
 """Routes that need an API key where there are keys."""
 
@@ -113,7 +109,7 @@ async def generate_images(
     return await _answer(request, service, client, body, "image_generation")
 
 
-@guarded_router.post("/v1/images/edits", **IMAGES, **FORM)
+@guarded_router.post("/v1/images/edits", **IMAGES)
 async def edit_image(
     request: Request,
     client: Caller,
@@ -126,7 +122,7 @@ async def edit_image(
     return await _answer(request, service, client, body, "image_edit", upload)
 
 
-@guarded_router.post("/v1/images/variations", **IMAGES, **FORM)
+@guarded_router.post("/v1/images/variations", **IMAGES)
 async def vary_image(
     request: Request,
     client: Caller,

@@ -63,7 +63,7 @@ class QueuedRequest:
             or the batch.
         partial_images: (index, uint8 (3, H, W)) between steps, in order.
         queued_at: monotonic seconds.
-        told: the outcome is on its way to the event loop.
+        settled: the outcome is on its way to the event loop.
     """
 
     request: GenerationRequest
@@ -73,7 +73,7 @@ class QueuedRequest:
     done: asyncio.Future[RawImage]
     partial_images: asyncio.Queue[tuple[int, Tensor]] = field(default_factory=asyncio.Queue)
     queued_at: float = field(default_factory=time.monotonic)
-    told: bool = False
+    settled: bool = False
 
     @property
     def abandoned(self) -> bool:
@@ -81,7 +81,7 @@ class QueuedRequest:
         return self.done.cancelled()
 
     def settle(self, outcome: RawImage | Exception) -> None:
-        """Tell the outcome, in the event loop."""
+        """Deliver the outcome; called in the event loop."""
         if self.done.done():
             return
         if isinstance(outcome, Exception):
@@ -107,9 +107,9 @@ class RunningBatch:
 
     Args:
         model: generates.
-        loop: the event loop in which outcomes are told.
+        loop: the event loop in which outcomes are delivered.
         take_next: gives requests to join.
-        on_finished: told in the loop how many seconds finished images took.
+        on_finished: called in the loop with the seconds that finished images took.
 
     Attributes:
         closed: no request may join.
@@ -128,18 +128,18 @@ class RunningBatch:
         self.closed = True
 
     def run(self, requests: Sequence[QueuedRequest]) -> None:
-        """Generate until nobody is left, and tell every request its outcome.
+        """Generate until no request is left, and deliver every outcome.
 
         A batch that fails is run again one by one: a request's failure is not its neighbours'.
         """
         try:
             self._run(requests)
-        except Exception as error:  # noqa: BLE001 - it is the outcome, told to whoever waits
+        except Exception as error:  # noqa: BLE001 - it is the outcome
             known = dict.fromkeys([*requests, *(queued for queued, _ in self._slots.values())])
-            left = [queued for queued in known if not queued.told]
+            left = [queued for queued in known if not queued.settled]
             self._slots = {}
             if len(left) == 1 == len(requests):
-                self._tell(left[0], error)
+                self._deliver(left[0], error)
                 return
             logger.warning("a batch of %d failed (%s); one by one now", len(left), type(error))
             for queued in left:
@@ -175,7 +175,7 @@ class RunningBatch:
                 self._take_slots(batch.join([each.request for each in queued]), queued)
         except Exception as error:  # noqa: BLE001 - it is the outcome
             if len(queued) == 1:
-                self._tell(queued[0], error)
+                self._deliver(queued[0], error)
                 return
             for each in queued:
                 self._admit(batch, [each])
@@ -193,7 +193,7 @@ class RunningBatch:
             if late or queued.abandoned:
                 batch.drop([row])
                 del self._slots[row]
-                self._tell(queued, DeadlineExceeded())
+                self._deliver(queued, DeadlineExceeded())
                 gone.append(row)
                 continue
             index = queued.partial_image_due(done, steps)
@@ -204,16 +204,18 @@ class RunningBatch:
 
     def _finish(self, images: Tensor, rows: Sequence[int]) -> None:
         now, together = time.monotonic(), len(self._slots)
-        # before an outcome is told, so that a client that asks again meets the new estimate
+        # before the outcomes, so that a client that asks again at once meets the new estimate
         self._in_loop(self._on_finished, now - self._slots[rows[-1]][1])
         for image, row in zip(images, rows, strict=True):
             queued, since = self._slots.pop(row)
             tokens = _tokens(self._model, queued.request)
             queue_s = since - queued.queued_at
-            self._tell(queued, RawImage(image, self._model, queue_s, now - since, together, tokens))
+            self._deliver(
+                queued, RawImage(image, self._model, queue_s, now - since, together, tokens)
+            )
 
-    def _tell(self, queued: QueuedRequest, outcome: RawImage | Exception) -> None:
-        queued.told = True
+    def _deliver(self, queued: QueuedRequest, outcome: RawImage | Exception) -> None:
+        queued.settled = True
         self._in_loop(queued.settle, outcome)
 
     def _in_loop(self, call: Callable[..., None], *arguments: Any) -> None:

@@ -91,7 +91,7 @@ class Engine:
         return queued
 
     def close(self) -> None:
-        """Stop generating; the futures of those who wait are cancelled."""
+        """Stop generating; the futures of queued requests are cancelled."""
         if self._worker is not None:
             self._worker.cancel()
         for queued in self._queue:
@@ -107,7 +107,7 @@ class Engine:
             del batch  # and with it the model that ran it, which may have been replaced
 
     async def _run(self, requests: list[QueuedRequest]) -> bool:
-        """Run a batch; whether it was closed to those who came later."""
+        """Run a batch; returns whether it was closed to later requests."""
         loop = asyncio.get_running_loop()
         batch = RunningBatch(self.model, loop, self._dequeue, self._record_duration)
         await loop.run_in_executor(self._thread, batch.run, requests)
@@ -150,7 +150,7 @@ class Engine:
 
     async def _gather(self) -> None:
         """Give others a moment to join the first in the queue: the images of the same request and,
-        while several clients ask, those who were just answered. A lone request does not wait."""
+        while several clients ask, those just answered. A lone request does not wait."""
         end = time.monotonic() + self._batch_wait_s
         while len(self._queue) < self._max_batch_size:
             now = time.monotonic()

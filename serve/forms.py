@@ -1,7 +1,4 @@
-"""What a multipart form may hold, beyond what FastAPI's form parameters check.
-
-@router.post(..., form_limits=FORM_LIMITS, dependencies=[Depends(check_form)])
-"""
+"""Multipart forms, read within limits before FastAPI fills a route's form model from them."""
 
 from __future__ import annotations
 
@@ -11,22 +8,28 @@ from fastapi import Request
 
 from serve.errors import ApiError, quoted
 
-FORM_LIMITS = {"max_files": 8, "max_fields": 40, "max_part_size": 16_384}
-"""Starlette's limits on the number of parts and, in bytes, on the size of a text field."""
+MAX_FILES, MAX_FIELDS, MAX_FIELD_BYTES = 8, 40, 16_384
 
 
-async def check_form(request: Request) -> None:
-    """Refuse a field that was sent twice or is empty.
+async def read_form(request: Request) -> None:
+    """Parse a request's form, which `request` then keeps: FastAPI takes it from there.
 
-    FastAPI would take the last of several values, and an empty one for a field that was left out
-    (tests/serve/test_features.py): a request would be answered that the client did not mean.
+    FastAPI itself would parse up to 1,000 files and 1,000 fields of 1 MiB, take the last of several
+    values, and an empty field for one that was left out (tests/serve/test_features.py): a request
+    would be answered that the client did not mean.
 
     Raises:
-        ApiError: 400.
+        ApiError: 400 a field was sent twice or is empty, or the form is damaged.
+        HTTPException: 400 the form exceeds a limit.
     """
-    fields = [
-        (name.removesuffix("[]"), value) for name, value in (await request.form()).multi_items()
-    ]
+    try:
+        form = await request.form(
+            max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES
+        )
+    except ValueError as error:  # the parser's, or a charset's that is no text encoding
+        message = f"the multipart body cannot be read: {error}"
+        raise ApiError(400, message, code="invalid_multipart") from error
+    fields = [(name.removesuffix("[]"), value) for name, value in form.multi_items()]
     for name, times in Counter(name for name, _ in fields).items():
         if times > 1:
             raise _wrong(name, "was sent more than once; send one")

@@ -1,4 +1,4 @@
-"""What is checked before a byte of a request's body is read: the API key and the content type.
+"""What is checked before a request's body is read: the API key and the content type.
 
 router = APIRouter(route_class=GuardedRoute)
 """
@@ -15,10 +15,13 @@ from python_multipart.multipart import parse_options_header
 
 from serve.access import AccessControl
 from serve.errors import ApiError, quoted
+from serve.forms import read_form
+
+MULTIPART = "multipart/form-data"
 
 
 class GuardedRoute(APIRoute):
-    """A route that needs an API key where there are keys.
+    """A route that needs an API key where there are keys, and bodies of its own content type.
 
     FastAPI solves dependencies after it has read and parsed the body, so a security dependency
     would have the ingress parse up to max_upload_bytes for anybody (tests/serve/test_access.py).
@@ -36,6 +39,8 @@ class GuardedRoute(APIRoute):
                 assert isinstance(self.body_field.field_info, Body)
                 media_type = self.body_field.field_info.media_type
                 _check_content_type(request.headers.get("content-type", ""), media_type)
+                if media_type == MULTIPART:
+                    await read_form(request)
             return await handle(request)
 
         return guarded
@@ -44,7 +49,7 @@ class GuardedRoute(APIRoute):
 def _check_content_type(header: str, wanted: str) -> None:
     """Raises ApiError 415 unless a body of `wanted` is declared, a multipart one with boundary."""
     media_type, options = parse_options_header(header)
-    complete = wanted != "multipart/form-data" or options.get(b"boundary")
+    complete = wanted != MULTIPART or options.get(b"boundary")
     if media_type != wanted.encode() or not complete:
         raise ApiError(
             415,

@@ -1,7 +1,7 @@
 """From a request whose shape is right to its images: check, look up, charge, generate.
 
-The order is that of cost: what is wrong is said first, what is cached is not generated, what is
-generated is charged, and what fails costs nothing.
+The order is that of cost: a wrong request is refused first, a cached image is not generated, a
+generated one is charged, and one that fails costs nothing.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def behind_haproxy() -> bool:
-    """Whether Ray Serve is told to put HAProxy in front."""
+    """Whether the environment makes Ray Serve put HAProxy in front."""
     return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
 
 

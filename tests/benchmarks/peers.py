@@ -65,7 +65,7 @@ def offline(args: argparse.Namespace) -> None:
                     [GenerationRequest("a red apple", seed=seed + i) for i in range(size)]
                 )
                 seed, drawn = seed + size, drawn + size
-        answer = {"pictures": drawn, "seconds": time.perf_counter() - began}
+        answer = {"images": drawn, "seconds": time.perf_counter() - began}
         print(json.dumps(answer), flush=True)
 
 

@@ -155,7 +155,7 @@ def load_on(url: str, duration_s: float, seed: int, users: int) -> Result:
     return bench(load, concurrencies=[users], rates=[])[0]
 
 
-Saturate = Callable[[float, int], float]  # seconds, seed -> pictures a second
+Saturate = Callable[[float, int], float]  # seconds, seed -> images per second
 
 
 @contextlib.contextmanager
@@ -166,7 +166,7 @@ def contender(name: str, home: Path) -> Iterator[Saturate]:
 
             def draw(duration_s: float, seed: int) -> float:
                 answer = ask_offline(process, f"draw {duration_s}")
-                return float(answer["pictures"] / answer["seconds"])
+                return float(answer["images"] / answer["seconds"])
 
             yield draw
         return
@@ -194,7 +194,7 @@ CONTENDERS = ("service", "offline", "unbatched", "fastapi", "litserve", "service
 
 
 def throughput(args: argparse.Namespace) -> None:
-    """Pictures a second at saturation (two full batches of users), contenders in turn.
+    """Images per second at saturation (two full batches of clients), contenders in turn.
 
     Each is started for its turn and ended after it, so that none takes anything from another;
     every second round runs backwards. Those with -2 have two workers of half the threads.
@@ -211,14 +211,14 @@ def throughput(args: argparse.Namespace) -> None:
         for other, theirs in rates.items():
             shares = [m / t for m, t in zip(mine, theirs, strict=True)]
             against[other] = [round(f(shares), 3) for f in (statistics.median, min, max)]
-        say(name=name, pictures_per_s=statistics.median(mine), against=against)
+        say(name=name, images_per_s=statistics.median(mine), against=against)
 
 
 @serve.deployment(ray_actor_options={"num_cpus": 0})
 class NoModel:
-    """Answers at once with as many bytes as a picture has."""
+    """Answers at once with as many bytes as an image has."""
 
-    async def draw(self, body: dict[str, Any]) -> bytes:
+    async def generate(self, body: dict[str, Any]) -> bytes:
         return bytes(6_000)
 
 
@@ -227,11 +227,11 @@ def empty_api(listen: Address) -> FastAPI:
     api = FastAPI(lifespan=partial(listening, address=listen, max_concurrency=1))
     model = serve.get_deployment_handle(NoModel.name)
 
-    async def draw(request: Request) -> JSONResponse:
-        drawn = await model.draw.remote(await request.json())
-        return JSONResponse({"b64_json": base64.b64encode(drawn).decode()})
+    async def answer(request: Request) -> JSONResponse:
+        image = await model.generate.remote(await request.json())
+        return JSONResponse({"b64_json": base64.b64encode(image).decode()})
 
-    api.add_route("/", draw, methods=["POST"])
+    api.add_route("/", answer, methods=["POST"])
     return api
 
 
@@ -241,16 +241,16 @@ def empty_app(listen: Address) -> Application:
     def build() -> FastAPI:
         return empty_api(listen)
 
-    front = serve.deployment(name="front", ray_actor_options={"num_cpus": 0})
-    return front(serve.ingress(build)()).bind(NoModel.bind())
+    ingress = serve.deployment(name="ingress", ray_actor_options={"num_cpus": 0})
+    return ingress(serve.ingress(build)()).bind(NoModel.bind())
 
 
 def latency(args: argparse.Namespace) -> None:
-    """One user: a request, the same picture by a bare model call, an empty request, in turn, and a
-    model call before each of them.
+    """One client: a request, the same image by a bare model call, an empty request, in turn, and
+    a model call before each of them.
 
-    What an empty request takes is Ray Serve's own share. With --replicas 2 service and bare model
-    have half of the threads.
+    What an empty request takes is Ray Serve's own share. With --replicas 2 the service and the
+    bare model have half of the threads.
     """
     body = {"prompt": "a red apple", "seed": 0}
 
@@ -264,15 +264,15 @@ def latency(args: argparse.Namespace) -> None:
         served(args.home, split(args.replicas), result_cache_bytes=0) as server,
         peer("offline", args.home, args.replicas) as (offline, _),
     ):
-        door = Address("127.0.0.1", free_port())
-        serve.run(empty_app(door), name="empty", route_prefix="/empty")
+        address = Address("127.0.0.1", free_port())
+        serve.run(empty_app(address), name="empty", route_prefix="/empty")
         bare, whole, empty = [], [], []
         for seed in range(args.requests + 3):
             body["seed"] = seed
             whole.append(ask(f"{server.url}/v1/images/generations"))
             bare.append(ask_offline(offline, f"one {seed}")["seconds"])
-            empty.append(ask(f"{door.url}/"))
-            ask_offline(offline, f"one {seed}")  # both find the machine as it leaves it
+            empty.append(ask(f"{address.url}/"))
+            ask_offline(offline, f"one {seed}")  # so that both find the machine in the same state
         bare, whole, empty = bare[3:], whole[3:], empty[3:]
         stages = urllib.request.urlopen(f"{server.url}/metrics").read().decode()
     added = [w - b for w, b in zip(whole, bare, strict=True)]
@@ -335,9 +335,9 @@ def _copy(home: Path) -> Path:
 
 @dataclass
 class Answers:
-    """What users got: pictures by seed, failures by status or kind, the longest wait."""
+    """What clients got: images by seed, failures by status or kind, the longest wait."""
 
-    pictures: dict[int, bytes]
+    images: dict[int, bytes]
     failures: dict[str, int]
     worst_s: float = 0.0
 
@@ -354,11 +354,11 @@ async def _users(url: str, users: int, duration_s: float) -> Answers:
                 failure = ""
                 try:
                     async with session.post(f"{url}/v1/images/generations", json=body) as answer:
-                        said = await answer.json()
+                        content = await answer.json()
                         if answer.status == 200:
-                            answers.pictures[seed] = base64.b64decode(said["data"][0]["b64_json"])
+                            answers.images[seed] = base64.b64decode(content["data"][0]["b64_json"])
                         else:
-                            failure = f"{answer.status} {said['error']['code']}"
+                            failure = f"{answer.status} {content['error']['code']}"
                 except TimeoutError:
                     failure = "hung"
                 except aiohttp.ClientError as error:
@@ -383,7 +383,7 @@ def _title(process: psutil.Process) -> str:
 
 
 def kill(args: argparse.Namespace) -> None:
-    """kill -9 of one of two replicas in mid-load; every picture is compared with its reference."""
+    """kill -9 of one of two replicas in mid-load; every image is compared with its reference."""
     torch.set_num_threads(CPUS // 2)  # as the replicas: with others, last bits are others
     model = load_generator(BUNDLE, pretrained_cache=args.home / "pretrained", device="cpu")
     with served(args.home, split(2), result_cache_bytes=0) as server:
@@ -394,12 +394,12 @@ def kill(args: argparse.Namespace) -> None:
             threading.Timer(at, lambda: _kill_one(mine)).start()
         answers = asyncio.run(_users(server.url, args.users, args.duration_s))
     wrong = 0
-    for seed, image in answers.pictures.items():
+    for seed, image in answers.images.items():
         (expected,) = model.generate([GenerationRequest("a red apple", seed=seed)])
         drawn = np.asarray(Image.open(io.BytesIO(image)))
         wrong += not np.array_equal(drawn, expected.permute(1, 2, 0).numpy())
     say(
-        pictures=len(answers.pictures), wrong=wrong, failures=answers.failures,
+        images=len(answers.images), wrong=wrong, failures=answers.failures,
         hung=answers.failures.get("hung", 0), worst_s=answers.worst_s, kills=len(args.kill_at_s),
     )  # fmt: skip
 
@@ -411,7 +411,7 @@ def _kill_one(known: set[int]) -> None:
 
 
 def autoscale(args: argparse.Namespace) -> None:
-    """1 to 3 replicas: quiet, load, quiet; replicas and waiting pictures over time."""
+    """1 to 3 replicas: quiet, load, quiet; replicas and waiting images over time."""
     settings = config(
         max_replicas=3, num_cpus=0.5, target_ongoing_requests=4, max_batch_size=4,
         upscale_delay_s=3, downscale_delay_s=15,
@@ -458,7 +458,7 @@ def _plot(seen: list[tuple[float, int, float]], path: Path) -> None:
     left.set_ylabel("replicas running", color="tab:blue")
     right = left.twinx()
     right.plot(at, waiting, color="tab:orange", linewidth=1)
-    right.set_ylabel("pictures under way", color="tab:orange")
+    right.set_ylabel("images under way", color="tab:orange")
     figure.savefig(path, dpi=90)
 
 

@@ -45,20 +45,20 @@ def test_what_the_picture_depends_on_is_another_picture(other: ImageJob) -> None
 
 
 class Service:
-    """An IdempotencyCache whose clock a test moves; counts what is drawn."""
+    """An IdempotencyCache whose clock a test moves; counts what is generated."""
 
     def __init__(self) -> None:
         self.now, self.drawn = 0.0, 0
         self.cache = IdempotencyCache(600, lambda: self.now)
 
-    async def ask(self, caller: str, key: str, until: Awaitable[object] | None = None) -> None:
+    async def ask(self, client: str, key: str, until: Awaitable[object] | None = None) -> None:
         async def work() -> list[GeneratedImage]:
             self.drawn += 1
             if until is not None:
                 await until
             return [IMAGE]
 
-        assert await self.cache.run_once(caller, key, "a cat", work) == [IMAGE]
+        assert await self.cache.run_once(client, key, "a cat", work) == [IMAGE]
 
 
 def with_a_service(work: Callable[[Service], Awaitable[None]]) -> None:

@@ -274,6 +274,12 @@ MULTIPART = {"content-type": "multipart/form-data; boundary=b"}
         (b"junk--b--", MULTIPART, 400, "invalid_multipart"),
         (BODY.replace(b'name="image"', b"nothing"), MULTIPART, 400, "invalid_multipart"),
         (BODY, MULTIPART, 400, "invalid_value"),
+        (
+            BODY.replace(b'; filename="a"', b""),
+            {"content-type": "multipart/form-data; boundary=b; charset=undefined"},
+            400,
+            "invalid_multipart",
+        ),
     ],
 )
 def test_mistakes_in_multipart(
