@@ -1,11 +1,13 @@
-"""Pictures to go on from, laid out as image tokens with holes.
+"""Canvases (images to go on from) as image tokens, some of them hidden, and image tokens as pixels.
 
-Shapes: B pictures, N image tokens, S pixels a side.
+Every image is encoded alone and, in float32, decoded alone: the last bits of a convolution's
+result depend on the size of its batch, and an image must not depend on its neighbours.
+
+Shapes: B images, N image tokens (N = grid_size ** 2), S pixels per side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,70 +19,60 @@ from pipeline.models import _sampling as sampling
 from pipeline.runtime import autocast, autocast_dtype
 
 
-@dataclass
-class Start:
-    """What is known of B pictures before the first step.
+@dataclass(frozen=True)
+class EncodedCanvas:
+    """What is known of one image before the first decoding step.
 
     Attributes:
-        tokens: int64 (B, N), meaningless where hidden.
-        hidden: bool (B, N).
-        pixels: uint8 (B, 3, S, S), kept where `redrawn` is False.
-        redrawn: bool (B, 1, S, S).
+        tokens: int64 (N,), meaningless where hidden.
+        hidden: bool (N,), the tokens to decode; the others are given.
+        pixels: uint8 (3, S, S), which the result keeps outside `inpainted`.
+        inpainted: bool (1, S, S), the pixels to generate.
     """
 
     tokens: Tensor
     hidden: Tensor
     pixels: Tensor
-    redrawn: Tensor
+    inpainted: Tensor
 
 
-def decoded(tokenizer: ImageTokenizer, tokens: Tensor, device: torch.device) -> Tensor:
-    """Image tokens int64 (B, N) -> uint8 (B, 3, S, S), each as if it were alone: in float32 a
-    convolution's last bits depend on what else is in its batch."""
-    alone = autocast_dtype(device) is None
-    with autocast(device):
-        pieces = tokens.split(1) if alone else [tokens]
-        return torch.cat([to_uint8(tokenizer.decode(piece)) for piece in pieces])
+def empty_canvas(tokenizer: ImageTokenizer, device: torch.device) -> EncodedCanvas:
+    """Nothing is known: every token is hidden and every pixel is generated."""
+    N, S = tokenizer.grid_size**2, tokenizer.image_size
+    return EncodedCanvas(
+        tokens=torch.zeros(N, dtype=torch.long, device=device),
+        hidden=torch.ones(N, dtype=torch.bool, device=device),
+        pixels=torch.zeros(3, S, S, dtype=torch.uint8, device=device),
+        inpainted=torch.ones(1, S, S, dtype=torch.bool, device=device),
+    )
 
 
-def lay_out(
-    canvases: Sequence[Canvas | None],
-    tokenizer: ImageTokenizer,
-    num_tokens: int,
-    noise: Sequence[torch.Generator],
-    device: torch.device,
-) -> Start:
-    """Encode every canvas; all is hidden where there is none.
+def encode_canvas(
+    canvas: Canvas, tokenizer: ImageTokenizer, rng: torch.Generator, device: torch.device
+) -> EncodedCanvas:
+    """Tokenize a canvas of the tokenizer's image size and hide what is to be decoded anew.
 
     Args:
-        noise: one a picture; chooses the tokens of a canvas without a mask.
+        rng: on the CPU; chooses the hidden tokens of a canvas that has a share but no mask.
     """
-    B, S, N = len(canvases), tokenizer.image_size, num_tokens
-    start = Start(
-        tokens=torch.zeros(B, N, dtype=torch.long, device=device),
-        hidden=torch.ones(B, N, dtype=torch.bool, device=device),
-        pixels=torch.zeros(B, 3, S, S, dtype=torch.uint8, device=device),
-        redrawn=torch.ones(B, 1, S, S, dtype=torch.bool, device=device),
-    )
-    for row, canvas in enumerate(canvases):
-        if canvas is not None:
-            _lay(canvas, start, row, tokenizer, noise[row])
-    return start
-
-
-def _lay(
-    canvas: Canvas, start: Start, row: int, tokenizer: ImageTokenizer, noise: torch.Generator
-) -> None:
-    """One at a time: a batch's size must not move the last bits of anybody's tokens."""
-    S, N = tokenizer.image_size, start.hidden.shape[1]
+    N, S = tokenizer.grid_size**2, tokenizer.image_size
     pixels = torch.frombuffer(bytearray(canvas.pixels), dtype=torch.uint8)
-    start.pixels[row] = pixels.view(S, S, 3).permute(2, 0, 1)
-    start.tokens[row] = tokenizer.encode(to_float(start.pixels[row : row + 1]))[0]
+    pixels = pixels.view(S, S, 3).permute(2, 0, 1).contiguous().to(device)
+    tokens = tokenizer.encode(to_float(pixels[None]))[0]
+    inpainted = torch.ones(1, S, S, dtype=torch.bool)
     if canvas.mask is None:
-        order = torch.rand(N, generator=noise).argsort()
-        start.hidden[row] = False
-        start.hidden[row, order[: max(1, round(canvas.share * N))]] = True
-        return
-    mask = torch.frombuffer(bytearray(canvas.mask), dtype=torch.uint8).view(S, S) != 0
-    start.redrawn[row, 0] = mask
-    start.hidden[row] = sampling.touched_cells(mask, round(N**0.5))
+        hidden = torch.zeros(N, dtype=torch.bool)
+        hidden[torch.rand(N, generator=rng).argsort()[: max(1, round(canvas.share * N))]] = True
+    else:
+        mask = torch.frombuffer(bytearray(canvas.mask), dtype=torch.uint8).view(S, S) != 0
+        inpainted[0] = mask
+        hidden = sampling.tokens_under(mask, tokenizer.grid_size)
+    return EncodedCanvas(tokens, hidden.to(device), pixels, inpainted.to(device))
+
+
+def decode_tokens(tokenizer: ImageTokenizer, tokens: Tensor, device: torch.device) -> Tensor:
+    """Image tokens int64 (B, N) -> uint8 (B, 3, S, S)."""
+    alone = autocast_dtype(device) is None
+    with autocast(device):
+        parts = torch.split(tokens, 1) if alone else [tokens]
+        return torch.cat([to_uint8(tokenizer.decode(part)) for part in parts])

@@ -1,9 +1,10 @@
-"""Pictures under way, each a row of its own: what parallel and sequential decoding share.
+"""A batch of images under way: what parallel and sequential decoding share.
 
-Every picture follows its own noise and counts its own steps, so that pictures may join, end or be
-dropped while others go on.
+Every image has its own random numbers and counts its own steps, so images may join a batch, end or
+be dropped while the others go on, and none depends on its neighbours. A row is an image's number
+in the batch, in the order in which they joined.
 
-Shapes: N image tokens, S pixels a side.
+Shapes: B images, N image tokens, S pixels per side.
 """
 
 from __future__ import annotations
@@ -16,95 +17,109 @@ import torch
 from torch import Tensor
 
 from pipeline.contracts import ImageTokenizer
-from pipeline.models._canvas import Start, decoded
-from pipeline.models._requests import Settings
+from pipeline.models import _sampling as sampling
+from pipeline.models._canvas import EncodedCanvas, decode_tokens, empty_canvas, encode_canvas
+from pipeline.models._requests import ResolvedRequest
+from pipeline.runtime import autocast
 
 
 @dataclass(eq=False)
-class Picture:
-    """One of them.
+class DecodingState:
+    """One image under way.
 
     Attributes:
-        tokens: int64 (N,).
-        hidden: bool (N,), what is to be drawn; the other tokens are given.
-        pixels: uint8 (3, S, S), kept where `redrawn`, bool (1, S, S), is False.
-        noise: its own.
-        scale: of guidance.
-        steps: in all, of which `done` are over.
+        request: what was asked for, its number of steps included.
+        canvas: what was known at first.
+        rng: the image's own, on the CPU.
+        tokens: int64 (N,), meaningless where nothing is decoded yet.
+        steps_done: of request.num_steps.
+        dropped: nobody waits for it any more.
     """
 
+    request: ResolvedRequest
+    canvas: EncodedCanvas
+    rng: torch.Generator
     tokens: Tensor
-    hidden: Tensor
-    pixels: Tensor
-    redrawn: Tensor
-    noise: torch.Generator
-    scale: float
-    temperature: float
-    steps: int
-    done: int = 0
+    steps_done: int = 0
     dropped: bool = False
 
     @property
-    def under_way(self) -> bool:
-        return self.done < self.steps and not self.dropped
+    def active(self) -> bool:
+        """Whether there are steps to do."""
+        return self.steps_done < self.request.num_steps and not self.dropped
+
+    @property
+    def next_progress(self) -> float:
+        """The share of the steps that is done after the next one, in (0, 1]."""
+        return (self.steps_done + 1) / self.request.num_steps
 
 
-def pictures_of(
-    start: Start, settings: Settings, noise: Sequence[torch.Generator]
-) -> list[Picture]:
-    """What B requests begin with."""
-    return [
-        Picture(
-            start.tokens[i], start.hidden[i], start.pixels[i], start.redrawn[i], noise[i],
-            settings.guidance_scales[i], settings.temperatures[i], settings.num_steps[i],
-        )
-        for i in range(len(noise))
-    ]  # fmt: skip
+def initial_states(
+    requests: Sequence[ResolvedRequest], tokenizer: ImageTokenizer, device: torch.device
+) -> list[DecodingState]:
+    """Every request before its first step, its canvas encoded."""
+    with autocast(device):
+        return [_initial_state(request, tokenizer, device) for request in requests]
 
 
-P = TypeVar("P", bound=Picture)
+def _initial_state(
+    request: ResolvedRequest, tokenizer: ImageTokenizer, device: torch.device
+) -> DecodingState:
+    rng = sampling.seeded_rng(request.seed)
+    if request.canvas is None:
+        canvas = empty_canvas(tokenizer, device)
+    else:
+        canvas = encode_canvas(request.canvas, tokenizer, rng, device)
+    return DecodingState(request, canvas, rng, tokens=canvas.tokens.clone())
 
 
-class Rows(Generic[P]):
-    """The bookkeeping of a contracts.ContinuousBatch; `step` and `join` are its heirs'.
+State = TypeVar("State", bound=DecodingState)
+
+
+class DecodingBatch(Generic[State]):
+    """The bookkeeping of a contracts.ContinuousBatch, for subclasses that add `join` and `step`.
 
     Args:
         tokenizer: decodes image tokens.
-        device: where they are.
+        device: where the states' tensors are.
     """
 
     def __init__(self, tokenizer: ImageTokenizer, device: torch.device) -> None:
         self._tokenizer, self._device = tokenizer, device
-        self._pictures: dict[int, P] = {}  # by row, but the forgotten ones
-        self._joined = 0
+        self._states: dict[int, State] = {}  # by row; forgotten rows are not in it
+        self._num_joined = 0
 
-    def _enter(self, pictures: Sequence[P]) -> range:
-        """Their rows."""
-        rows = range(self._joined, self._joined + len(pictures))
-        self._pictures |= dict(zip(rows, pictures, strict=True))
-        self._joined += len(pictures)
+    def _add(self, states: Sequence[State]) -> range:
+        """Give new states their rows."""
+        rows = range(self._num_joined, self._num_joined + len(states))
+        self._states |= dict(zip(rows, states, strict=True))
+        self._num_joined += len(states)
         return rows
 
     def progress(self, row: int) -> tuple[int, int]:
-        return self._pictures[row].done, self._pictures[row].steps
+        """See contracts.GenerationBatch."""
+        return self._states[row].steps_done, self._states[row].request.num_steps
 
     def drop(self, rows: Sequence[int]) -> None:
+        """See contracts.GenerationBatch."""
         for row in rows:
-            self._pictures[row].dropped = True
+            self._states[row].dropped = True
 
     def forget(self, rows: Sequence[int]) -> None:
+        """See contracts.ContinuousBatch."""
         self.drop(rows)
         for row in rows:
-            del self._pictures[row]
+            del self._states[row]
 
     def tokens(self, rows: Sequence[int]) -> Tensor:
-        """int64 (len(rows), N)."""
-        return torch.stack([self._pictures[row].tokens for row in rows])
+        """Their image tokens as they stand, int64 (len(rows), N)."""
+        return torch.stack([self._states[row].tokens for row in rows])
 
     @torch.inference_mode()
     def images(self, rows: Sequence[int]) -> Tensor:
-        found = [self._pictures[row] for row in rows]
-        drawn = decoded(self._tokenizer, self.tokens(rows), self._device)
-        kept = torch.stack([picture.pixels for picture in found])
-        redrawn = torch.stack([picture.redrawn for picture in found])
-        return torch.where(redrawn, drawn, kept).cpu()
+        """See contracts.GenerationBatch; pixels outside a canvas's mask are the canvas's own."""
+        decoded = decode_tokens(self._tokenizer, self.tokens(rows), self._device)
+        canvases = [self._states[row].canvas for row in rows]
+        kept = torch.stack([canvas.pixels for canvas in canvases])
+        inpainted = torch.stack([canvas.inpainted for canvas in canvases])
+        return torch.where(inpainted, decoded, kept).cpu()

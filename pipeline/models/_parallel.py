@@ -1,14 +1,17 @@
-"""Parallel decoding, one step at a time: hidden image tokens are guessed, the surest guesses stay.
+"""Parallel decoding: a step predicts all hidden tokens, and the most confident ones stay.
 
-MaskGIT (Chang et al. 2022, arXiv 2202.04200), sec. 3.2. Every picture follows its own schedule.
+MaskGIT (Chang et al. 2022, arXiv 2202.04200), sec. 3.2, with classifier-free guidance as in Muse
+(Chang et al. 2023, arXiv 2301.00704), sec. 2.7. Every image follows its own schedule of steps.
 
-Shapes: B pictures, N image tokens, R pictures drawn in a step, K of their tokens hidden.
+Shapes: R active images, N image tokens, K hidden tokens of all R images, D width of the features,
+V codebook size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,117 +19,147 @@ from torch.nn import functional as F
 
 from pipeline.contracts import GenerationRequest, ImageTokenizer
 from pipeline.models import _sampling as sampling
-from pipeline.models._drawing import Picture, Rows
+from pipeline.models._drawing import DecodingBatch, DecodingState
 from pipeline.runtime import autocast
 
-CHOICE_TEMPERATURE = 4.5  # of what stays known, at first; falls to 0 (MaskGIT's code)
+CHOICE_TEMPERATURE = 4.5
+"""Of the noise on the confidence in the first step; it falls linearly to 0 (MaskGIT's code)."""
 
-Reading = tuple[Tensor, ...]
-"""What the network has read: every tensor (2, ...), with the caption and without."""
+Conditioning = tuple[Tensor, ...]
+"""What the network knows of a caption and a style. Of one image every tensor is (2, ...): with the
+caption first, then without it or with the negative prompt."""
 
-Guess = Callable[[Reading, Tensor, Tensor], Tensor]
-"""(readings (2 R, ...), tokens (2 R, N), hidden bool (2 R, N)) -> features (2 R, N, D), every
-picture's with its caption and without side by side."""
 
-Head = Callable[[Tensor], Tensor]
-"""Features (K, D) -> logits (K, V), K a multiple of N; linear, so guidance may come before it."""
+class TokenPredictor(NamedTuple):
+    """A network that predicts hidden image tokens.
+
+    Attributes:
+        features: (conditioning (2 R, ...), tokens int64 (2 R, N), hidden bool (2 R, N)) -> features
+            (2 R, N, D). An image's two rows, with and without its caption, follow each other.
+        logits: features (K, D), K a multiple of N -> logits (K, V). It is linear, so guidance may
+            come before it.
+    """
+
+    features: Callable[[Conditioning, Tensor, Tensor], Tensor]
+    logits: Callable[[Tensor], Tensor]
 
 
 @dataclass(eq=False, kw_only=True)
-class ReadPicture(Picture):
-    """A picture whose `known` tokens, bool (N,), grow."""
+class ParallelState(DecodingState):
+    """An image whose known tokens grow in number.
 
-    reading: Reading
+    Attributes:
+        conditioning: read once, whatever the number of steps.
+        known: bool (N,), the tokens that later steps keep.
+    """
+
+    conditioning: Conditioning
     known: Tensor
 
 
-class ParallelDecoding(Rows[ReadPicture]):
-    """contracts.ContinuousBatch.
+class ParallelDecoding(DecodingBatch[ParallelState]):
+    """contracts.ContinuousBatch of a masked model.
 
     Args:
-        begin: requests as pictures; raises RequestError.
-        guess: the network's opinion.
-        head: makes logits of it.
+        begin: makes states of requests; raises RequestError.
+        predictor: the network.
         tokenizer: decodes image tokens.
         device: where to compute.
-        guidance_schedule: see sampling.guidance_at.
+        guidance_schedule: see sampling.guidance_scale_at.
     """
 
     joinable = True
 
     def __init__(
         self,
-        begin: Callable[[Sequence[GenerationRequest]], list[ReadPicture]],
-        guess: Guess,
-        head: Head,
+        begin: Callable[[Sequence[GenerationRequest]], list[ParallelState]],
+        predictor: TokenPredictor,
         tokenizer: ImageTokenizer,
         device: torch.device,
         guidance_schedule: str,
     ) -> None:
         super().__init__(tokenizer, device)
-        self._begin, self._guess, self._head = begin, guess, head
+        self._begin, self._predictor = begin, predictor
         self._guidance_schedule = guidance_schedule
 
     @torch.inference_mode()
     def join(self, requests: Sequence[GenerationRequest]) -> range:
-        return self._enter(self._begin(requests))
+        """See contracts.ContinuousBatch."""
+        return self._add(self._begin(requests))
 
     @torch.inference_mode()
     def step(self) -> bool:
-        pictures = [picture for picture in self._pictures.values() if picture.under_way]
-        if not pictures:
+        """See contracts.GenerationBatch."""
+        active = [state for state in self._states.values() if state.active]
+        if not active:
             return False
         with autocast(self._device):
-            tokens, known = self._advance(pictures)
-        for picture, its_tokens, its_known in zip(pictures, tokens, known, strict=True):
-            picture.tokens, picture.known = its_tokens, its_known
-            picture.done += 1
+            tokens, known = self._advance(active)
+        for state, its_tokens, its_known in zip(active, tokens, known, strict=True):
+            state.tokens, state.known = its_tokens, its_known
+            state.steps_done += 1
         return True
 
-    def _advance(self, pictures: Sequence[ReadPicture]) -> tuple[Tensor, Tensor]:
-        """Tokens int64 (R, N) and which of them are known after one more step."""
-        tokens = torch.stack([picture.tokens for picture in pictures])
-        known = torch.stack([picture.known for picture in pictures])
-        progress = self._column([(p.done + 1) / p.steps for p in pictures])
-        readings = zip(*(picture.reading for picture in pictures), strict=True)
-        features = self._guess(
-            tuple(torch.cat(parts) for parts in readings),
+    def _advance(self, states: Sequence[ParallelState]) -> tuple[Tensor, Tensor]:
+        """Tokens int64 (R, N), and which of them are known after one more step, bool (R, N)."""
+        tokens = torch.stack([state.tokens for state in states])
+        known = torch.stack([state.known for state in states])
+        progress = self._column([state.next_progress for state in states])  # (R,)
+        counts = (~known).sum(1)  # (R,), they add up to K
+        temperature = self._column([state.request.temperature for state in states])
+        temperature = temperature.repeat_interleave(counts)  # (K,)
+        logits = self._logits(self._guided_features(states, tokens, known, progress)[~known])
+        uniform, noise = self._random_numbers(states, counts.tolist())
+        sampled = sampling.categorical(logits, temperature, uniform)
+        log_p = logits.gather(1, sampled[:, None])[:, 0] - logits.logsumexp(1)
+        noise = noise * CHOICE_TEMPERATURE * temperature
+        noise = noise * (1 - progress).repeat_interleave(counts)
+        confidence = torch.zeros(known.shape, device=self._device)
+        tokens[~known], confidence[~known] = sampled, log_p + noise
+        num_hidden = _num_hidden(states, progress)
+        return tokens, sampling.keep_most_confident(confidence, known, num_hidden)
+
+    def _guided_features(
+        self, states: Sequence[ParallelState], tokens: Tensor, known: Tensor, progress: Tensor
+    ) -> Tensor:
+        """(R, N, D)."""
+        conditioning = zip(*(state.conditioning for state in states), strict=True)
+        features = self._predictor.features(
+            tuple(torch.cat(parts) for parts in conditioning),
             tokens.repeat_interleave(2, 0),
             ~known.repeat_interleave(2, 0),
-        )
-        conditional, unconditional = features.float().unflatten(0, (-1, 2)).unbind(1)
-        scale = sampling.guidance_at(
-            self._column([p.scale for p in pictures]), progress, self._guidance_schedule
-        )
-        features = sampling.classifier_free_guidance(conditional, unconditional, scale)
-        logits = self._logits(features[~known])
-        counts = (~known).sum(1)
-        temperature = self._column([p.temperature for p in pictures]).repeat_interleave(counts)
-        pick, doubt = self._random(pictures, counts)
-        drawn = sampling.categorical(logits, temperature, pick)
-        log_p = logits.gather(1, drawn[:, None])[:, 0] - logits.logsumexp(1)
-        # one picture at a time: where a logarithm or cosine stands in a row is part of its last bit
-        doubt = torch.cat([sampling.gumbel(part) for part in doubt.split(counts.tolist())])
-        doubt = doubt * CHOICE_TEMPERATURE * temperature
-        doubt = doubt * (1 - progress).repeat_interleave(counts)
-        confidence = torch.zeros(known.shape, device=self._device)
-        tokens[~known], confidence[~known] = drawn, log_p + doubt
-        at_first = torch.stack([picture.hidden for picture in pictures]).sum(1)
-        ratio = torch.stack([sampling.cosine_mask_ratio(part) for part in progress])
-        num_hidden = (ratio * at_first).floor().long()
-        return tokens, sampling.keep_most_confident(confidence, known, num_hidden)
+        ).float()
+        conditional, unconditional = features[0::2], features[1::2]
+        scale = self._column([state.request.guidance_scale for state in states])
+        scale = sampling.guidance_scale_at(scale, progress, self._guidance_schedule)
+        return sampling.classifier_free_guidance(conditional, unconditional, scale)
+
+    def _logits(self, features: Tensor) -> Tensor:
+        """(K, D) -> float (K, V), computed for a multiple of N rows: oneDNN makes and keeps a
+        kernel for every shape it meets, and so it meets few."""
+        missing = -len(features) % self._tokenizer.grid_size**2
+        return self._predictor.logits(F.pad(features, (0, 0, 0, missing))).float()[: len(features)]
+
+    def _random_numbers(
+        self, states: Sequence[ParallelState], counts: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Of every hidden token a uniform number in [0, 1) and Gumbel noise, float (K,) both, from
+        its image's generator alone."""
+        rngs = [state.rng for state in states]
+        uniform = sampling.uniform_noise(counts, rngs).to(self._device)
+        other = sampling.uniform_noise(counts, rngs).to(self._device)
+        # per image: a logarithm's last bit depends on where in a tensor its number stands
+        parts = torch.split(other, list(counts))
+        noise = torch.cat([sampling.gumbel_noise(part) for part in parts])
+        return uniform, noise
 
     def _column(self, values: Sequence[float]) -> Tensor:
         return torch.tensor(values, device=self._device)
 
-    def _random(self, pictures: Sequence[ReadPicture], counts: Tensor) -> Tensor:
-        """Two numbers for every hidden token, from its picture's generator: (2, K)."""
-        noise = [picture.noise for picture in pictures]
-        parts = [sampling.uniform_noise(counts.tolist(), noise).to(self._device) for _ in range(2)]
-        return torch.stack(parts)
 
-    def _logits(self, features: Tensor) -> Tensor:
-        """Of K hidden tokens, as a multiple of N: kernels that are made and kept for every shape
-        they meet (oneDNN's are) then meet few."""
-        missing = -len(features) % self._tokenizer.grid_size**2
-        return self._head(F.pad(features, (0, 0, 0, missing))).float()[: len(features)]
+def _num_hidden(states: Sequence[ParallelState], progress: Tensor) -> Tensor:
+    """How many tokens stay hidden after the step, int64 (R,) (MaskGIT, sec. 3.2, step 3)."""
+    hidden_at_first = torch.stack([state.canvas.hidden for state in states]).sum(1)
+    # per image: a cosine's last bit depends on where in a tensor its number stands
+    ratio = torch.stack([sampling.cosine_mask_ratio(part) for part in progress])
+    return (ratio * hidden_at_first).floor().long()

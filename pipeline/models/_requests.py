@@ -1,32 +1,52 @@
-"""Checking generation requests against a model, once for every family."""
+"""Generation requests checked against a model's limits, with its defaults filled in.
+
+Every family's generator resolves a batch before it computes anything, so a request that is refused
+costs nothing and leaves a batch under way as it was:
+
+    for request in resolve_requests(requests, config, styles, guidance_scale=3.0):
+        request.num_steps  # never None
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from pipeline.config import MAX_GUIDANCE, MAX_STEPS, MAX_TEMPERATURE, GeneratorConfig
 from pipeline.contracts import MAX_SEED, Canvas, GenerationRequest
 from pipeline.errors import RequestError
 
+Number = TypeVar("Number", int, float)
+
 
 @dataclass(frozen=True)
-class Settings:
-    """A batch of requests as columns, the model's defaults filled in; styles as ids or None, an
-    empty text for no caption."""
+class ResolvedRequest:
+    """A request within the model's limits, its defaults filled in.
 
-    prompts: list[str]
-    seeds: list[int]
-    styles: list[int | None]
-    guidance_scales: list[float]
-    temperatures: list[float]
-    num_steps: list[int]
-    negative_prompts: list[str]
-    canvases: list[Canvas | None]
+    Attributes:
+        prompt: without spaces around it; empty stands for no caption.
+        negative_prompt: what guidance leads away from; empty stands for no caption.
+        seed: 0 to contracts.MAX_SEED.
+        style_id: 0 to config.num_styles, which stands for no style.
+        guidance_scale: 1 to config.MAX_GUIDANCE.
+        temperature: 0 to config.MAX_TEMPERATURE.
+        num_steps: decoding steps; 1 to config.MAX_STEPS where a request may choose.
+        canvas: the image to go on from, of the model's image size.
+    """
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    style_id: int
+    guidance_scale: float
+    temperature: float
+    num_steps: int
+    canvas: Canvas | None
 
 
-def check_requests(
+def resolve_requests(
     requests: Sequence[GenerationRequest],
     config: GeneratorConfig,
     styles: Sequence[str],
@@ -34,47 +54,56 @@ def check_requests(
     guidance_scale: float,
     canvas_size: int | None = None,
     fixed_steps: int | None = None,
-) -> Settings:
-    """Fill in defaults and check every limit before anything is drawn.
+) -> list[ResolvedRequest]:
+    """Check every request and fill in what it leaves out.
 
     Args:
+        requests: one per image.
+        config: the model's, which has the defaults.
+        styles: their names by style id.
         guidance_scale: the family's default, for a config that has none.
-        canvas_size: pixels a side of the canvas it can go on from; None if it cannot.
+        canvas_size: pixels per side of a canvas; None if the model cannot go on from one.
         fixed_steps: the family's only number of decoding steps; None if a request may choose.
 
     Raises:
         RequestError: names the field, the value and what is allowed.
     """
-    settings = Settings([], [], [], [], [], [], [], [])
     default = guidance_scale if config.guidance_scale is None else config.guidance_scale
-    for request in requests:
-        guidance = default if request.guidance_scale is None else request.guidance_scale
-        temperature = config.temperature if request.temperature is None else request.temperature
-        num_steps = _steps(request, config, fixed_steps)
-        _within("seed", request.seed, 0, MAX_SEED)
-        _within("guidance_scale", guidance, 1.0, MAX_GUIDANCE)
-        _within("temperature", temperature, 0.0, MAX_TEMPERATURE)
-        settings.prompts.append(_prompt(request))
-        settings.seeds.append(request.seed)
-        settings.styles.append(_style(request.style, styles))
-        settings.guidance_scales.append(guidance)
-        settings.temperatures.append(temperature)
-        settings.num_steps.append(num_steps)
-        settings.negative_prompts.append((request.negative_prompt or "").strip())
-        settings.canvases.append(_canvas(request.canvas, canvas_size))
-    return settings
+    return [
+        ResolvedRequest(
+            num_steps=_num_steps(request, config, fixed_steps),
+            seed=_within("seed", request.seed, 0, MAX_SEED),
+            guidance_scale=_within(
+                "guidance_scale",
+                default if request.guidance_scale is None else request.guidance_scale,
+                1.0,
+                MAX_GUIDANCE,
+            ),
+            temperature=_within(
+                "temperature",
+                config.temperature if request.temperature is None else request.temperature,
+                0.0,
+                MAX_TEMPERATURE,
+            ),
+            prompt=_prompt(request),
+            style_id=config.num_styles if request.style is None else _style(request.style, styles),
+            negative_prompt=(request.negative_prompt or "").strip(),
+            canvas=None if request.canvas is None else _canvas(request.canvas, canvas_size),
+        )
+        for request in requests
+    ]
 
 
-def _within(name: str, value: float, low: float, high: float) -> None:
+def _within(name: str, value: Number, low: Number, high: Number) -> Number:
     if not (math.isfinite(value) and low <= value <= high):
         raise RequestError(f"{name}={value} is outside {low} to {high}", param=name)
+    return value
 
 
-def _steps(request: GenerationRequest, config: GeneratorConfig, fixed: int | None) -> int:
+def _num_steps(request: GenerationRequest, config: GeneratorConfig, fixed: int | None) -> int:
     if fixed is None:
         num_steps = config.num_steps if request.num_steps is None else request.num_steps
-        _within("num_steps", num_steps, 1, MAX_STEPS)
-        return num_steps
+        return _within("num_steps", num_steps, 1, MAX_STEPS)
     if request.num_steps not in (None, fixed):
         raise RequestError(
             f"num_steps={request.num_steps}: this model always draws in {fixed}; leave it out",
@@ -84,15 +113,19 @@ def _steps(request: GenerationRequest, config: GeneratorConfig, fixed: int | Non
 
 
 def _prompt(request: GenerationRequest) -> str:
-    """Empty stands for no caption at all: a canvas alone may say enough."""
+    """A canvas needs no caption beside it; without one an empty prompt is a mistake."""
     if not request.prompt.strip() and request.canvas is None:
         raise RequestError("the prompt is empty; say what to draw", param="prompt")
     return request.prompt.strip()
 
 
-def _canvas(canvas: Canvas | None, size: int | None) -> Canvas | None:
-    if canvas is None:
-        return None
+def _style(style: str, styles: Sequence[str]) -> int:
+    if style not in styles:
+        raise RequestError(f"style={style!r} is not one of: {', '.join(styles)}", param="style")
+    return list(styles).index(style)
+
+
+def _canvas(canvas: Canvas, size: int | None) -> Canvas:
     if size is None:
         raise RequestError("this model cannot go on from a picture", param="image")
     if len(canvas.pixels) != 3 * size * size:
@@ -108,11 +141,3 @@ def _canvas(canvas: Canvas | None, size: int | None) -> Canvas | None:
     if not 0 < canvas.share <= 1:
         raise RequestError(f"share={canvas.share} is outside 0 to 1", param="share")
     return canvas
-
-
-def _style(style: str | None, styles: Sequence[str]) -> int | None:
-    if style is None:
-        return None
-    if style not in styles:
-        raise RequestError(f"style={style!r} is not one of: {', '.join(styles)}", param="style")
-    return list(styles).index(style)

@@ -1,12 +1,13 @@
-"""Tasks: how a captioned picture becomes what a model reads and what it shall answer.
+"""Tasks: how a captioned image becomes a training example, what a model sees and what it predicts.
 
-A task is one file. It has `SOURCE`, whether the model sees a source picture, and
+A task is one file of this folder, and its name is the file's. It defines `SOURCE`, whether the
+model sees a source image, and
 
     example(image_tokens, rng) -> Example
 
-which makes one training example of a picture's tokens, with all randomness from `rng`. A recipe
+which makes one training example from an image's tokens, with all randomness from `rng`. A recipe
 names its tasks (`generator.tasks`); each example is of one of them, in equal shares. Models see
-captions, source and target alone and never ask which task they serve.
+caption, source and target alone and never ask which task they serve.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ __path__ = registry.search_path(__name__)
 
 @dataclass(frozen=True)
 class Example:
-    """One training example; N image tokens.
+    """One training example of N image tokens.
 
     Attributes:
-        source: int64 (N,), the picture to start from, as image tokens.
-        given: bool (N,), which of them the model sees.
-        target: int64 (N,), the picture it shall draw. Where a source token is given, it is the
-            target's own.
+        source: int64 (N,), the image to go on from.
+        given: bool (N,), the source tokens that the model sees. They are also the target's tokens
+            at these positions, so there is nothing to predict there.
+        target: int64 (N,), the image to predict.
     """
 
     source: np.ndarray
@@ -38,7 +39,7 @@ class Example:
 
 
 def gives_source(names: Sequence[str]) -> bool:
-    """Whether a model that learns these tasks sees source pictures.
+    """Whether a model that learns these tasks sees source images.
 
     Raises:
         RecipeError: there is no such task; the message lists what there is.

@@ -1,4 +1,7 @@
-"""Rows of a data set as examples of several tasks."""
+"""A data set of tokenized images as training examples of several tasks.
+
+Shapes: B examples, N image tokens.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,15 @@ from pipeline import feed, registry
 
 
 class TaskDataset:
-    """feed.Dataset over another one, each row made an example of one of the tasks.
+    """feed.Dataset over another one that makes each row an example of one task.
 
-    Batches gain "source_tokens" int64 (B, N) and "source_given" bool (B, N); "image_tokens" is the
-    target. A row's task and its example depend on the row's own draws alone; without draws, as in
-    validation, on the row.
+    Batches gain "source_tokens" int64 (B, N) and "source_given" bool (B, N), see `Example`;
+    "image_tokens" is the target. A row's task and its example depend on the row's own draws alone;
+    without draws, as in validation, on the row's number.
+
+    Args:
+        rows: whose batches have "image_tokens", int64 (B, N).
+        names: of the tasks, which get equal shares of the rows.
     """
 
     def __init__(self, rows: feed.Dataset, names: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""A caption becomes a picture: nothing of the picture is given."""
+"""Text to image: the caption alone says what to generate; no token of the image is given."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.config import GeneratorConfig
 from pipeline.contracts import ModelSpec
+from pipeline.models._backend import DecoderFactory
 from pipeline.models._captions import HFCaptionTokenizer
-from pipeline.models._decoding import DecoderMaker
 from pipeline.models.causal import CausalConfig
 from pipeline.models.networks import causal
 from pipeline.pretrained import find_language_model
@@ -63,7 +63,7 @@ class Contest:
     """Both ways to continue the same prompts with the same weights."""
 
     model: causal.CausalTransformer
-    maker: DecoderMaker
+    maker: DecoderFactory
     plain: Any
     layout: dict[str, Any]
     ids: Tensor
@@ -77,9 +77,9 @@ class Contest:
     def ours(self) -> Tensor:
         """int64 (B, N): what causal.CausalGenerator does a step, without noise and guidance."""
         style = torch.zeros(len(self.ids), dtype=torch.long, device=self.device)
-        inputs, keys = self.model.prompt(self.ids, self.mask, style)
+        inputs, mask = self.model.prompt(self.ids, self.mask, style)
         decoder = self.maker(PROMPT + 2 + TOKENS)
-        tokens = [decoder.add(inputs, keys).argmax(-1)]
+        tokens = [decoder.prefill(inputs, mask).argmax(-1)]
         while len(tokens) < TOKENS:
             tokens.append(decoder.step(self.model.image_table(tokens[-1])).argmax(-1))
         decoder.keep(torch.zeros(0, dtype=torch.long, device=self.device))
@@ -156,7 +156,7 @@ def main() -> None:
         layout = json.loads((Path(folder) / "tessera.json").read_text())
         for dtype in {torch.float32, autocast_dtype(device) or torch.float32}:
             plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-            maker = DecoderMaker(model.lm, model.image_head, dtype)
+            maker = DecoderFactory(model.lm, model.image_head, dtype)
             for batch in args.batches:
                 ids, mask = read([f"a red house, {i}" for i in range(batch)])
                 contest = Contest(model, maker, plain, layout, ids.to(device), mask.to(device))

@@ -23,8 +23,11 @@ from pipeline.contracts import GenerationRequest, ModelParts, ModelSpec
 from pipeline.errors import PretrainedNotFoundError, RecipeError
 from pipeline.finetune import apply_policy, build_optimizers
 from pipeline.models import _sampling as sampling
+from pipeline.models._backend import DecoderFactory, has_adapters
 from pipeline.models._captions import HFCaptionTokenizer
-from pipeline.models._decoding import CacheDecoder, GraphDecoder, LlamaWeights, Room, SlotDecoder
+from pipeline.models._cuda_graph import GraphBatch, GraphDecoder
+from pipeline.models._decoding import TransformersDecoder
+from pipeline.models._llama import LlamaWeights, SlotDecoder
 from pipeline.models._tokens import ImageVocabulary
 from pipeline.models.causal import CausalConfig
 from pipeline.models.networks import causal
@@ -83,7 +86,7 @@ def test_transformers_generates_the_same_tokens_from_the_export(tmp_path: Path) 
     requests = [
         GenerationRequest(p, style="b", guidance_scale=1.0, temperature=0.0) for p in prompts
     ]
-    assert torch.equal(generator(made).draw_tokens(requests), theirs)
+    assert torch.equal(generator(made).generate_tokens(requests), theirs)
 
 
 def test_the_cache_changes_nothing() -> None:
@@ -94,7 +97,7 @@ def test_the_cache_changes_nothing() -> None:
         GenerationRequest("house", style="a", guidance_scale=1.0, temperature=0.0),
         GenerationRequest("一座红色的房子", guidance_scale=1.0, temperature=0.0),
     ]
-    drawn = generator(made).draw_tokens(requests)
+    drawn = generator(made).generate_tokens(requests)
     with torch.inference_mode():
         assert torch.equal(made(drawn, ids, mask, style).argmax(-1), drawn)
 
@@ -146,17 +149,18 @@ def test_token_dropout_is_for_training_alone() -> None:
 
 def test_truncated_logits() -> None:
     logits = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]]).log()
-    kept = sampling.truncated(logits, top_k=2, top_p=1.0).isfinite()
+    kept = sampling.truncate_logits(logits, top_k=2, top_p=1.0).isfinite()
     assert kept.tolist() == [[True, True, False, False, False]]
-    kept = sampling.truncated(logits.flip(1), top_k=0, top_p=0.6).isfinite()
+    kept = sampling.truncate_logits(logits.flip(1), top_k=0, top_p=0.6).isfinite()
     assert kept.tolist() == [[False, False, False, True, True]]
-    assert torch.equal(sampling.truncated(logits, top_k=0, top_p=1.0), logits)
+    assert torch.equal(sampling.truncate_logits(logits, top_k=0, top_p=1.0), logits)
     level = torch.zeros(1, 5)
-    assert sampling.truncated(level, top_k=2, top_p=1.0).isfinite().sum() == 2, "ties are cut"
+    assert sampling.truncate_logits(level, top_k=2, top_p=1.0).isfinite().sum() == 2, "ties are cut"
     certain = replace_causal(top_k=1)
     request = GenerationRequest("house", guidance_scale=1.0)
     drawn = [
-        generator(model(), certain).draw_tokens([replace(request, seed=s)]).tolist() for s in (1, 2)
+        generator(model(), certain).generate_tokens([replace(request, seed=s)]).tolist()
+        for s in (1, 2)
     ]
     assert drawn[0] == drawn[1], "of one token there is no choice"
 
@@ -233,10 +237,7 @@ def test_captions_are_padded_on_the_left_and_cut() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_slots_say_what_the_models_own_cache_says(
-    bias: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipeline.runtime.autocast_dtype", lambda device: None)
+def test_slots_say_what_the_models_own_cache_says(bias: bool) -> None:
     torch.manual_seed(2)
     config = LlamaConfig(
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
@@ -246,50 +247,50 @@ def test_slots_say_what_the_models_own_cache_says(
     lm, head = LlamaForCausalLM(config).model.eval(), torch.nn.Linear(32, 20)
     for parameter in lm.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    own = CacheDecoder(lm, head)
-    slots = SlotDecoder(LlamaWeights(lm, head, torch.float32), length=12)
-    keys = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]], dtype=torch.bool)
+    reference = TransformersDecoder(lm, head, torch.float32)
+    slots = SlotDecoder(LlamaWeights(lm, head, torch.float32), num_slots=12)
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]], dtype=torch.bool)
     inputs = torch.randn(3, 4, 32)
     with torch.inference_mode():
-        torch.testing.assert_close(slots.add(inputs, keys), own.add(inputs, keys))
+        torch.testing.assert_close(slots.prefill(inputs, mask), reference.prefill(inputs, mask))
         for step in range(4):
-            inputs = torch.randn(len(own.keys), 32)
-            torch.testing.assert_close(slots.step(inputs), own.step(inputs))
+            inputs = torch.randn(len(reference.mask), 32)
+            torch.testing.assert_close(slots.step(inputs), reference.step(inputs))
             if step == 1:
-                for decoder in (own, slots):
+                for decoder in (reference, slots):
                     decoder.keep(torch.tensor([2, 0]))
 
 
 class Replayed:
     """Stands for a CUDA graph, which needs a GPU (test_gpu.py has one)."""
 
-    def __init__(self, room: Room) -> None:
-        self.room = room
+    def __init__(self, batch: GraphBatch) -> None:
+        self.batch = batch
 
     def replay(self) -> None:
-        self.room.logits = self.room._advance()
+        self.batch.logits = self.batch._step_all()
 
 
-def test_places_in_a_room_go_on_as_rows_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Room, "_captured", lambda room: Replayed(room))
+def test_rows_of_a_graph_batch_go_on_as_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GraphBatch, "_captured", lambda batch: Replayed(batch))
     weights = LlamaWeights(model().lm, nn.Linear(32, 50, bias=False), torch.float32)
-    rooms: list[Room] = []
+    idle: list[GraphBatch] = []
     draws = torch.Generator().manual_seed(0)
     with torch.inference_mode():
         for _ in range(2):
-            graph, plain, rows = GraphDecoder(weights, 9, rooms), SlotDecoder(weights, 9), 0
+            graph, plain, rows = GraphDecoder(weights, 9, idle), SlotDecoder(weights, 9), 0
             for joining, staying in ((3, 3), (0, 2), (1, 3), (4, 5), (0, 0)):
-                if joining:  # into a free place, into a larger room
+                if joining:  # into a free row, into a larger batch
                     inputs = torch.randn(joining, 4, 32, generator=draws)
-                    keys = torch.arange(4) >= torch.arange(joining)[:, None] % 3
-                    assert torch.equal(graph.add(inputs, keys), plain.add(inputs, keys))
+                    mask = torch.arange(4) >= torch.arange(joining)[:, None] % 3
+                    assert torch.equal(graph.prefill(inputs, mask), plain.prefill(inputs, mask))
                     rows += joining
                 inputs = torch.randn(rows, 32, generator=draws)
                 torch.testing.assert_close(graph.step(inputs), plain.step(inputs))
                 for decoder in (graph, plain):
                     decoder.keep(torch.arange(rows)[:staying].flip(0))
                 rows = staying
-            assert sorted(map(len, rooms)) == [3, 7], "left to those who come next"
+            assert sorted(map(len, idle)) == [3, 7], "left to those who come next"
 
 
 def test_another_architecture_draws_through_its_own_cache() -> None:
@@ -298,9 +299,9 @@ def test_another_architecture_draws_through_its_own_cache() -> None:
     ).to_dict()
     made = model(replace(SPEC, language_model=language_model))
     requests = [GenerationRequest(p, guidance_scale=1.0, temperature=0.0) for p in ("cat", "a dog")]
-    drawing = generator(made).start(requests)
-    assert not drawing.joinable
-    drawn = generator(made).draw_tokens(requests)
+    batch = generator(made).start(requests)
+    assert not batch.joinable
+    drawn = generator(made).generate_tokens(requests)
     ids, mask = HFCaptionTokenizer(None, 12)(["cat", "a dog"])
     style = torch.full((2,), made.no_style)
     with torch.inference_mode():
@@ -309,9 +310,11 @@ def test_another_architecture_draws_through_its_own_cache() -> None:
 
 def test_adapters_are_drawn_with() -> None:
     made = model()
-    assert LlamaWeights.fit(made.lm)
+    assert isinstance(DecoderFactory(made.lm, made.image_head)(40), SlotDecoder)
     apply_policy(made, TrainConfig(policy="lora", lora_rank=2))
-    assert not LlamaWeights.fit(made.lm), "its weights are read past the adapters"
+    assert has_adapters(made.lm)
+    decoder = DecoderFactory(made.lm, made.image_head)(40)
+    assert isinstance(decoder, TransformersDecoder), "weights are read past the adapters"
 
 
 @pytest.mark.parametrize(("policy", "optimizer"), [("lora", "adamw"), ("full", "muon")])

@@ -151,12 +151,12 @@ def test_pictures_drawn_together_are_those_drawn_alone() -> None:
     columns = (
         torch.randn(4, model.noise_width), batch["caption_states"][:4], batch["caption_mask"][:4],
         batch["caption_states"][4:8].flip(0), batch["caption_mask"][4:8], batch["style"][:4],
-        torch.tensor([[1.0], [1.0], [2.0], [3.0]]),
+        torch.tensor([1.0, 1.0, 2.0, 3.0]),
     )  # fmt: skip
     with torch.inference_mode():
-        together = generator._draw(*columns)
+        together = generator._decode(*columns)
         singles = zip(*(column.split(1) for column in columns), strict=True)
-        alone = torch.cat([generator._draw(*each) for each in singles])
+        alone = torch.cat([generator._decode(*each) for each in singles])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
     assert (alone[0] - alone[1]).abs().max() > 1e-3
 

@@ -22,7 +22,8 @@ from pipeline.bundle import load_generator
 from pipeline.config import GeneratorConfig, TrainConfig
 from pipeline.contracts import GenerationRequest, ModelSpec
 from pipeline.models import load_family
-from pipeline.models._decoding import GraphDecoder, LlamaWeights, SlotDecoder
+from pipeline.models._cuda_graph import GraphDecoder
+from pipeline.models._llama import LlamaWeights, SlotDecoder
 from pipeline.models.gan import GanConfig
 from pipeline.train import Training, TrainResult, fit
 
@@ -113,17 +114,19 @@ def test_a_graph_computes_what_its_kernels_do() -> None:
         )
     ).cuda()  # fmt: skip
     head = torch.nn.Linear(64, 50, bias=False).cuda()
-    weights, rooms = LlamaWeights(lm, head, torch.float32), []
+    weights, idle = LlamaWeights(lm, head, torch.float32), []
     with torch.inference_mode():
-        for _ in range(2):  # again in the rooms, and with the graphs, of the first
-            graph, plain = GraphDecoder(weights, 12, rooms), SlotDecoder(weights, 12)
+        for _ in range(2):  # the second time in the batches, and with the graphs, of the first
+            graph, plain = GraphDecoder(weights, 12, idle), SlotDecoder(weights, 12)
             rows = 0
-            # three rows; one leaves; one takes its free place; three need a larger room; all leave
+            # three rows; one leaves; one takes its free row; three need a larger batch; all leave
             for joining, staying in ((3, 2), (1, 3), (3, 6), (0, 0)):
                 if joining:
                     inputs = torch.randn(joining, 4, 64, device="cuda")
-                    keys = torch.ones(joining, 4, dtype=torch.bool, device="cuda")
-                    torch.testing.assert_close(graph.add(inputs, keys), plain.add(inputs, keys))
+                    mask = torch.ones(joining, 4, dtype=torch.bool, device="cuda")
+                    torch.testing.assert_close(
+                        graph.prefill(inputs, mask), plain.prefill(inputs, mask)
+                    )
                     rows += joining
                 for _ in range(2):
                     inputs = torch.randn(rows, 64, device="cuda")
@@ -131,7 +134,7 @@ def test_a_graph_computes_what_its_kernels_do() -> None:
                 for decoder in (graph, plain):
                     decoder.keep(torch.arange(staying, device="cuda"))
                 rows = staying
-            assert len(rooms) == 2
+            assert len(idle) == 2
 
 
 def test_the_whole_chain_runs_on_it(tmp_path: Path) -> None:

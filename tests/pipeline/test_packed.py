@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.models._packed import (
+    ImageInvariantLinear,
     PackedLinear,
-    Picturewise,
-    Rowwise,
-    _missing,
+    RowInvariantLinear,
+    _padding,
     _work,
-    with_modules,
 )
+from pipeline.models._packed_masked import with_modules
 from pipeline.runtime import autocast_dtype
 
 DTYPES = {torch.float32, autocast_dtype(torch.device("cpu")) or torch.float32}
@@ -60,7 +60,7 @@ def test_it_multiplies(
 @torch.inference_mode()
 def test_no_row_sees_another(threads: int, dtype: torch.dtype, wide: int, narrow: int) -> None:
     torch.manual_seed(1)
-    layer = Rowwise(cancelling(wide, narrow, -1, dtype))
+    layer = RowInvariantLinear(cancelling(wide, narrow, -1, dtype))
     x = cancelling(150, narrow, 1, dtype)
     alone = torch.cat([layer(row[None]) for row in x])
     for rows in (2, 3, 7, 16, 33, 64, 65, 150):
@@ -69,7 +69,7 @@ def test_no_row_sees_another(threads: int, dtype: torch.dtype, wide: int, narrow
 
 def test_of_numbers_of_rows_that_agree_the_cheapest_are_taken() -> None:
     few, many = (1, 2, 4, 8, 16, 32), (48, 64)
-    assert _missing(few)[:6] == (1, 0, 0, 1, 0, 3)
+    assert _padding(few)[:6] == (1, 0, 0, 1, 0, 3)
     assert _work(few) < _work(many), "a row would be filled up to 48"
     assert _work((1, *few[1:], *many)) < _work(few), "64 rows read the weights twice"
 
@@ -77,13 +77,13 @@ def test_of_numbers_of_rows_that_agree_the_cheapest_are_taken() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("wide", "narrow"), [(256, 1024), (1024, 256)])
 @torch.inference_mode()
-def test_no_picture_sees_another(threads: int, dtype: torch.dtype, wide: int, narrow: int) -> None:
+def test_no_image_sees_another(threads: int, dtype: torch.dtype, wide: int, narrow: int) -> None:
     torch.manual_seed(1)
     linear = nn.Linear(narrow, wide, bias=False)
     linear.weight.copy_(cancelling(wide, narrow, -1, torch.float32))
-    layer = Picturewise(linear, dtype, rows=128, gelu=wide > narrow)
+    layer = ImageInvariantLinear(linear, dtype, rows=128, gelu=wide > narrow)
     x = cancelling(11 * 128, narrow, 1, dtype).view(11, 2, 64, narrow)
-    alone = torch.cat([layer(picture[None]) for picture in x])
+    alone = torch.cat([layer(image[None]) for image in x])
     for count in range(2, 12):
         assert torch.equal(layer(x[:count]), alone[:count]), count
 

@@ -15,7 +15,7 @@ from pipeline.config import TrainConfig
 from pipeline.contracts import Canvas, ContinuousBatch, GenerationRequest, SteppedGenerator
 from pipeline.errors import RequestError
 from pipeline.finetune import apply_policy
-from pipeline.models._sampling import touched_cells
+from pipeline.models._sampling import tokens_under
 
 REQUEST = GenerationRequest("红苹果", seed=7, style="noto")
 RAMP = torch.arange(64 * 64 * 3).remainder(251).to(torch.uint8).view(64, 64, 3)
@@ -42,7 +42,7 @@ def canvas(mask: Tensor | None = CORNER, **settings: Any) -> Canvas:
 def test_a_mask_touches_whole_tokens() -> None:
     mask = torch.zeros(8, 8, dtype=torch.bool)
     mask[3, 3] = True
-    assert touched_cells(mask, 4).nonzero().flatten().tolist() == [5]
+    assert tokens_under(mask, 4).nonzero().flatten().tolist() == [5]
 
 
 def test_what_is_not_masked_stays_and_the_rest_is_drawn(generator: Any) -> None:
@@ -67,8 +67,8 @@ def test_kept_tokens_are_seen(generator: Any) -> None:
 
 def test_a_variation_keeps_a_share_of_the_tokens_and_needs_no_prompt(generator: Any) -> None:
     asked = [GenerationRequest("", seed, canvas=canvas(None, share=0.25)) for seed in (1, 2)]
-    drawing = generator.start(asked)
-    first, second = (drawing._pictures[row].hidden for row in (0, 1))
+    batch = generator.start(asked)
+    first, second = (batch._states[row].canvas.hidden for row in (0, 1))
     assert first.sum() == second.sum() == 16 and not torch.equal(first, second)
     pictures = generator.generate(asked)
     assert not torch.equal(pictures[0], pictures[1])
@@ -86,38 +86,38 @@ def test_a_rising_guidance_is_another_picture_unless_nothing_guides(generator: A
 def test_rows_that_leave_do_not_change_the_others(generator: Any) -> None:
     assert isinstance(generator, SteppedGenerator)
     alone = generator.generate([REQUEST])[0]
-    drawing = generator.start([replace(REQUEST, seed=1), REQUEST, replace(REQUEST, num_steps=2)])
-    assert drawing.step() and drawing.step()
-    assert [drawing.progress(row) for row in range(3)] == [(2, 4), (2, 4), (2, 2)]
-    midway = drawing.images([1])[0]
-    drawing.drop([0])
-    while drawing.step():
+    batch = generator.start([replace(REQUEST, seed=1), REQUEST, replace(REQUEST, num_steps=2)])
+    assert batch.step() and batch.step()
+    assert [batch.progress(row) for row in range(3)] == [(2, 4), (2, 4), (2, 2)]
+    midway = batch.images([1])[0]
+    batch.drop([0])
+    while batch.step():
         pass
-    assert [drawing.progress(row) for row in range(3)] == [(2, 4), (4, 4), (2, 2)]
-    assert torch.equal(drawing.images([1])[0], alone)
+    assert [batch.progress(row) for row in range(3)] == [(2, 4), (4, 4), (2, 2)]
+    assert torch.equal(batch.images([1])[0], alone)
     assert not torch.equal(midway, alone)
 
 
 def test_a_picture_does_not_show_when_it_joined(generator: Any) -> None:
     hurried, edit = replace(REQUEST, num_steps=2), replace(REQUEST, seed=8, canvas=canvas())
     alone = [generator.generate([request])[0] for request in (REQUEST, edit, hurried)]
-    drawing = generator.start([REQUEST])
-    assert isinstance(drawing, ContinuousBatch) and drawing.joinable
-    drawing.step()
-    assert list(drawing.join([edit])) == [1]
-    drawing.step()
-    assert list(drawing.join([hurried])) == [2]
+    batch = generator.start([REQUEST])
+    assert isinstance(batch, ContinuousBatch) and batch.joinable
+    batch.step()
+    assert list(batch.join([edit])) == [1]
+    batch.step()
+    assert list(batch.join([hurried])) == [2]
     with pytest.raises(RequestError, match="num_steps"):
-        drawing.join([replace(REQUEST, num_steps=0)])
-    assert [drawing.progress(row) for row in range(3)] == [(2, 4), (1, 4), (0, 2)]
-    assert drawing.step() and drawing.step()
-    assert torch.equal(drawing.images([0, 2]), torch.stack([alone[0], alone[2]]))
-    drawing.forget([0, 2])
-    assert drawing.step() and not drawing.step()
-    assert torch.equal(drawing.images([1])[0], alone[1])
-    assert list(drawing.join([hurried])) == [3], "it may begin again"
-    assert drawing.step() and drawing.step()
-    assert torch.equal(drawing.images([3])[0], alone[2])
+        batch.join([replace(REQUEST, num_steps=0)])
+    assert [batch.progress(row) for row in range(3)] == [(2, 4), (1, 4), (0, 2)]
+    assert batch.step() and batch.step()
+    assert torch.equal(batch.images([0, 2]), torch.stack([alone[0], alone[2]]))
+    batch.forget([0, 2])
+    assert batch.step() and not batch.step()
+    assert torch.equal(batch.images([1])[0], alone[1])
+    assert list(batch.join([hurried])) == [3], "it may begin again"
+    assert batch.step() and batch.step()
+    assert torch.equal(batch.images([3])[0], alone[2])
 
 
 def test_adapters_are_drawn_with(tiny_bundle: Path, pretrained_cache: Path) -> None:

@@ -55,20 +55,20 @@ def test_guidance_interpolates_and_extrapolates() -> None:
 
 def test_guidance_may_rise_to_its_scale() -> None:
     scale, progress = torch.tensor([3.0, 3.0, 1.0]), torch.tensor([0.25, 1.0, 0.5])
-    assert sampling.guidance_at(scale, progress, "constant").tolist() == [3, 3, 1]
-    assert sampling.guidance_at(scale, progress, "linear").tolist() == [1.5, 3, 1]
+    assert sampling.guidance_scale_at(scale, progress, "constant").tolist() == [3, 3, 1]
+    assert sampling.guidance_scale_at(scale, progress, "linear").tolist() == [1.5, 3, 1]
 
 
 def test_noise_is_gumbel_and_each_row_is_its_own() -> None:
     def generators(*seeds: int) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    noise = sampling.gumbel(sampling.uniform_noise([100_000], generators(1)))
+    noise = sampling.gumbel_noise(sampling.uniform_noise([100_000], generators(1)))
     assert noise.mean().item() == pytest.approx(0.5772, abs=0.02)  # Euler's constant
     assert noise.var().item() == pytest.approx(math.pi**2 / 6, abs=0.05)
     pair = sampling.uniform_noise([3, 7], generators(1, 2))
     assert torch.equal(pair[3:], sampling.uniform_noise([7], generators(2)))
-    assert torch.isfinite(sampling.gumbel(torch.tensor([0.0, 1 - 2**-24]))).all()
+    assert torch.isfinite(sampling.gumbel_noise(torch.tensor([0.0, 1 - 2**-24]))).all()
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
@@ -98,10 +98,10 @@ def test_hardly_any_temperature_is_none(temperature: float) -> None:
 
 def test_seeds_of_any_length_have_noise_of_their_own() -> None:
     seeds = [1, 1 + 2**32, 1 + 2**33, 2**32, 0, MAX_SEED]
-    noise = {tuple(torch.rand(4, generator=sampling.noise_of(seed)).tolist()) for seed in seeds}
+    noise = {tuple(torch.rand(4, generator=sampling.seeded_rng(seed)).tolist()) for seed in seeds}
     assert len(noise) == len(seeds)
     same = torch.rand(4, generator=torch.Generator().manual_seed(7))
-    assert torch.equal(torch.rand(4, generator=sampling.noise_of(7)), same)
+    assert torch.equal(torch.rand(4, generator=sampling.seeded_rng(7)), same)
 
 
 def test_the_most_confident_stay_and_the_known_are_never_lost() -> None:

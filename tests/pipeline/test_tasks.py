@@ -164,12 +164,12 @@ def test_a_causal_model_goes_on_from_a_canvas() -> None:
         GenerationRequest("house", seed=1, canvas=canvas(30)),
         GenerationRequest("house", seed=1),
     ]
-    tokens, images = generator.draw_tokens(asked), generator.generate(asked)
+    tokens, images = generator.generate_tokens(asked), generator.generate(asked)
     assert (tokens[0, 8:] == 7).all() and (tokens[1, 8:] == 30).all(), "what is given stays"
     assert (images[0, :, 16:] == 7).all() and (images[1, :, 16:] == 30).all()
     assert not torch.equal(tokens[0, :8], tokens[1, :8]), "the hole's first tokens see the source"
-    assert torch.equal(generator.draw_tokens(asked[:1])[0], tokens[0]), "whatever the batch"
-    assert torch.equal(generator.draw_tokens(asked[2:])[0], tokens[2])
+    assert torch.equal(generator.generate_tokens(asked[:1])[0], tokens[0]), "whatever the batch"
+    assert torch.equal(generator.generate_tokens(asked[2:])[0], tokens[2])
 
 
 def test_a_causal_model_that_sees_no_source_refuses_a_canvas() -> None:

@@ -131,7 +131,7 @@ def test_the_engine_lets_pictures_in_between_steps(
 
     def slow(self: SequentialDecoding) -> bool:
         time.sleep(0.03)
-        seated.append(len(self._pictures))
+        seated.append(len(self._states))
         return step(self)
 
     monkeypatch.setattr(SequentialDecoding, "step", slow)

@@ -38,10 +38,10 @@ from pipeline.config import GeneratorConfig
 from pipeline.contracts import GenerationRequest, ModelParts, ModelSpec, OnStep, TokenCount
 from pipeline.errors import PretrainedNotFoundError, RecipeError
 from pipeline.models import _sampling as sampling
-from pipeline.models._canvas import lay_out
-from pipeline.models._decoding import DecoderMaker, positions_of
-from pipeline.models._drawing import pictures_of
-from pipeline.models._requests import check_requests
+from pipeline.models._backend import DecoderFactory
+from pipeline.models._decoding import positions_of
+from pipeline.models._drawing import initial_states
+from pipeline.models._requests import resolve_requests
 from pipeline.models._sequential import Prompts, SequentialDecoding
 from pipeline.models._tokens import ImageVocabulary
 from pipeline.models.causal import CausalConfig
@@ -251,7 +251,14 @@ class CausalObjective(Objective):
 
 
 class CausalGenerator:
-    """contracts.SteppedGenerator: token by token with a cache, guided, image tokens alone."""
+    """contracts.SteppedGenerator: guided sequential decoding of image tokens.
+
+    Args:
+        model: the network; later changes to it are not seen once an image is decoded.
+        config: its section of the recipe.
+        spec: its sizes.
+        parts: the tokenizer, the caption tokenizer and the device.
+    """
 
     def __init__(
         self, model: CausalTransformer, config: GeneratorConfig, spec: ModelSpec, parts: ModelParts
@@ -262,7 +269,7 @@ class CausalGenerator:
         self.read_ids = parts.caption_tokenizer
         self.styles, self.image_size = spec.styles, spec.image_size
         self.tasks = frozenset(config.tasks)
-        self.make_decoder = DecoderMaker(self.model.lm, self.model.image_head)
+        self.make_decoder = DecoderFactory(self.model.lm, self.model.image_head)
 
     def generate(
         self, requests: Sequence[GenerationRequest], *, on_step: OnStep | None = None
@@ -272,28 +279,28 @@ class CausalGenerator:
         Raises:
             RequestError: also for num_steps: it is the number of image tokens.
         """
-        return self._draw(requests, on_step).images(range(len(requests)))
+        return self._decode(requests, on_step).images(range(len(requests)))
 
-    def draw_tokens(self, requests: Sequence[GenerationRequest]) -> Tensor:
-        """int64 (B, N)."""
-        return self._draw(requests, None).tokens(range(len(requests)))
+    def generate_tokens(self, requests: Sequence[GenerationRequest]) -> Tensor:
+        """The images' tokens, int64 (B, N)."""
+        return self._decode(requests, None).tokens(range(len(requests)))
 
     def start(self, requests: Sequence[GenerationRequest]) -> SequentialDecoding:
         """See contracts.SteppedGenerator.start; more requests may join."""
         causal, sources = self.config.options(CausalConfig), self.model.vocabulary.with_source
         N = self.spec.num_tokens
-        length = causal.max_prompt_tokens + 2 + N + (1 + N if sources else 0)
-        drawing = SequentialDecoding(
-            self.make_decoder(length),
+        num_slots = causal.max_prompt_tokens + 2 + N + (1 + N if sources else 0)
+        batch = SequentialDecoding(
+            self.make_decoder(num_slots),
             self._begin,
             self.model.image_table,
             self.parts.tokenizer,
-            partial(sampling.truncated, top_k=causal.top_k, top_p=causal.top_p),
+            partial(sampling.truncate_logits, top_k=causal.top_k, top_p=causal.top_p),
             self.parts.device,
             self.config.guidance_schedule,
         )
-        drawing.join(requests)
-        return drawing
+        batch.join(requests)
+        return batch
 
     def count_tokens(self, request: GenerationRequest) -> TokenCount:
         """See contracts.SteppedGenerator.count_tokens."""
@@ -301,33 +308,34 @@ class CausalGenerator:
         canvas = self.spec.num_tokens if request.canvas else 0
         return TokenCount(text=text, canvas=canvas, drawn=self.spec.num_tokens)
 
-    def _draw(
+    def _decode(
         self, requests: Sequence[GenerationRequest], on_step: OnStep | None
     ) -> SequentialDecoding:
-        drawing = self.start(requests)
-        while drawing.step():
+        batch = self.start(requests)
+        while batch.step():
             if on_step is not None:
-                on_step(*drawing.progress(0))
-        return drawing
+                on_step(*batch.progress(0))
+        return batch
 
     def _begin(self, requests: Sequence[GenerationRequest]) -> Prompts:
-        sources, device = self.model.vocabulary.with_source, self.parts.device
-        settings = check_requests(
+        sees_source, device = self.model.vocabulary.with_source, self.parts.device
+        resolved = resolve_requests(
             requests, self.config, self.styles, fixed_steps=self.spec.num_tokens,
-            canvas_size=self.image_size if sources else None, guidance_scale=GUIDANCE_SCALE,
+            canvas_size=self.image_size if sees_source else None, guidance_scale=GUIDANCE_SCALE,
         )  # fmt: skip
-        noise = [sampling.noise_of(seed) for seed in settings.seeds]
-        captions = self.read_ids([*settings.prompts, *settings.negative_prompts])
-        ids, mask = (part.to(device) for part in captions)
-        style = torch.tensor([self.model.no_style if s is None else s for s in settings.styles])
-        style = style.to(device).repeat(2)
+        states = initial_states(resolved, self.parts.tokenizer, device)
+        captions = [request.prompt for request in resolved]
+        captions += [request.negative_prompt for request in resolved]
+        ids, mask = (part.to(device) for part in self.read_ids(captions))
+        style = torch.tensor([request.style_id for request in resolved], device=device).repeat(2)
+        source = None
+        if sees_source:
+            tokens = torch.stack([state.tokens for state in states])
+            given = ~torch.stack([state.canvas.hidden for state in states])
+            source = tokens.repeat(2, 1), given.repeat(2, 1)
         with autocast(device):
-            start = lay_out(
-                settings.canvases, self.parts.tokenizer, self.spec.num_tokens, noise, device
-            )
-            source = (start.tokens.repeat(2, 1), ~start.hidden.repeat(2, 1)) if sources else None
-            inputs, keys = self.model.prompt(ids, mask, style, source)
-        return Prompts(pictures_of(start, settings, noise), inputs, keys)
+            inputs, mask = self.model.prompt(ids, mask, style, source)
+        return Prompts(states, inputs, mask)
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from pipeline.errors import RecipeError
 from pipeline.images import gradient_l1, to_float, to_uint8
 from pipeline.models import _sampling as sampling
 from pipeline.models._captions import CaptionReader
-from pipeline.models._requests import check_requests
+from pipeline.models._requests import resolve_requests
 from pipeline.models.gan import GanConfig
 from pipeline.objective import GeneratorNetwork, Objective
 from pipeline.runtime import autocast
@@ -401,44 +401,41 @@ class GanGenerator:
         Raises:
             RequestError: also for num_steps other than 1: there is one pass.
         """
-        settings = check_requests(
+        resolved = resolve_requests(
             requests, self.config, self.styles, fixed_steps=1, guidance_scale=GUIDANCE_SCALE
         )
-        device = self.parts.device
+        device, width = self.parts.device, self.model.noise_width
         noise = torch.stack(
-            [
-                torch.randn(self.model.noise_width, generator=sampling.noise_of(seed))
-                for seed in settings.seeds
-            ]
+            [torch.randn(width, generator=sampling.seeded_rng(r.seed)) for r in resolved]
         )
-        temperature, scale = (
-            torch.tensor(values)[:, None]
-            for values in (settings.temperatures, settings.guidance_scales)
-        )
-        captions = self.read_captions(settings.prompts)
-        away = self.read_captions(settings.negative_prompts)
-        style = torch.tensor([self.model.no_style if s is None else s for s in settings.styles])
-        columns = noise * temperature, *captions, *away, style, scale
-        # on a CPU one by one: its last bits would depend on the pictures beside it
+        temperature = torch.tensor([request.temperature for request in resolved])[:, None]
+        caption = self.read_captions([request.prompt for request in resolved])
+        negative = self.read_captions([request.negative_prompt for request in resolved])
+        style = torch.tensor([request.style_id for request in resolved])
+        scale = torch.tensor([request.guidance_scale for request in resolved])
+        columns = noise * temperature, *caption, *negative, style, scale
+        # on a CPU one by one: an image's last bits would depend on those beside it
         size = 1 if device.type == "cpu" else len(requests)
         with autocast(device):
             batches = zip(*(column.to(device).split(size) for column in columns), strict=True)
-            images = [self._draw(*batch) for batch in batches]
+            images = [self._decode(*batch) for batch in batches]
         if on_step is not None:
             on_step(1, 1)
         return to_uint8(torch.cat(images)).cpu()
 
-    def _draw(
+    def _decode(
         self,
         noise: Tensor,
         states: Tensor,
         mask: Tensor,
-        away_states: Tensor,
-        away_mask: Tensor,
+        negative_states: Tensor,
+        negative_mask: Tensor,
         style: Tensor,
         scale: Tensor,
     ) -> Tensor:
-        with_caption = self.model.caption(states, mask, style)
-        without = self.model.caption(away_states, away_mask, style)
-        drawn: Tensor = self.model(noise, without + scale * (with_caption - without))
-        return drawn
+        """float (B, 3, H, W) in [-1, 1]; guidance is of the condition."""
+        conditional = self.model.caption(states, mask, style)
+        unconditional = self.model.caption(negative_states, negative_mask, style)
+        condition = sampling.classifier_free_guidance(conditional, unconditional, scale)
+        images: Tensor = self.model(noise, condition)
+        return images

@@ -21,20 +21,26 @@ from pipeline.config import GeneratorConfig
 from pipeline.contracts import GenerationRequest, ModelParts, ModelSpec, OnStep, TokenCount
 from pipeline.models import _sampling as sampling
 from pipeline.models._attention import attention
-from pipeline.models._canvas import lay_out
+from pipeline.models._backend import token_predictor
 from pipeline.models._captions import CaptionReader
-from pipeline.models._drawing import pictures_of
-from pipeline.models._packed import Picturewise, has_adapters, with_modules
-from pipeline.models._parallel import Guess, Head, ParallelDecoding, Reading, ReadPicture
-from pipeline.models._requests import Settings, check_requests
+from pipeline.models._drawing import initial_states
+from pipeline.models._parallel import (
+    Conditioning,
+    ParallelDecoding,
+    ParallelState,
+    TokenPredictor,
+)
+from pipeline.models._requests import ResolvedRequest, resolve_requests
 from pipeline.models._spec import level_digits
 from pipeline.objective import GeneratorNetwork, Objective
-from pipeline.runtime import autocast, autocast_dtype
+from pipeline.runtime import autocast
 from pipeline.text import masked_mean, standardise
 
 GUIDANCE_SCALE = 3.0
 
-READINGS = 256  # of captions are remembered
+MAX_CONDITIONINGS = 256
+"""Conditionings, of a caption and a style each, that are remembered."""
+
 ROWS = 512  # logits are made for a multiple of so many tokens
 NO_TARGET = -100
 
@@ -174,7 +180,7 @@ class MaskedTransformer(GeneratorNetwork):
         standardise(self.token_norm, states.float()[mask])
         standardise(self.pooled_norm, masked_mean(states.float(), mask))
 
-    def read(self, states: Tensor, mask: Tensor, style: Tensor) -> Reading:
+    def read(self, states: Tensor, mask: Tensor, style: Tensor) -> Conditioning:
         """Caption and style once a picture, whatever the number of decoding steps.
 
         Args:
@@ -200,7 +206,7 @@ class MaskedTransformer(GeneratorNetwork):
 
     def forward(
         self,
-        reading: Reading,
+        reading: Conditioning,
         image_tokens: Tensor,
         hidden: Tensor,
         table: Tensor,
@@ -274,7 +280,14 @@ def _rows_to_guess(tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class MaskedGenerator:
-    """contracts.SteppedGenerator: parallel decoding with classifier-free guidance."""
+    """contracts.SteppedGenerator: parallel decoding with classifier-free guidance.
+
+    Args:
+        model: the network; later changes to it are not seen once an image is decoded.
+        config: its section of the recipe.
+        spec: its sizes.
+        parts: the tokenizer, the caption encoder and the device.
+    """
 
     tasks = frozenset({"text_to_image", "completion"})
 
@@ -284,8 +297,8 @@ class MaskedGenerator:
         self.model = model.to(parts.device).eval()
         self.config, self.spec, self.parts = config, spec, parts
         self.read_captions = CaptionReader(parts.encoder)
-        read = partial(_read_alone, self.model, self.read_captions, parts.device)
-        self._read = lru_cache(READINGS)(read)
+        condition = partial(_condition_alone, self.model, self.read_captions, parts.device)
+        self._condition = lru_cache(MAX_CONDITIONINGS)(condition)
         self.styles = spec.styles
         self.image_size = parts.tokenizer.image_size
 
@@ -293,57 +306,25 @@ class MaskedGenerator:
         self, requests: Sequence[GenerationRequest], *, on_step: OnStep | None = None
     ) -> Tensor:
         """See contracts.ImageGenerator.generate."""
-        drawing = self.start(requests)
-        rows = range(len(requests))
-        while drawing.step():
-            if on_step is not None:
-                slowest = max(rows, key=lambda row: drawing.progress(row)[1])
-                on_step(*drawing.progress(slowest))
-        return drawing.images(rows)
+        batch = self._decode(requests, on_step)
+        return batch.images(range(len(requests)))
 
-    @cached_property
-    def _network(self) -> tuple[Guess, Head]:
-        """The model as it draws, with the weights that it has at the first picture; on a CPU every
-        picture's products are its own."""
-        model, device = self.model, self.parts.device
-        with autocast(device):
-            table = model.table()
-        if device.type != "cpu" or has_adapters(model):
-            return partial(model, table=table), partial(model.logits, table=table)
-        dtype = autocast_dtype(device) or torch.float32
-
-        N, L = self.spec.num_tokens, self.parts.encoder.max_tokens
-
-        def own(layer: nn.Linear, rows: int = 2 * N, *, gelu: bool = False) -> Picturewise:
-            return Picturewise(layer, dtype, rows, gelu=gelu)  # with the caption and without
-
-        blocks = [
-            with_modules(
-                block, qkv=own(block.qkv), caption_kv=own(block.caption_kv, 2 * L),
-                out=own(block.out), expand=own(block.expand, gelu=True), activation=nn.Identity(),
-                contract=own(block.contract),
-            )
-            for block in model.blocks
-        ]  # fmt: skip
-        drawn = with_modules(model, blocks=nn.ModuleList(blocks), to_table=own(model.to_table))
-        head = nn.Linear(*table.shape[::-1], device="meta")
-        head.weight, head.bias = nn.Parameter(table), model.bias
-        return partial(drawn, table=table), own(head, N)
+    def generate_tokens(self, requests: Sequence[GenerationRequest]) -> Tensor:
+        """The images' tokens, int64 (B, N)."""
+        return self._decode(requests, None).tokens(range(len(requests)))
 
     @torch.inference_mode()
     def start(self, requests: Sequence[GenerationRequest]) -> ParallelDecoding:
         """See contracts.SteppedGenerator.start; more requests may join."""
-        guess, head = self._network
-        drawing = ParallelDecoding(
+        batch = ParallelDecoding(
             self._begin,
-            guess,
-            head,
+            self._predictor,
             self.parts.tokenizer,
             self.parts.device,
             self.config.guidance_schedule,
         )
-        drawing.join(requests)
-        return drawing
+        batch.join(requests)
+        return batch
 
     def count_tokens(self, request: GenerationRequest) -> TokenCount:
         """See contracts.SteppedGenerator.count_tokens."""
@@ -352,42 +333,51 @@ class MaskedGenerator:
         canvas = self.spec.num_tokens if request.canvas else 0
         return TokenCount(text=text, canvas=canvas, drawn=self.spec.num_tokens)
 
-    def _begin(self, requests: Sequence[GenerationRequest]) -> list[ReadPicture]:
-        settings = check_requests(
+    def _decode(
+        self, requests: Sequence[GenerationRequest], on_step: OnStep | None
+    ) -> ParallelDecoding:
+        batch, rows = self.start(requests), range(len(requests))
+        while batch.step():
+            if on_step is not None:
+                slowest = max(rows, key=lambda row: batch.progress(row)[1])
+                on_step(*batch.progress(slowest))
+        return batch
+
+    @cached_property
+    def _predictor(self) -> TokenPredictor:
+        return token_predictor(self.model, self.parts.device, self.parts.encoder.max_tokens)
+
+    def _begin(self, requests: Sequence[GenerationRequest]) -> list[ParallelState]:
+        resolved = resolve_requests(
             requests,
             self.config,
             self.styles,
             guidance_scale=GUIDANCE_SCALE,
             canvas_size=self.image_size,
         )
-        noise, device = [sampling.noise_of(seed) for seed in settings.seeds], self.parts.device
-        with autocast(device):
-            start = lay_out(
-                settings.canvases, self.parts.tokenizer, self.spec.num_tokens, noise, device
-            )
-            readings = self._readings(settings)
         return [
-            ReadPicture(**vars(picture), known=~picture.hidden, reading=reading)
-            for picture, reading in zip(pictures_of(start, settings, noise), readings, strict=True)
+            ParallelState(
+                **vars(state),
+                known=~state.canvas.hidden,
+                conditioning=self._both_conditionings(state.request),
+            )
+            for state in initial_states(resolved, self.parts.tokenizer, self.parts.device)
         ]
 
-    def _readings(self, settings: Settings) -> list[Reading]:
-        """Of every picture its caption and what guidance leads away from, (2, ...)."""
-        style_ids = [self.model.no_style if style is None else style for style in settings.styles]
-        both = zip(settings.prompts, settings.negative_prompts, style_ids, strict=True)
-        return [
-            tuple(
-                torch.cat(parts)
-                for parts in zip(self._read(caption, style), self._read(led, style), strict=True)
-            )
-            for caption, led, style in both
-        ]
+    def _both_conditionings(self, request: ResolvedRequest) -> Conditioning:
+        """Of the caption, and of what guidance leads away from: tensors (2, ...)."""
+        with autocast(self.parts.device):
+            pair = [
+                self._condition(caption, request.style_id)
+                for caption in (request.prompt, request.negative_prompt)
+            ]
+        return tuple(torch.cat(parts) for parts in zip(*pair, strict=True))
 
 
-def _read_alone(
+def _condition_alone(
     model: MaskedTransformer, read: CaptionReader, device: torch.device, caption: str, style_id: int
-) -> Reading:
-    """(1, ...), beside no other's."""
+) -> Conditioning:
+    """Of one caption, tensors (1, ...): beside others its last bits would be others."""
     states, mask = (part.to(device) for part in read([caption]))
     style = torch.tensor([style_id], device=device)
     return model.read(states, mask, style)
