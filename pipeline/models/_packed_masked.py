@@ -4,8 +4,8 @@ A copy of the network shares all parameters but those of its widest layers. What
 network's own forward pass; each image's products are its own, so that its bits do not depend on the
 images beside it, and GELU is part of the product before it.
 
-Milliseconds per image on 2 CPU cores, plain and packed (tests/benchmarks/RESULTS.md, "A picture's
-bits"): alone 166 to 194 and 150 to 193, in batches of 8 63 to 77 and 61 to 72. The gain is the bits.
+Milliseconds per image on 2 CPU cores, plain and packed: alone 166 to 194 and 150 to 193, in batches
+of 8 63 to 77 and 61 to 72 (tests/benchmarks/RESULTS.md, "A picture's bits").
 """
 
 from __future__ import annotations
