@@ -1,14 +1,15 @@
 """Bundles: a trained generator as one self-contained directory.
 
-    config.json             what was built, for which captions, styles and picture size; digests
+    config.json             the manifest: what was built, for which captions, styles and image size,
+                            and the digests of the files
     model.safetensors       the generator's weights (float16)
     tokenizer/config.json   the image tokenizer, a directory that also stands alone
     tokenizer/model.safetensors
-    text_tokenizer/         of families that grow out of a pretrained language model
+    text_tokenizer/         of families that are built around a pretrained language model
     README.md, samples.png  the model card
 
-A frozen caption encoder is named by id and content digest, checked at load, instead of carried.
-Weights are safetensors alone: nothing in a bundle can execute.
+The frozen caption encoder is not in the bundle: its id and content digest are, and are checked when
+the bundle is loaded. Weights are safetensors, so that loading a bundle cannot execute code.
 
     generator = load_generator("path/or/asset:base", pretrained_cache=home / "pretrained")
 """
@@ -45,7 +46,7 @@ TEXT_TOKENIZER = "text_tokenizer"
 
 
 class BundleManifest(Config):
-    """config.json of a bundle."""
+    """The content of a bundle's config.json."""
 
     format: int = FORMAT
     image_size: int
@@ -69,7 +70,14 @@ class BundleManifest(Config):
 
 @dataclass
 class Bundle:
-    """A bundle in memory: networks without the caption encoder."""
+    """A bundle in memory, without its caption encoder.
+
+    Attributes:
+        manifest: what config.json says.
+        model: the generator's network.
+        tokenizer: the image tokenizer.
+        digest: see `artifacts.bundle_digest`.
+    """
 
     manifest: BundleManifest
     model: GeneratorNetwork
@@ -90,11 +98,17 @@ def save_bundle(
     text_tokenizer: str | None = None,
     split: str | None = None,
 ) -> None:
-    """Write a bundle around a copy of the tokenizer directory `tokenizer`.
+    """Write a bundle's directory.
 
     Args:
-        split: DataConfig.split of its training.
-        text_tokenizer: where the tokenizer of a pretrained language model lies, to be copied too.
+        weights: of the generator's network.
+        tokenizer: an image tokenizer's directory, which is copied.
+        config: the recipe's section, complete.
+        spec: the sizes that the network was built by.
+        caption_encoder: the recipe's section.
+        identity: of the caption encoder.
+        text_tokenizer: where the text tokenizer of a pretrained language model lies; it is copied.
+        split: DataConfig.split of the training.
     """
     directory.mkdir(parents=True, exist_ok=True)
     copy_tokenizer(tokenizer, directory / "tokenizer")
@@ -119,7 +133,7 @@ def save_bundle(
 
 
 def read_bundle(bundle: str | Path) -> BundleManifest:
-    """What a bundle says of itself, without its weights.
+    """A bundle's manifest; no weights are read.
 
     Raises:
         BundleError: it is missing, or of another format.
@@ -144,7 +158,7 @@ def load_bundle(bundle: str | Path) -> Bundle:
 def load_generator(
     bundle: str | Path, *, pretrained_cache: Path, device: str = "auto"
 ) -> ImageGenerator:
-    """A bundle ready to draw, with the caption encoder it was trained on.
+    """A bundle as a generator, with the caption encoder that it was trained with.
 
     Raises:
         BundleError: the bundle is unusable, or the caption encoder found is another one.

@@ -1,4 +1,8 @@
-"""The model card: a README.md inside every bundle that says what it is, from what, how good."""
+"""The model card: a README.md in every bundle that says what the model is, what it was made from
+and how good it is.
+
+    write_card(bundle, recipe, reports, manifests, pixels=pixels, seconds=seconds)
+"""
 
 from __future__ import annotations
 
@@ -84,8 +88,10 @@ def write_card(
     """Write README.md, CREDITS.csv and the candidate's first grid as samples.png into the bundle.
 
     Args:
-        pixels: the preprocessed pictures, which name their source, licence and author.
-        seconds: by step.
+        reports: by subject; "candidate" is the bundle's own.
+        manifests: of the shard sets.
+        pixels: the preprocessed images, which name their source, licence and author.
+        seconds: of each step of the chain.
     """
     credits = credits_of(pixels)
     pa.csv.write_csv(credits, bundle / CREDITS)
@@ -124,9 +130,10 @@ def write_card(
 
 
 def credits_of(pixels: Path) -> pa.Table:
-    """Every combination of source, license and attribution with its pictures, most first.
+    """Every combination of source, license and attribution with its number of images ("pictures"),
+    the most frequent first.
 
-    Held in memory: the distinct combinations, and those of one file at a time.
+    Memory grows with the number of combinations, not of images.
     """
     names, counts = ["source", "license", "attribution"], []
     for path in parquet_files(pixels):
@@ -139,13 +146,13 @@ def credits_of(pixels: Path) -> pa.Table:
 
 
 def _credit(row: Mapping[str, Any]) -> str:
-    """A row of the table; what would end a cell does not."""
+    """A row of the Markdown table, with what would end a cell escaped."""
     cells = (str(value).replace("|", "\\|").replace("\n", " ") for value in row.values())
     return f"| {' | '.join(cells)} |"
 
 
 def hardware() -> str:
-    """What it ran on, for humans."""
+    """The GPUs, else the CPU cores, of this machine, for people to read."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return f"{available_cpus()} CPU cores ({platform.machine()})"

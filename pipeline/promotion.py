@@ -1,13 +1,17 @@
-"""What "better" means: the candidate against the champion, by the recipe's rule.
-
-    decision = decide(candidate_report, champion_report, recipe.promote)
-
-Both reports must judge the same pictures, and the candidate's say what it gained ("over_..."). The
-rule, on the gated style: KID on unseen captions falls by more than `min_kid_gain`; retrieval gains
-at least `min_retrieval_gain`. On every other style retrieval falls by at most `max_forgetting`.
-Differences are of the values; every reason also says whether its difference is clear of chance.
+"""The promotion gate: what "better" means, by the recipe's rule.
 
     best, reasons = choose({"masked": ..., "gan": ...}, champion_report, recipe.promote)
+    decision = decide(candidate_report, champion_report, recipe.promote)
+
+A candidate is promoted if all of this holds:
+
+    on the first style of evaluation    KID of unseen captions falls by more than `min_kid_gain`,
+                                        and retrieval rises by at least `min_retrieval_gain`
+    on every other style                retrieval falls by at most `max_forgetting`
+
+The values decide; each reason also says whether the difference is beyond chance. Both reports must
+be of the same images, evaluated together, so that the candidate's holds its gains over the champion
+("over_champion/kid_unseen").
 """
 
 from __future__ import annotations
@@ -24,11 +28,11 @@ RETRIEVAL = "retrieval"
 
 
 def decide(candidate: EvalReport, champion: EvalReport | None, config: PromoteConfig) -> Decision:
-    """Whether the candidate becomes champion, with one reason a rule, numbers included.
+    """Whether the candidate becomes champion, with one reason per rule, numbers included.
 
     Raises:
-        DataError: the two reports judge different pictures, or the candidate's does not say what it
-            gained over the champion.
+        DataError: the reports are of different images, or the candidate's has no gains over the
+            champion.
     """
     if champion is None:
         kid, retrieval = candidate.metrics[KID], candidate.metrics[RETRIEVAL]
@@ -59,15 +63,16 @@ def decide(candidate: EvalReport, champion: EvalReport | None, config: PromoteCo
 def choose(
     candidates: Mapping[str, EvalReport], champion: EvalReport | None, config: PromoteConfig
 ) -> tuple[str, tuple[str, ...]]:
-    """The one of several candidates that goes to the gate: the best by config.choose_by.
+    """Choose which of several candidates goes to the gate: the best by config.choose_by.
 
-    Of those that would pass the gate, if any would; the first listed of equals.
+    Candidates that would pass the gate come before those that would not; of equal ones the first
+    listed is chosen.
 
     Returns:
-        Its name, and what was compared, one sentence a candidate, the best first.
+        Its name, and what was compared: one sentence per candidate, the best first.
 
     Raises:
-        DataError: reports judge different pictures, or not one of them has a number to choose by.
+        DataError: the reports are of different images, or no candidate's metric is a number.
     """
     metric, sign = config.choose_by, -1 if config.choose_by == RETRIEVAL else 1
     passes = {

@@ -1,13 +1,13 @@
-"""Better settings for a recipe's generator: Ray Tune with ASHA over Ray Train.
+"""Searching better settings for a recipe's generator: Ray Tune with ASHA over Ray Train.
 
     trials = draw_trials(plan)
     with opened(plan, reporter) as session:
         result = search(session, trials)
 
-A trial is a Tune function that starts an ordinary training (train.fit) of its own settings, under
-an MLflow run nested in the search's. Every report of a trial is also kept in its directory; a
-search that was interrupted and is started again reports them to the scheduler once more, so that
-it decides as it did, and the trainings go on from their checkpoints.
+A trial is a Tune function that starts an ordinary training (train.fit) with its own settings, under
+an MLflow run nested in the search's. Every report of a trial is also kept in its directory. A
+search that was interrupted and is started again gives those reports to the scheduler once more, so
+that it decides as before, and the trainings continue from their checkpoints.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ REPORTS, RUN, FAILURE, ENDED = "reports.jsonl", "run.json", "failure.txt", "ende
 
 @dataclass(frozen=True)
 class Trial:
-    """One draw: its settings by dotted key, and the generator they make."""
+    """One combination of settings, by dotted key, and the generator to train with them."""
 
     number: int
     settings: dict[str, Any]
@@ -59,7 +59,7 @@ class Trial:
 
 
 def draw_trials(plan: Plan) -> list[Trial]:
-    """All trials of a plan's search, each checked as a recipe of its own.
+    """All trials of a plan's search, each checked as if it were a recipe of its own.
 
     Raises:
         RecipeError: there is nothing to search, or a combination cannot be trained.
@@ -99,7 +99,7 @@ def check_effects(recipe: Recipe) -> None:
 
 
 def check_room(config: TuneConfig, trials: Sequence[Trial]) -> None:
-    """Refuse what could only wait for itself forever.
+    """Refuse a search whose trials would wait forever for each other's CPUs or GPUs.
 
     Raises:
         ResourceError: the cluster has no room for `max_concurrent` trainings at once.
@@ -142,14 +142,14 @@ def search(session: Session, trials: Sequence[Trial]) -> dict[str, Any]:
         inputs=inputs,
     )
     result = session.workspace.run({**session.table, step.name: step}, step.name)[step.name]
-    # what is not searched may differ from what it was when the search was done: write it anew
+    # Written anew each time: settings that are not searched may have changed since the search.
     path = result.path / "best.yaml"
     write_recipe(recipe.with_settings(result.values["settings"]), path)
     return {"path": str(path), **result.values}
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
-    """What the recipe says, as YAML that `load_recipe` reads."""
+    """Write a recipe's stated settings as YAML that `load_recipe` reads."""
     text = yaml.safe_dump(stated(recipe), sort_keys=False, allow_unicode=True)
     path.write_text(text, encoding="utf-8")
 
@@ -170,7 +170,7 @@ def _search(session: Session, trials: Sequence[Trial], context: StepContext) -> 
         max_t=budget,
         grace_period=config.grace_steps,
         reduction_factor=config.reduction_factor,
-        stop_last_trials=False,  # a training ends by itself, and its run in MLflow with it
+        stop_last_trials=False,  # at its last step a training ends by itself
     )
     with _quiet_tune():
         tuner = tune.Tuner(
@@ -192,14 +192,15 @@ def _search(session: Session, trials: Sequence[Trial], context: StepContext) -> 
         if result.error is not None and result.config is not None
     }
     for trial, job in zip(trials, jobs, strict=True):
-        if trial.number not in failures:  # one that was interrupted before may say otherwise
+        if trial.number not in failures:  # an interrupted attempt may have left the run open
             _close_run(job, session.workspace.tracker)
     return _conclude(trials, folders, failures, recipe, context)
 
 
 @contextlib.contextmanager
 def _quiet_tune() -> Iterator[None]:
-    """No files beside ours; Ctrl-C interrupts instead of ending the search as if it were done."""
+    """Keep Tune from writing log files of its own, and from ending the search as if it were done
+    when Ctrl-C is pressed."""
     wanted = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1"}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
@@ -221,9 +222,9 @@ class _Job:
     """Everything a trial needs, wherever it runs.
 
     Attributes:
-        folder: its training's storage, kept from one attempt to the next.
-        home: of the tracker.
-        search: the MLflow run that its own is nested in.
+        folder: the training's storage, kept from one attempt to the next.
+        home: the home directory, for the tracker.
+        search: the MLflow run of the search, in which the trial's own is nested.
     """
 
     name: str
@@ -235,7 +236,7 @@ class _Job:
 
 
 def _reports(folder: Path) -> list[dict[str, float]]:
-    """What a trial reported so far, by rising step; a line cut short by a kill is left out."""
+    """A trial's reports so far, by rising step; a line that a kill cut short is left out."""
     file = folder / REPORTS
     found: dict[float, dict[str, float]] = {}
     for line in file.read_text().splitlines() if file.is_file() else ():
@@ -246,7 +247,7 @@ def _reports(folder: Path) -> list[dict[str, float]]:
 
 
 def _trial(config: dict[str, Any], jobs: Sequence[_Job]) -> None:
-    """A Tune function: report what was done before, then train on."""
+    """The Tune function: repeats the reports of earlier attempts, then trains on."""
     job = jobs[config["number"]]
     job.folder.mkdir(parents=True, exist_ok=True)
     (job.folder / FAILURE).unlink(missing_ok=True)
@@ -271,7 +272,7 @@ def _trial(config: dict[str, Any], jobs: Sequence[_Job]) -> None:
 
 
 class _Recorder(TuneReportCallback):
-    """Hands a training's reports to Tune, and keeps them."""
+    """Passes a training's reports on to Tune and appends them to the trial's file."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -283,7 +284,7 @@ class _Recorder(TuneReportCallback):
         self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
     ) -> None:
         report = {name: float(value) for name, value in metrics[0].items()}
-        if report["step"] <= self.step:  # done again after a worker died
+        if report["step"] <= self.step:  # repeated, after a worker died
             return
         self.step = report["step"]
         with (self.folder / REPORTS).open("a") as file:
@@ -292,7 +293,7 @@ class _Recorder(TuneReportCallback):
 
 
 def _close_run(job: _Job, tracker: Tracker) -> None:
-    """End the MLflow run of a trial that did not fail; a killed process could not."""
+    """End the MLflow run of a trial that did not fail but was stopped by ASHA, or killed."""
     record = job.folder / RUN
     if not record.is_file():
         return
@@ -303,7 +304,7 @@ def _close_run(job: _Job, tracker: Tracker) -> None:
 
 
 class _Follower(tune.Callback):
-    """On the driver: tells how far the search is, closes the runs of trials that were stopped."""
+    """Reports the search's progress on the driver and ends the MLflow runs of stopped trials."""
 
     def __init__(
         self, jobs: Sequence[_Job], budget: int, tracker: Tracker, on_progress: OnProgress
@@ -314,7 +315,7 @@ class _Follower(tune.Callback):
         self.best = float("inf")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune writes its callbacks to disk; a terminal and a database stay out of that."""
+        """Nothing: Tune pickles its callbacks, and a terminal and a database cannot be pickled."""
         return {}
 
     def on_trial_result(
@@ -350,7 +351,11 @@ def _conclude(
     recipe: Recipe,
     context: StepContext,
 ) -> dict[str, Any]:
-    """Rank the trials; raises TrainingError if there is none to rank."""
+    """Rank the trials and record the ranking.
+
+    Raises:
+        TrainingError: no trial has a loss to rank by.
+    """
     keep_last = recipe.generator.train.restore == "last"
     table = [
         summarise(_reports(folder), keep_last=keep_last)
@@ -370,7 +375,8 @@ def _conclude(
 
 
 def summarise(reports: Sequence[Mapping[str, float]], *, keep_last: bool) -> dict[str, Any]:
-    """Steps trained, and the loss of the checkpoint that training would keep: lowest or last."""
+    """A trial's number of steps, and the loss of the checkpoint that training would keep: the
+    lowest, or the last one."""
     if not reports:
         return {"steps": 0, METRIC: None}
     losses = [report[METRIC] for report in reports]
@@ -378,11 +384,11 @@ def summarise(reports: Sequence[Mapping[str, float]], *, keep_last: bool) -> dic
 
 
 def rank(table: Sequence[dict[str, Any]], *, keep_last: bool) -> list[dict[str, Any]]:
-    """The trials that did not fail, best first: by loss.
+    """The trials that did not fail, by loss, best first.
 
-    Where the last checkpoint is kept, losses may rise while training goes on, so that only trials
-    that trained for equally long can be compared: those that came to their end, by steps or by
-    time, come first, then those stopped early, the later the better.
+    Where the last checkpoint is kept, the loss may rise while training goes on, so that only trials
+    that trained for equally long can be compared: those that reached their limit of steps or time
+    come first, then those stopped early, the later ones before the earlier ones.
     """
 
     def place(row: dict[str, Any]) -> tuple[float, float]:

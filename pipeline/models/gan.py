@@ -29,32 +29,38 @@ _UNREAD = (
 class GanConfig(Config):
     """The section `generator.gan`."""
 
-    channels: int = Field(48, ge=8, description="at the finest grid; coarser ones have up to 8x")
+    channels: int = Field(
+        48, ge=8, description="channels at the finest grid; coarser ones have up to 8x"
+    )
     patch: int = Field(
-        2, ge=1, description="pixels per side that one place of the finest grid stands for"
+        2, ge=1, description="pixels per side that a position of the finest grid stands for"
     )
     noise_width: int = Field(64, ge=1, description="dimensions of the noise")
-    penalty_weight: float = Field(2.0, ge=0, description="of the gradient penalty")
-    penalty_power: float = Field(6.0, gt=0, description="of the gradient's norm in the penalty")
+    penalty_weight: float = Field(2.0, ge=0, description="weight of the gradient penalty")
+    penalty_power: float = Field(
+        6.0, gt=0, description="power of the gradient's norm in the penalty"
+    )
     penalty_fraction: float = Field(
         0.125, gt=0, le=1, description="share of each batch that the gradient penalty sees"
     )
     contrastive_weight: float = Field(
         1.0,
         ge=0,
-        description="of finding an image's caption among the batch's, in both networks' losses",
+        description="weight of finding an image's caption among those of the batch, in the losses "
+        "of both networks",
     )
     reconstruction_weight: float = Field(
         5.0,
         ge=0,
-        description="of the difference to the caption's own image; lower it for data with many "
-        "images per caption, 0 for a GAN alone",
+        description="weight of the difference to the caption's own image; lower it for data with "
+        "many images per caption; 0: adversarial losses alone",
     )
     discriminator_learning_rate_ratio: float = Field(
-        4.0, gt=0, description="the discriminator's learning rate over the generator's"
+        4.0, gt=0, description="the discriminator's learning rate, as a multiple of the generator's"
     )
     augment: bool = Field(
-        True, description="differentiable colour, shift and cut-out before the discriminator"
+        True,
+        description="change colours, shift and cut out differentiably before the discriminator",
     )
 
 
