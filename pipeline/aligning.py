@@ -1,7 +1,8 @@
-"""Training the aligner: it is a measuring instrument, so it sees every picture and caption.
+"""The aligner's training: `tessera align RECIPE`.
 
-Knowing the held-out concepts is what an instrument is for; generators never see it. What is kept
-from it is only the validation split, by which its own training stops.
+The aligner is a measuring instrument, so it trains on the training and the test split: it has to
+know the held-out concepts by which generators are evaluated, and generators never see it. Only the
+validation split is kept from it, by which its own training stops.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from pipeline.aligner import AlignerObjective
+from pipeline.aligner import Aligner, AlignerObjective
 from pipeline.checkpoint import best_weights
 from pipeline.config import AlignerConfig
 from pipeline.datasets import captioned_dataset, sample_captions
@@ -29,7 +30,7 @@ def build_aligner_training(
     caption_width: int,
     max_tokens: int,
 ) -> Training:
-    """What a worker trains: the aligner on the pictures of all splits but validation."""
+    """What every worker of the training builds: the objective and its data sets."""
     styles = sorted(set(read_table(pixels, columns=["style"])["style"].to_pylist()))
     training, validation = (
         captioned_dataset(
@@ -56,11 +57,15 @@ def train_aligner(
     image_size: int,
     encoder: HFCaptionEncoder,
 ) -> dict[str, float]:
-    """Train on Ray and leave an aligner's directory, "bundle" in the step's; its last metrics.
+    """Train an aligner on Ray and save it as "bundle" in the step's directory.
 
     Args:
         pixels, captions: outputs of `preprocess` and `encode_captions`.
+        image_size: pixels per side of the preprocessed images.
         encoder: the one that the captions were read with.
+
+    Returns:
+        The metrics of the checkpoint that it is made of.
 
     Raises:
         TesseraError: as `train.fit`.
@@ -82,7 +87,7 @@ def train_aligner(
         run=context.run,
         on_progress=context.on_progress,
     )
-    model = build().objective.model
-    model.load_state_dict(best_weights(result.checkpoint))
-    model.save(context.path / "bundle", identify(encoder))
+    aligner = Aligner(config, image_size=image_size, caption_width=encoder.width)
+    aligner.load_state_dict(best_weights(result.checkpoint))
+    aligner.save(context.path / "bundle", identify(encoder))
     return result.metrics

@@ -1,4 +1,8 @@
-"""Self-supervised training of an image tokenizer: pictures in, the same pictures out."""
+"""The image tokenizer's training: `tessera pretrain RECIPE`.
+
+It is self-supervised: images in, the same images out, without captions. A tokenizer of any kind
+(pipeline/tokenizers) trains by the same reconstruction losses.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from pipeline.config import TokenizerConfig
 from pipeline.datasets import ImageDataset
 from pipeline.image_grid import grid
 from pipeline.images import gradient_l1, to_float, to_uint8
-from pipeline.objective import Objective
+from pipeline.objective import Objective, TokenizerNetwork
 from pipeline.perceptual import PerceptualLoss
 from pipeline.steps import StepContext
 from pipeline.tokenizers import build_tokenizer
@@ -28,10 +32,13 @@ from pipeline.train import Training, fit
 
 
 class PatchDiscriminator(nn.Module):
-    """Real or reconstructed, patch by patch: float (B, 3, H, W) -> (B, 1, H / 8, W / 8).
+    """Tells real images from reconstructions, patch by patch.
 
-    Source: Isola et al. 2017, pix2pix (arXiv 1611.07004), section 3.2.2; Miyato et al. 2018 (arXiv
+    Sources: Isola et al. 2017, pix2pix (arXiv 1611.07004), section 3.2.2; Miyato et al. 2018 (arXiv
     1802.05957): spectral normalisation.
+
+    Args:
+        channels: of the first layer.
     """
 
     def __init__(self, channels: int) -> None:
@@ -47,17 +54,28 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> Tensor:
-        said: Tensor = self.layers(images)
-        return said
+        """float (B, 3, H, W) in [-1, 1] -> logits (B, 1, H / 8, W / 8), higher for real ones."""
+        logits: Tensor = self.layers(images)
+        return logits
 
 
 class TokenizerObjective(Objective):
-    """Tokenizer and reconstruction losses: L1 + L2 + image gradients + perceptual + adversarial.
+    """A tokenizer with its reconstruction losses: L1, L2, image gradients, perceptual, adversarial.
 
-    Source of the last: Esser et al. 2021, VQGAN (arXiv 2012.09841), section 3.1; hinge losses.
+    The last two act where the recipe gives them weight. The adversarial term follows Esser et al.
+    2021, VQGAN (arXiv 2012.09841), section 3.1, with hinge losses.
+
+    A batch holds "images" uint8 (B, 3, H, W).
+
+    Args:
+        config: the recipe's section, with the weights of the losses.
+        image_size: H = W.
+        perceptual: a distance of two batches of images, a scalar; None leaves the term out.
     """
 
     phases: tuple[str, ...]
+    model: TokenizerNetwork
+    discriminator: PatchDiscriminator | None
 
     def __init__(
         self, config: TokenizerConfig, image_size: int, perceptual: nn.Module | None = None
@@ -76,11 +94,10 @@ class TokenizerObjective(Objective):
         if phase == "discriminate":
             assert self.discriminator is not None
             return self.discriminator
-        model: nn.Module = self.model
-        return model
+        return self.model
 
     def losses(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
-        """ "loss", its parts, and "psnr" in dB (peak 1) of the batch's mean squared error."""
+        """ "loss", its parts, and "psnr" in dB of the batch's mean squared error."""
         images = to_float(batch["images"])
         if phase == "discriminate":
             return self._discriminate(images)
@@ -91,17 +108,18 @@ class TokenizerObjective(Objective):
         return parts
 
     def validate(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same without the discriminator, whose opinion of one step is not that of another."""
+        """The reconstruction losses without the adversarial one, which cannot be compared between
+        steps: the discriminator changes."""
         return self._reconstruct(to_float(batch["images"]))[0]
 
     def _discriminate(self, images: Tensor) -> dict[str, Tensor]:
-        judge = self.discriminator
-        assert judge is not None
+        discriminator = self.discriminator
+        assert discriminator is not None
         with torch.no_grad():
             reconstruction = self.model(images)[0].float()
         parts = {
-            "real": F.relu(1 - judge(images).float()).mean(),
-            "fake": F.relu(1 + judge(reconstruction).float()).mean(),
+            "real": F.relu(1 - discriminator(images).float()).mean(),
+            "fake": F.relu(1 + discriminator(reconstruction).float()).mean(),
         }
         return {"loss": parts["real"] + parts["fake"], **parts}
 
@@ -138,10 +156,16 @@ def build_training(
     cache: Path,
     source: Path | None = None,
 ) -> Training:
-    """What a worker trains: the tokenizer on the pictures of the preprocessed train split.
+    """What every worker of the training builds: the objective and its data sets.
 
-    With a `source`, the directory of a trained tokenizer of the section's shape, training goes on
-    from its weights.
+    Args:
+        pixels: the output of preprocessing.
+        cache: where pretrained weights are converted to.
+        source: the directory of a trained tokenizer of the section's shape, from whose weights
+            training goes on; None trains from scratch.
+
+    Raises:
+        TesseraError: perceptual features, data or the source cannot be used.
     """
     perceptual = (
         PerceptualLoss(config.perceptual_features, cache) if config.perceptual_weight else None
@@ -156,9 +180,7 @@ def build_training(
     if source is not None:
         objective.model.load_state_dict(load_tokenizer(source).state_dict())
     shown = validation.batch(np.arange(min(16, len(validation))), None)["images"]
-    return Training(
-        objective, train, validation, sample=partial(draw_reconstructions, images=shown)
-    )
+    return Training(objective, train, validation, sample=partial(reconstruction_grid, images=shown))
 
 
 def train_tokenizer(
@@ -170,7 +192,12 @@ def train_tokenizer(
     cache: Path,
     source: Path | None = None,
 ) -> dict[str, float]:
-    """Train on Ray and leave a tokenizer directory, "bundle" in the step's; its last metrics.
+    """Train a tokenizer on Ray and save it as "bundle" in the step's directory.
+
+    The arguments are those of `build_training`.
+
+    Returns:
+        The metrics of the checkpoint that it is made of.
 
     Raises:
         TesseraError: as `build_training` and `train.fit`.
@@ -188,10 +215,11 @@ def train_tokenizer(
 
 
 @torch.no_grad()
-def draw_reconstructions(objective: TokenizerObjective, *, images: Tensor) -> Image.Image:
-    """Pictures uint8 (B, 3, H, W) above what the tokenizer makes of them, eight a row."""
+def reconstruction_grid(objective: TokenizerObjective, *, images: Tensor) -> Image.Image:
+    """Images uint8 (B, 3, H, W), each above its reconstruction, eight per row."""
     device = next(objective.model.parameters()).device
     tokens = objective.model.encode(to_float(images.to(device)))
     decoded = to_uint8(objective.model.decode(tokens)).cpu()
-    rows = [t for pair in zip(images.split(8), decoded.split(8), strict=True) for t in pair]
+    pairs = zip(torch.split(images, 8), torch.split(decoded, 8), strict=True)
+    rows = [row for pair in pairs for row in pair]
     return grid(torch.cat(rows), columns=8)

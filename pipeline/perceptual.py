@@ -1,9 +1,10 @@
-"""How different two pictures look: distances between VGG16 features, for the tokenizer's loss.
+"""How different two images look: a distance between VGG16 features, for the tokenizer's loss.
 
-Pixel losses reward blur; features of early convolutions do not. LPIPS (Zhang et al. 2018, eq. 1)
-without its learned weights, on the first three stages alone: what lies deeper costs most of the
-time and sees little in 64 pixels. Evaluation uses another network (pipeline/metrics.py), so that
-nothing is graded by the features it trained on.
+Losses over pixels reward blur; features of early convolutions do not. This is LPIPS (Zhang et al.
+2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", equation 1) without
+its learned weights, on the first three stages alone: deeper ones cost most of the time and see
+little in 64 pixels. Evaluation uses another network (pipeline/features.py), so that nothing is
+evaluated by features that it trained on.
 
     perceptual = PerceptualLoss(config.perceptual_features, cache)
     loss = perceptual(reconstructed, original)  # float (B, 3, H, W) in [-1, 1] both
@@ -25,19 +26,22 @@ from pipeline.vgg import find_vgg
 CAFFE_MEAN_BGR = (104.00699, 116.66877, 122.67892)  # what Caffe's VGG16 was trained with
 STAGES = (("conv1_1", "conv1_2"), ("conv2_1", "conv2_2"), ("conv3_1",))
 PARTS = ("weight", "bias")
-_EPSILON = 1e-2  # features are of the order of 100
+_EPSILON = 1e-2  # of squared norms; features are of the order of 100
 
 
 class PerceptualLoss(nn.Module):
-    """Uniformly weighted LPIPS over conv1_2, conv2_2 and conv3_1; its weights never train.
+    """LPIPS over conv1_2, conv2_2 and conv3_1, weighted alike; its weights never train.
 
     Args:
-        features: a name in `vgg.VGG_SOURCES` or the path of such a safetensors file.
-        cache: where a name is converted to, once.
+        features: a name in `vgg.VGG_SOURCES`, or the path of a safetensors file with VGG16's
+            convolutions.
+        cache: where the weights of a name are converted to, once.
 
     Raises:
         PretrainedNotFoundError: the features cannot be had.
     """
+
+    mean: Tensor
 
     def __init__(self, features: str, cache: Path) -> None:
         super().__init__()
@@ -59,7 +63,7 @@ class PerceptualLoss(nn.Module):
         return self.distance(images, targets).mean()
 
     def distance(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Distance of every pair: (B,), zero for equal pictures."""
+        """The distance of every pair: (B,), 0 for equal images."""
         with torch.no_grad():
             wanted = self.features(targets)
         pairs = zip(self.features(images), wanted, strict=True)
@@ -97,10 +101,16 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 
 def _unit_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Squared distance of channel-normalised features, mean over places: 2 (B, C, H, W) -> (B,).
+    """Squared distance of channel-normalised features, averaged over positions.
 
     ||a/|a| - b/|b|||^2 = 2 - 2 cos(a, b), which needs no normalised copies; the epsilons make it
-    zero, with a finite gradient, where both are zero.
+    zero, with a finite gradient, where both features are zero.
+
+    Args:
+        a, b: (B, C, H, W).
+
+    Returns:
+        (B,).
     """
     dot = (a * b).sum(1, dtype=torch.float32)
     squares_a = a.square().sum(1, dtype=torch.float32)
