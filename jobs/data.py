@@ -1,8 +1,7 @@
-"""Looking at data: shard sets, and what augmentation does to pictures.
+"""Images for a person to look at: samples of a shard set, and what augmentation does to them.
 
 Run:
 
-    tessera data verify home:cats
     tessera data show home:cats --out cats.png
     tessera data augment emoji-base --out augment.png
 """
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pipeline.augment import Augment
 from pipeline.captions import BadCaption, clean
@@ -33,23 +33,26 @@ from pipeline.shards import Manifest, locate, open_shards, read_manifest
 from pipeline.storage import open_patiently
 from pipeline.tars import TarSample, read_samples
 
-SIDE = 144  # pixels a picture on a contact sheet
-EFFECT_SIDE = 96  # and on a grid of effects
-COLUMNS = 6
+SIDE = 144  # pixels a side of an image on a contact sheet
+EFFECT_SIDE = 96  # at least, on a grid of effects
+COLUMNS = 6  # of a contact sheet
 STRENGTHS = {
     "flip": 1.0, "zoom": 0.3, "rotate": 20.0, "random_crop": 0.4, "ten_crop": 0.75, "shift": 10,
     "color": 1.0, "swap_channels": 1.0, "blur": 1.0, "noise": 0.2, "cutout": 0.5, "mixup": 1.0,
     "cutmix": 1.0,
 }  # fmt: skip
-"""Of the effects a recipe does not use, to show them all the same."""
+"""With which an effect is shown that the recipe does not use."""
 PROBABILITIES = ("flip", "swap_channels", "blur", "mixup", "cutmix")
-"""Effects whose setting says how often; shown on every picture that may have them."""
+"""Effects whose setting is a probability; they are shown with 1, on every image allowed."""
 
 
 def contact_sheet(uri: str, out: Path, *, count: int = 48) -> Manifest:
-    """Write a PNG of up to `count` pictures with their captions, spread over the set's shards.
+    """Write a PNG of up to `count` images with their captions, spread over the set's shards.
 
-    A picture that cannot be read is grey, with its reason below.
+    An image that cannot be read is grey, with the reason below it.
+
+    Returns:
+        The set's manifest.
 
     Raises:
         DataError: no shard set, or a shard that cannot be read.
@@ -65,29 +68,58 @@ def contact_sheet(uri: str, out: Path, *, count: int = 48) -> Manifest:
 def augmentation_grid(
     recipe: Recipe, home: Path, out: Path, *, count: int = 8, seed: int = 0
 ) -> None:
-    """Write a PNG of a recipe's first pictures, a row an effect, then a row a section of its.
+    """Write a PNG of a recipe's images, one row per effect, then one per augment section.
 
-    An effect the recipe uses somewhere has that strength, the others those of STRENGTHS; what
-    happens now and then is shown on every picture that may have it.
+    An effect that the recipe uses in a section has the largest of its settings, the others have
+    those of STRENGTHS. Effects of PROBABILITIES are shown on every image that may have them.
+
+    Args:
+        recipe: its first shard set is read.
+        home: where home:NAME lies.
+        out: the PNG to write.
+        count: images, the columns.
+        seed: of the changes.
 
     Raises:
-        DataError: no shard set, or no picture in it that can be read.
+        DataError: no shard set, or no image in it that can be read.
     """
     uri = locate(recipe.data.shards[0], home)
+    images, flippable = _images(uri, recipe.preprocess, count)
+    sections = _augment_sections(recipe)
+    rows = {"as it is": images}
+    seeds = seed + torch.arange(len(images))
+    for name, config in {**_effects(list(sections.values())), **sections}.items():
+        rows[name] = Augment(config)(images, seeds=seeds, flippable=flippable)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scale = max(1, EFFECT_SIDE // recipe.preprocess.image_size)
+    stacked = torch.cat(list(rows.values()))
+    grid(stacked, len(images), row_labels=tuple(rows), scale=scale).save(out, format="PNG")
+
+
+def _images(uri: str, config: PreprocessConfig, count: int) -> tuple[Tensor, Tensor]:
+    """Up to `count` images of a set, uint8 (B, 3, S, S), and whether each may be mirrored, bool.
+
+    Raises:
+        DataError: no image can be read.
+    """
     manifest = read_manifest(uri)
     images, flippable = [], []
     for sample in _spread(uri, manifest, 4 * count):
         try:
             record = _record(sample, manifest)
-            images.append(decode(sample.image or b"", recipe.preprocess, key=sample.key))
+            images.append(decode(sample.image or b"", config, key=sample.key))
             flippable.append(may_mirror([caption["text"] for caption in record["captions"]]))
         except (BadImage, BadCaption):
             continue
     if not images:
         raise DataError(f"{uri} has no picture that can be read: see `tessera data show {uri}`")
     step = max(1, len(images) // count)
-    pictures = torch.from_numpy(np.stack(images[::step][:count]))
-    may_flip = torch.tensor(flippable[::step][:count])
+    chosen = torch.from_numpy(np.stack(images[::step][:count]))
+    return chosen, torch.tensor(flippable[::step][:count])
+
+
+def _augment_sections(recipe: Recipe) -> dict[str, AugmentConfig]:
+    """By name, the recipe's sections whose augmentation has an effect."""
     sections = {
         "tokenizer.train": recipe.tokenizer.train.augment,
         "encode": recipe.encode.augment,
@@ -95,18 +127,11 @@ def augmentation_grid(
     }
     if load_family(recipe.generator.family).reads == "images":
         sections["generator.train"] = recipe.generator.train.augment
-    rows = {"as it is": pictures}
-    seeds = seed + torch.arange(len(pictures))
-    for name, config in {**_effects(list(sections.values())), **sections}.items():
-        rows[name] = Augment(config)(pictures, seeds=seeds, flippable=may_flip)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scale = max(1, EFFECT_SIDE // recipe.preprocess.image_size)
-    stacked = torch.cat(list(rows.values()))
-    grid(stacked, len(pictures), row_labels=tuple(rows), scale=scale).save(out, format="PNG")
+    return sections
 
 
 def _effects(sections: list[AugmentConfig]) -> dict[str, AugmentConfig]:
-    """Every effect alone, labelled with the recipe's setting; in brackets if it has none."""
+    """By label, each effect alone; the label is in brackets if no section uses it."""
     found = {}
     for name, default in STRENGTHS.items():
         used = max(getattr(section, name) for section in sections)
@@ -117,10 +142,10 @@ def _effects(sections: list[AugmentConfig]) -> dict[str, AugmentConfig]:
 
 
 def _record(sample: TarSample, manifest: Manifest) -> dict[str, Any]:
-    """What a sample says of itself.
+    """A sample's captions and credits, from its JSON or from a foreign tar's files.
 
     Raises:
-        BadCaption: nothing that can be read.
+        BadCaption: they cannot be read.
     """
     if manifest.in_place is None:
         return parse_record(sample.files.get("json"))
@@ -128,7 +153,7 @@ def _record(sample: TarSample, manifest: Manifest) -> dict[str, Any]:
 
 
 def _spread(uri: str, manifest: Manifest, count: int) -> Iterator[TarSample]:
-    """The first samples of evenly chosen shards, in the set's order."""
+    """Up to `count` samples from the beginnings of evenly chosen shards, in the set's order."""
     fs, root = open_shards(uri, manifest)
     chosen = min(len(manifest.shards), count)
     places = np.linspace(0, len(manifest.shards) - 1, chosen).round().astype(int)
@@ -141,14 +166,14 @@ def _spread(uri: str, manifest: Manifest, count: int) -> Iterator[TarSample]:
 
 
 def _cell(sample: TarSample, manifest: Manifest) -> tuple[NDArray[np.uint8], str]:
-    """A picture uint8 (3, SIDE, SIDE) and what to write below it."""
+    """An image, uint8 (3, SIDE, SIDE), and the text below it."""
     config = PreprocessConfig(image_size=SIDE, min_side=1, max_aspect=1e6)
     try:
         record = _record(sample, manifest)
         if sample.problem or sample.image is None:
             raise BadImage(sample.problem or "no_picture")
         first = {c["language"]: c["text"] for c in reversed(record["captions"])}
-        captions = list(reversed(first.values()))  # a language's first is the shortest
+        captions = list(reversed(first.values()))  # the first of a language is the shortest
         return decode(sample.image, config), clean(" | ".join(captions)) or sample.key
     except (BadImage, BadCaption) as error:
         return np.full((3, SIDE, SIDE), WHITE[0] // 2, np.uint8), f"({error.reason})"

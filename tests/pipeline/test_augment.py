@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.augment import Augment, Draws, boxes, mirror, resample, ten_crops
+from pipeline.augment import (
+    Augment,
+    SeededDraws,
+    differentiable_augmentation,
+    flip_left_right,
+    random_squares,
+    resample,
+    ten_crops,
+)
 from pipeline.config import AugmentConfig, EncodeConfig, Recipe
 from pipeline.mirror import may_mirror
 
@@ -25,52 +33,52 @@ def only(**settings: Any) -> Augment:
 
 
 @pytest.fixture
-def pictures(icon_images: Tensor) -> Tensor:
+def images(icon_images: Tensor) -> Tensor:
     """uint8 (16, 3, 64, 64)."""
     return icon_images[:16]
 
 
 @pytest.mark.parametrize("name", EFFECTS)
-def test_every_effect_changes_pictures_and_obeys_its_seeds(name: str, pictures: Tensor) -> None:
+def test_every_effect_changes_images_and_obeys_its_seeds(name: str, images: Tensor) -> None:
     augment, seeds = only(**{name: EFFECTS[name]}), torch.arange(16)
-    found = augment(pictures, seeds=seeds)
-    assert found.dtype == torch.uint8 and found.shape == pictures.shape
-    assert (found != pictures).flatten(1).any(1).sum() >= 3
-    assert torch.equal(augment(pictures, seeds=seeds), found)
-    assert not torch.equal(augment(pictures, seeds=seeds + 1), found)
+    found = augment(images, seeds=seeds)
+    assert found.dtype == torch.uint8 and found.shape == images.shape
+    assert (found != images).flatten(1).any(1).sum() >= 3
+    assert torch.equal(augment(images, seeds=seeds), found)
+    assert not torch.equal(augment(images, seeds=seeds + 1), found)
 
 
-def test_without_any_effect_nothing_changes(pictures: Tensor) -> None:
-    assert torch.equal(only()(pictures), pictures)
+def test_without_any_effect_nothing_changes(images: Tensor) -> None:
+    assert torch.equal(only()(images), images)
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_the_result_does_not_depend_on_the_number_of_workers(
-    world_size: int, pictures: Tensor
+    world_size: int, images: Tensor
 ) -> None:
     seeds = 1000 + torch.arange(16)
-    whole = Augment(ALL)(pictures, seeds=seeds)
+    whole = Augment(ALL)(images, seeds=seeds)
     shares = [
-        Augment(ALL)(pictures[rank::world_size], seeds=seeds[rank::world_size])
+        Augment(ALL)(images[rank::world_size], seeds=seeds[rank::world_size])
         for rank in range(world_size)
     ]
     assert torch.equal(torch.stack(shares, 1).flatten(0, 1), whole)
 
 
-def test_seeds_come_from_the_global_generator_unless_given(pictures: Tensor) -> None:
+def test_seeds_come_from_the_global_generator_unless_given(images: Tensor) -> None:
     def drawn(seed: int) -> Tensor:
         torch.manual_seed(seed)
-        return Augment(ALL)(pictures)
+        return Augment(ALL)(images)
 
     assert torch.equal(drawn(1), drawn(1)) and not torch.equal(drawn(1), drawn(2))
 
 
 @pytest.mark.parametrize("settings", [{"flip": 1.0}, {"ten_crop": 1.0}])
-def test_only_what_may_be_mirrored_is(settings: dict[str, float], pictures: Tensor) -> None:
+def test_only_what_may_be_mirrored_is(settings: dict[str, float], images: Tensor) -> None:
     flippable = torch.arange(16) % 2 == 0
-    found = only(**settings)(pictures, seeds=torch.arange(16), flippable=flippable)
-    flipped = (found == pictures.flip(3)).flatten(1).all(1)
-    kept = (found == pictures).flatten(1).all(1)
+    found = only(**settings)(images, seeds=torch.arange(16), flippable=flippable)
+    flipped = (found == images.flip(3)).flatten(1).all(1)
+    kept = (found == images).flatten(1).all(1)
     assert kept[1::2].all() and (flipped | kept).all() and flipped[::2].sum() >= 2
 
 
@@ -102,22 +110,22 @@ def test_ten_crops_are_five_and_their_mirror_images() -> None:
     mirrored = ten_crops(images.flip(3), 0.75)
     torch.testing.assert_close(crops[:, 5:], mirrored[:, :5])
     torch.testing.assert_close(crops[:, 4].flip(3), crops[:, 9], rtol=1e-4, atol=1e-4)
-    assert torch.equal(mirror(images, torch.tensor([True, False]))[1], images[1])
+    assert torch.equal(flip_left_right(images, torch.tensor([True, False]))[1], images[1])
 
 
-def test_a_box_has_its_side_and_lies_within() -> None:
+def test_a_square_has_its_side_and_lies_within() -> None:
     side = torch.tensor([0.0, 0.25, 1.0])
-    box = boxes(16, side, Draws([1, 2, 3], side.device))
-    assert box.flatten(1).sum(1).tolist() == [0, 16, 256]
+    square = random_squares(16, side, SeededDraws([1, 2, 3], side.device))
+    assert square.flatten(1).sum(1).tolist() == [0, 16, 256]
 
 
-def test_mixtures_are_of_two_pictures(pictures: Tensor) -> None:
-    partner = pictures.roll(8, 0)
-    mixed = only(mixup=1.0)(pictures, seeds=torch.arange(16)).float()
-    low, high = torch.minimum(pictures, partner).float(), torch.maximum(pictures, partner).float()
+def test_mixtures_are_of_two_images(images: Tensor) -> None:
+    partner = images.roll(8, 0)
+    mixed = only(mixup=1.0)(images, seeds=torch.arange(16)).float()
+    low, high = torch.minimum(images, partner).float(), torch.maximum(images, partner).float()
     assert (mixed >= low - 1).all() and (mixed <= high + 1).all()
-    cut = only(cutmix=1.0)(pictures, seeds=torch.arange(16))
-    assert ((cut == pictures) | (cut == partner)).all()
+    cut = only(cutmix=1.0)(images, seeds=torch.arange(16))
+    assert ((cut == images) | (cut == partner)).all()
 
 
 @pytest.mark.parametrize(
@@ -142,3 +150,11 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         AugmentConfig(random_crop=0.5, ten_crop=0.8)
     with pytest.raises(ValueError, match="a mixture has no caption"):
         Recipe(name="x", encode=EncodeConfig(num_views=2, augment=AugmentConfig(mixup=0.5)))
+
+
+def test_gradients_flow_through_the_augmentation_of_a_gan() -> None:
+    images = torch.rand(4, 3, 16, 16, requires_grad=True)
+    changed = differentiable_augmentation()(images)
+    assert changed.shape == images.shape and not torch.equal(changed, images)
+    (gradient,) = torch.autograd.grad(changed.sum(), images)
+    assert gradient.abs().flatten(1).sum(1).all(), "every image's pixels get one"
