@@ -1,11 +1,15 @@
-"""What trains, and with which optimiser: the same words for every family.
+"""Fine-tuning policies, optimisers, the learning rate's schedule and the average of the weights.
 
-Policies (TrainConfig.policy):
+A policy (TrainConfig.policy) says what trains, in every family:
+
     full    everything
     head    the model's `head_modules()`: new embeddings, output head, last blocks
     lora    low-rank adapters (peft) beside the matrices and kernels of all the rest; the head
             modules train in full
     frozen  everything but the model's `text_modules()`
+
+    trainable, total = apply_policy(model, config)
+    optimizers = build_optimizers(model, config)
 """
 
 from __future__ import annotations
@@ -17,20 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
-from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, (in, out) in memory
+from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, whose weight is (in, out)
 
 from pipeline.config import TrainConfig
 from pipeline.errors import MissingExtraError, RecipeError
 from pipeline.objective import TrainableNetwork
 
-_ADAPTER = ".lora_"  # in the names that peft gives its weights
+_ADAPTER = ".lora_"  # part of the names that peft gives adapters' weights
 MUON_MODULES = (nn.Linear, nn.Conv2d, Conv1D)
 DECAYED_MODULES = (*MUON_MODULES, nn.ConvTranspose2d, nn.MultiheadAttention)
-MIN_MUON_SIDE = 64  # narrower matrices gain nothing from orthogonal updates
+MIN_MUON_SIDE = 64  # narrower matrices gain nothing from orthogonalised updates
 
 
 def apply_policy(model: TrainableNetwork, config: TrainConfig) -> tuple[int, int]:
-    """Set requires_grad as config.policy says; lora also adds its adapters to the model, in place.
+    """Set requires_grad as config.policy says; lora also adds adapters to the model, in place.
 
     Returns:
         (trainable, total) parameter counts.
@@ -62,7 +66,11 @@ def apply_policy(model: TrainableNetwork, config: TrainConfig) -> tuple[int, int
 
 
 def _check_policy(model: TrainableNetwork, policy: str) -> None:
-    """Raises RecipeError for a policy that the model does not offer."""
+    """Refuse a policy that the model does not offer.
+
+    Raises:
+        RecipeError: the message lists what it offers.
+    """
     offered = ["full"]
     offered += ["head", "lora"] if model.head_modules() is not None else []
     offered += ["frozen"] if model.text_modules() is not None else []
@@ -76,10 +84,11 @@ def _check_policy(model: TrainableNetwork, policy: str) -> None:
 def merged_weights(
     model: TrainableNetwork, config: TrainConfig, weights: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The weights that a training with adapters ended with, as the plain model has them.
+    """Merge a training's adapters into the weights: what the model without adapters has to load.
 
     Args:
-        model: as it was before `apply_policy`; changed in place.
+        model: a model as before `apply_policy`; changed in place.
+        weights: of the model with adapters.
     """
     _add_adapters(model, config)
     model.load_state_dict(weights)
@@ -92,7 +101,7 @@ def merged_weights(
 
 
 def adapter_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The adapters alone; empty for other policies than lora."""
+    """The adapters' weights alone; empty for policies other than lora."""
     return {name: tensor for name, tensor in weights.items() if _ADAPTER in name}
 
 
@@ -102,7 +111,7 @@ def _add_adapters(model: TrainableNetwork, config: TrainConfig) -> None:
     except ImportError as error:
         raise MissingExtraError("train.policy=lora", "lora") from error
     head = {id(inner) for module in model.head_modules() or () for inner in module.modules()}
-    # its fused path reads the plain weights past any adapter
+    # The fused path of nn.TransformerEncoderLayer reads its weights directly, without adapters.
     fused = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
     fixed = head | {id(inner) for module in fused for inner in module.modules()}
     targets = [
@@ -115,7 +124,7 @@ def _add_adapters(model: TrainableNetwork, config: TrainConfig) -> None:
             f"train.policy=lora: {type(model).__name__} has no linear layer or convolution beside "
             "its head; take another policy"
         )
-    alpha: Any = config.lora_alpha  # peft declares a whole number and divides by the rank
+    alpha: Any = config.lora_alpha  # declared int by peft, which divides it by the rank
     settings = LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=targets)
     inject_adapter_in_model(settings, model)
 
@@ -123,12 +132,11 @@ def _add_adapters(model: TrainableNetwork, config: TrainConfig) -> None:
 def build_optimizers(
     model: nn.Module, config: TrainConfig, *, ratio: float = 1.0
 ) -> list[torch.optim.Optimizer]:
-    """One optimiser, or with muon two: muon for hidden matrices, if there are any, adamw for all
-    else.
+    """One optimiser; with muon two, if there are hidden matrices: muon for these, adamw for others.
 
-    Learning rates are `ratio` times the recipe's. Weight decay is for matrices and kernels alone,
-    never for norms, biases and tables. Every group keeps its peak in "peak_lr", which
-    `set_learning_rate` scales.
+    Learning rates are `ratio` times the recipe's. Only matrices and kernels decay, not norms,
+    biases and embedding tables. Every parameter group keeps its peak learning rate as "peak_lr",
+    which `set_learning_rate` scales.
     """
     hidden, decayed, plain = _sort_parameters(model)
     if config.optimizer == "muon" and hidden:
@@ -153,11 +161,11 @@ def build_optimizers(
 
 
 class KernelMuon(torch.optim.Muon):
-    """torch.optim.Muon, which takes matrices alone, for convolution kernels too.
+    """torch.optim.Muon, which takes matrices only, extended to convolution kernels.
 
-    A kernel (out, in, height, width) is seen as the matrix (out, in * height * width), as Jordan et
-    al. 2024 ("Muon: An optimizer for hidden layers in neural networks") do. The views share memory
-    with the weights, so those must stay where they are: build it after the model is on its device.
+    A kernel (out, in, height, width) is viewed as the matrix (out, in * height * width), as Jordan
+    et al. 2024 ("Muon: An optimizer for hidden layers in neural networks") do. The views share the
+    weights' memory: create the optimiser after the model was moved to its device.
     """
 
     def __init__(
@@ -182,7 +190,7 @@ class KernelMuon(torch.optim.Muon):
 
 
 def _as_matrix(tensor: Tensor, weight: Tensor) -> Tensor:
-    """(out, ...) -> (out, rest), in the order in which `weight` lies in memory."""
+    """A view of a tensor (out, ...) as (out, rest), in the order of `weight`'s memory."""
     channels_last = weight.ndim == 4 and not weight.is_contiguous()
     return (tensor.permute(0, 2, 3, 1) if channels_last else tensor).flatten(1)
 
@@ -207,15 +215,16 @@ def _groups(
 def _sort_parameters(
     model: nn.Module,
 ) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """(hidden matrices, all that decays, all that does not), trainable parameters only.
+    """The trainable parameters as three lists: hidden matrices, all that decay, all that do not.
 
-    Matrices and kernels decay: the weights of DECAYED_MODULES, normalised spectrally or not. Those
-    of MUON_MODULES that have MIN_MUON_SIDE rows and columns or more are what muon is for.
+    Matrices and kernels decay: the weights of DECAYED_MODULES, spectrally normalised or not. Hidden
+    matrices, which muon trains, are those of MUON_MODULES that have at least MIN_MUON_SIDE rows and
+    columns; they are among those that decay.
     """
     hidden, decayed, plain = [], [], []
     for name, module in model.named_modules():
         layer = module
-        if isinstance(module, ParametrizationList):  # holds the weight of the layer around it
+        if isinstance(module, ParametrizationList):  # it holds the weight of its parent
             layer = model.get_submodule(name.rpartition(".parametrizations.")[0])
         for parameter in module.parameters(recurse=False):
             if not parameter.requires_grad:
@@ -231,7 +240,12 @@ def _sort_parameters(
 
 
 def learning_rate_factor(config: TrainConfig, *, step: int, progress: float) -> float:
-    """Share of the peak: linear warm-up, then a cosine (or nothing) over `progress` in [0, 1]."""
+    """The learning rate as a share of its peak: linear warm-up, times a cosine or a constant.
+
+    Args:
+        step: optimiser steps done.
+        progress: share of the training's budget that is used, in [0, 1].
+    """
     warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
     if config.schedule == "constant":
         return warmup
@@ -240,7 +254,7 @@ def learning_rate_factor(config: TrainConfig, *, step: int, progress: float) -> 
 
 
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
-    """Scale every group's learning rate from its peak."""
+    """Set the learning rate of every parameter group to `factor` times its peak."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
@@ -249,8 +263,8 @@ def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], factor: float
 class EMA:
     """Exponential moving average of a model's trainable weights, with a warm-up of the decay.
 
-    The decay at update t is min(decay, (1 + t) / (10 + t)), so short runs are not dragged by
-    their first steps.
+    The decay at update t is min(decay, (1 + t) / (10 + t)), so that the average of a short run does
+    not hang on its first steps.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -1,7 +1,10 @@
-"""Training a generator on image tokens and captions: what a worker builds, and the bundle after.
+"""Training a generator: what every worker builds, and the bundle that training leaves.
 
-A base bundle gives its weights and its styles; new styles take free places in the style table and
-start from the mean of those that are there.
+    task = GeneratorTask(config, spec, ...)
+    metrics = train_generator(context, task, encoder=encoder, ...)  # writes context.path / "bundle"
+
+Training that starts from a base bundle takes its weights and its styles. New styles take free rows
+of the style table, and start from the mean of the base's styles.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ SAMPLE_PROMPTS = (
 
 @dataclass(frozen=True)
 class GeneratorTask:
-    """Everything a worker needs to build its training; small enough to travel.
+    """Everything that a worker needs to build its training; small enough to send to any worker.
 
     Attributes:
         config: the recipe's section, completed from the base.
@@ -129,12 +132,12 @@ def train_generator(
     caption_encoder: CaptionEncoderConfig,
     split: str,
 ) -> dict[str, float]:
-    """Train on Ray and leave "bundle" in the step's directory, and of LoRA "adapters.safetensors".
+    """Train on Ray, and write "bundle" (with LoRA also "adapters.safetensors") to context.path.
 
     Args:
-        encoder: the one that the task's captions were read with.
-        caption_encoder: how it is found again.
-        split: DataConfig.split of the pictures.
+        encoder: the caption encoder that the task's captions were encoded with.
+        caption_encoder: the recipe's section by which it is found again.
+        split: DataConfig.split of the images.
 
     Returns:
         The metrics of the checkpoint that the bundle is made of.
@@ -156,7 +159,7 @@ def train_generator(
         (context.path / "adapters.safetensors").write_bytes(save(adapters))
         weights = merged_weights(task.model(), config.train, weights)
     if config.base_share:
-        torch.manual_seed(config.train.seed)  # as the workers did before they made theirs
+        torch.manual_seed(config.train.seed)  # the weights that the workers began with
         weights = mixed_with_start(task.model(), weights, config.base_share)
     save_bundle(
         context.path / "bundle",
@@ -177,10 +180,16 @@ def train_generator(
 def mixed_with_start(
     model: nn.Module, weights: Mapping[str, Tensor], share: float
 ) -> dict[str, Tensor]:
-    """The trained `weights`, with a `share` of those that `model` has, which training began with.
+    """Mix trained weights with a `share` of those that training began with (WiSE-FT).
 
-    Source: Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", section 3: what is
-    trained is better where it was trained, the mean of both also where it was not.
+    Fine-tuned weights are better on what they were tuned on, the mix on what they were not.
+
+    Source: Wortsman et al. 2022, "Robust fine-tuning of zero-shot models" (arXiv 2109.01903),
+    section 3.
+
+    Args:
+        model: has the weights that training began with.
+        weights: the trained ones.
     """
     start = model.state_dict()
     return {
@@ -191,10 +200,10 @@ def mixed_with_start(
 
 @torch.no_grad()
 def start_from(model: GeneratorNetwork, base: Path, spec: ModelSpec) -> None:
-    """Copy a base bundle's weights; `model` has the base's shape (`shape_of_base`).
+    """Copy a base bundle's weights into a model of the base's shape (`shapes.shape_of_base`).
 
-    Where it learns tasks that the base does not know, its tables may have more rows: those at the
-    end stay as they are.
+    The tables of a model that learns further tasks may have more rows than the base's: the rows at
+    their end stay as they are.
 
     Raises:
         RecipeError: the base knows tasks that the recipe leaves out, and has weights for them.
@@ -218,7 +227,7 @@ def start_from(model: GeneratorNetwork, base: Path, spec: ModelSpec) -> None:
 
 
 def draw_samples(objective: Objective, *, task: GeneratorTask) -> Image.Image:
-    """Fixed prompts and seeds, eight a row: English above, Chinese below."""
+    """Images of SAMPLE_PROMPTS with fixed seeds, eight per row: English above, Chinese below."""
     device = next(objective.model.parameters()).device
     was_training = objective.model.training
     tokenizer = load_tokenizer(task.tokenizer).to(device)

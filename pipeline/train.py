@@ -1,11 +1,14 @@
-"""The one training loop: Ray Train DDP over any objective, whatever family or phases it has.
+"""The training loop, the only one: distributed data parallel (DDP) on Ray Train, for any objective.
 
     result = fit(build, config, storage=home / "steps" / key, name="generator")
 
-`build()` runs on every worker and returns a `Training`: the objective (pipeline.objective) and its
-data. A step's randomness is seeded by (seed, step, rank), its rows by (seed, step), so a training
-that is killed and started again with the same storage and name goes on exactly where its last
-checkpoint was (on a GPU give or take roundings, since it may choose other kernels).
+`build()` runs on every worker and returns a `Training`: an objective (pipeline/objective.py), which
+is a network with its losses, and its data. The loop knows nothing else of what it trains.
+
+The random numbers of a step are seeded by (seed, step, rank), and its rows by (seed, step). So a
+training that was killed and is started again with the same storage and name continues from its last
+checkpoint as if it had not stopped: to the bit on CPUs, but for roundings on GPUs, which may choose
+other kernels.
 """
 
 from __future__ import annotations
@@ -59,8 +62,8 @@ from pipeline.runtime import (
 from pipeline.tracking import RunHandle, RunLogger
 from pipeline.train_window import CHECK_EVERY, Window
 
-CPUS_A_WORKER = 0.5
-VALIDATION_SEED = 20_260
+CPUS_PER_WORKER = 0.5  # of Ray's logical CPUs, so that trainings fit beside other work
+VALIDATION_SEED = 20_260  # the same random numbers at every validation
 
 
 @dataclass
@@ -70,8 +73,8 @@ class Training:
     Attributes:
         objective: the network and its losses.
         train: rows to learn from.
-        validation: rows to stop by.
-        sample: draws a fixed PIL image from the objective, to be looked at; rank 0 calls it.
+        validation: rows whose loss decides about stopping and the best checkpoint.
+        sample: makes a PIL image of what the objective has learnt, for people; rank 0 calls it.
     """
 
     objective: Objective
@@ -98,10 +101,18 @@ def fit(
     on_progress: OnProgress | None = None,
     callbacks: Sequence[UserCallback] = (),
 ) -> TrainResult:
-    """Train to the end and give the checkpoint with the lowest validation loss, or the last.
+    """Train to the end. Ray must be running.
 
-    Ray must be up. Workers take half a logical CPU each, so that they fit beside other work.
-    `callbacks` are Ray Train's, called on its controller.
+    Args:
+        build: what each worker trains; it is pickled.
+        storage: the directory for checkpoints, on a disk that every node sees.
+        name: of the training within the storage.
+        run: where rank 0 logs metrics and samples.
+        on_progress: called on the driver with the latest progress.
+        callbacks: Ray Train's, called on its controller.
+
+    Returns:
+        The checkpoint of the lowest validation loss, or the last one, as config.restore says.
 
     Raises:
         TrainingError: a loss is not finite, or workers died more often than config.max_failures.
@@ -144,24 +155,27 @@ def fit(
 
 @contextmanager
 def _ctrl_c_interrupts() -> Iterator[None]:
-    """Ray Train answers Ctrl-C by ending the process as if all were well (status 0), and goes on
-    answering it so after the training."""
+    """Let Ctrl-C raise KeyboardInterrupt during and after a training.
+
+    Ray Train handles it by exiting with status 0, and does not restore the handler afterwards.
+    """
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
     except SystemExit as end:
         raise KeyboardInterrupt from end
     finally:
-        if threading.current_thread() is threading.main_thread():  # there alone it is taken over
+        if threading.current_thread() is threading.main_thread():  # where alone handlers are set
             signal.signal(signal.SIGINT, handler)
 
 
 def scaling_for(num_workers: int, resources: Mapping[str, float]) -> ScalingConfig:
-    """A GPU a worker where the cluster has any, else half a logical CPU a worker.
+    """The number of workers and what each takes: one GPU where the cluster has any, else
+    CPUS_PER_WORKER.
 
-    With fewer GPUs than workers, fewer workers train, as many as the global batch divides into as
-    well. It is the same then, and so is the result of losses that are means over pictures; those
-    that compare a worker's pictures with each other (the aligner, the GAN) have more to compare.
+    With fewer GPUs than workers, fewer workers train: as many as divide `num_workers`, so that the
+    global batch stays the same. Losses that are means over images then stay the same, too; those
+    that compare a worker's images with each other (the aligner's, the GAN's) compare more of them.
 
     Raises:
         ResourceError: the cluster is too small for the workers.
@@ -169,13 +183,13 @@ def scaling_for(num_workers: int, resources: Mapping[str, float]) -> ScalingConf
     gpus, cpus = int(resources.get("GPU", 0)), resources.get("CPU", 0)
     if gpus:
         num_workers = max(n for n in range(1, gpus + 1) if num_workers % n == 0)
-        per_worker = {"CPU": CPUS_A_WORKER, "GPU": 1}
+        per_worker = {"CPU": CPUS_PER_WORKER, "GPU": 1}
     else:
-        per_worker = {"CPU": CPUS_A_WORKER}
-    if num_workers * CPUS_A_WORKER > cpus:
+        per_worker = {"CPU": CPUS_PER_WORKER}
+    if num_workers * CPUS_PER_WORKER > cpus:
         raise ResourceError(
-            f"train.num_workers={num_workers} needs {num_workers * CPUS_A_WORKER:g} of Ray's CPUs "
-            f"and the cluster has {cpus:g}: lower it, or add nodes"
+            f"train.num_workers={num_workers} needs {num_workers * CPUS_PER_WORKER:g} of Ray's "
+            f"CPUs and the cluster has {cpus:g}: lower it, or add nodes"
         )
     return ScalingConfig(
         num_workers=num_workers, use_gpu=bool(gpus), resources_per_worker=per_worker
@@ -183,7 +197,7 @@ def scaling_for(num_workers: int, resources: Mapping[str, float]) -> ScalingConf
 
 
 def _first_cause(error: Exception) -> TesseraError:
-    """What went wrong on the worker, if it is one of ours, else a summary."""
+    """The TesseraError that a worker raised, else one that sums up what the workers said."""
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     for failure in failures.values():
         for cause in (failure, getattr(failure, "cause", None)):
@@ -206,7 +220,7 @@ def _is_number(value: object) -> bool:
 
 
 def _worker(settings: dict[str, Any]) -> None:
-    """Runs on every rank."""
+    """What Ray Train calls on every worker."""
     worker = _Worker(**settings)
     try:
         worker.train()
@@ -227,7 +241,7 @@ class _Worker:
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
             torch.set_num_threads(max(1, available_cpus() // context.get_local_world_size()))
-        torch.backends.cudnn.benchmark = True  # a training's shapes hardly change
+        torch.backends.cudnn.benchmark = True  # pays where shapes stay the same
         torch.manual_seed(config.seed)  # every rank starts from the same weights
         self.training = build()
         self.objective = self.training.objective.to(self.device)
@@ -237,7 +251,7 @@ class _Worker:
         self.wrapped = ray.train.torch.prepare_model(
             self.objective,
             parallel_strategy_kwargs={
-                # constants (FSQ's levels, VGG's weights), or made of the weights alike on all ranks
+                # Buffers are constants, or computed from the weights alike on all ranks.
                 "broadcast_buffers": False,
                 "find_unused_parameters": len(phases) > 1,
             },
@@ -257,15 +271,15 @@ class _Worker:
         self.augment = Augment(config.augment).to(self.device)
         self.validation_rows = self._validation_rows()
         self.state = TrainState()
-        self.tokens_a_picture = 0  # of families that draw pixels
+        self.tokens_per_image = 0  # stays 0 for families that generate pixels
         self.logger = RunLogger(run if self.rank == 0 else None)
         self.feeder = ThreadPoolExecutor(1, "feeder")
-        self.fed: dict[int, Future[dict[str, Tensor]]] = {}  # by step
+        self.fed: dict[int, Future[dict[str, Tensor]]] = {}  # batches being prepared, by step
         self._restore()
         self.started = time.monotonic() - self.state.elapsed_s
 
     def _compile(self) -> bool:
-        """Whether anything was."""
+        """Compile what the objective offers if the config asks for it; returns whether any was."""
         wanted = self.config.compile
         if wanted == "never" or (wanted == "auto" and not can_compile(self.device)):
             return False
@@ -274,10 +288,10 @@ class _Worker:
         return bool(modules)
 
     def _validation_rows(self) -> list[np.ndarray]:
-        """This rank's, batch by batch.
+        """This rank's validation rows, batch by batch.
 
         Raises:
-            DataError: too few for every rank to have some in every batch.
+            DataError: there are too few for every rank to have enough in every batch.
         """
         config, length = self.config, len(self.training.validation)
         fewest = self.objective.min_validation_rows
@@ -332,7 +346,10 @@ class _Worker:
                     self._validate_and_report(progress)
 
     def _progress(self) -> float:
-        """Share of the budget used, in steps or in time, the same on every rank."""
+        """The share of max_steps or of time_limit_s that is used, whichever is larger.
+
+        Rank 0's clock counts, so that all ranks agree.
+        """
         share = self.state.step / self.config.max_steps
         if self.config.time_limit_s is None:
             return share
@@ -344,7 +361,7 @@ class _Worker:
         return max(share, elapsed / self.config.time_limit_s)
 
     def _batch(self, step: int) -> dict[str, Tensor]:
-        """What this rank trains on at a step; the next one's is made meanwhile."""
+        """This rank's batch of a step; the next step's is prepared by a thread meanwhile."""
         for wanted in (step, step + 1):
             if wanted not in self.fed and wanted < self.config.max_steps:
                 self.fed[wanted] = self.feeder.submit(self._feed, wanted)
@@ -362,34 +379,42 @@ class _Worker:
         return self._pinned(batch)
 
     def _step(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """One optimiser step of every phase: its metrics, and gradient norm and loss by phase."""
+        """One optimiser step in every phase.
+
+        Returns:
+            Metrics by name; and for each phase the gradient's norm and the loss, (2,).
+        """
         config = self.config
         torch.manual_seed(hash((config.seed, step, self.rank)) % 2**63)
         fed = self._batch(step)
-        seeds = fed.pop("seeds")  # read on the CPU: from a GPU they would have to be waited for
+        seeds = fed.pop("seeds")  # stay on the CPU: reading them from a GPU would wait for it
         batch = self._to_device(fed)
         flippable = batch.pop("flippable", None)
         if "image_tokens" in batch:
-            self.tokens_a_picture = batch["image_tokens"].shape[1]
+            self.tokens_per_image = batch["image_tokens"].shape[1]
         if "images" in batch:
             batch["images"] = self.augment(batch["images"], seeds=seeds, flippable=flippable)
         self.wrapped.train()
         metrics: dict[str, Tensor] = {}
-        signs: dict[str, Tensor] = {}
+        gradients: dict[str, Tensor] = {}
         for phase in self.objective.phases:
             losses = self._backward(batch, phase)
             norm = nn.utils.clip_grad_norm_(self.networks[phase].parameters(), config.clip_norm)
             for optimizer in self.phase_optimizers[phase]:
                 optimizer.step()
             self.objective.zero_grad(set_to_none=True)
-            signs[phase] = torch.stack([norm, losses["loss"]])
+            gradients[phase] = torch.stack([norm, losses["loss"]])
             metrics |= losses | {"grad_norm": norm}
         if self.ema is not None:
             self.ema.update(self.objective.model)
-        return metrics, signs
+        return metrics, gradients
 
     def _backward(self, batch: dict[str, Tensor], phase: str) -> dict[str, Tensor]:
-        """Gradients of one phase, gathered over config.accumulate pieces of the batch."""
+        """Add up the gradients of one phase over config.accumulate pieces of the batch.
+
+        Returns:
+            The mean losses over the pieces.
+        """
         pieces = self.config.accumulate
         sums: dict[str, Tensor] = {}
         for i in range(pieces):
@@ -404,13 +429,13 @@ class _Worker:
         return sums
 
     def _unsynchronised(self) -> AbstractContextManager[None]:
-        """Gradients of a piece of the batch stay on this rank until the last piece."""
+        """Keep DDP from averaging gradients over the ranks before the last piece of the batch."""
         if isinstance(self.wrapped, DistributedDataParallel):
             return self.wrapped.no_sync()
         return nullcontext()
 
     def _pinned(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """In memory from which a GPU fetches by itself."""
+        """Move a batch to pinned memory, from which a GPU copies asynchronously."""
         if self.device.type != "cuda":
             return batch
         return {name: tensor.pin_memory() for name, tensor in batch.items()}
@@ -422,7 +447,7 @@ class _Worker:
         images_per_s, metrics = window.close(self.config.batch_size)
         metrics = {f"train_{k}": v for k, v in metrics.items()} | {
             "images_per_s": images_per_s,
-            "tokens_per_s": images_per_s * self.tokens_a_picture,
+            "tokens_per_s": images_per_s * self.tokens_per_image,
             "learning_rate": self.optimizers[-1].param_groups[0]["lr"],
             "memory_gb": peak_memory_gb(self.device),
         }
@@ -436,7 +461,7 @@ class _Worker:
             )
 
     def _validate_and_report(self, progress: float) -> None:
-        """Validate the averaged weights, decide about stopping, leave a checkpoint."""
+        """Validate the averaged weights, decide whether to stop, and save a checkpoint."""
         config, state = self.config, self.state
         if self.ema is not None:
             self.ema.swap(self.objective.model)
@@ -476,7 +501,7 @@ class _Worker:
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
-        """Mean losses over the validation rows and all ranks, with fixed randomness."""
+        """Mean losses over all ranks' validation rows, with the same random numbers each time."""
         dataset = self.training.validation
         self.objective.eval()
         sums: dict[str, float] = {}
