@@ -26,7 +26,7 @@ from pipeline import __version__
 from serve.access import AccessControl
 from serve.cache import MAX_KEY_CHARS
 from serve.errors import CODE_HEADER, REQUEST_ID, install_error_handlers
-from serve.guard import GuardedRoute
+from serve.guard import MULTIPART, GuardedRoute
 from serve.listener import Address, listening
 from serve.messages import Upload
 from serve.metrics import Metrics
@@ -59,7 +59,7 @@ async def _pool(request: Request) -> ReplicaPool:
 
 
 async def _service(request: Request) -> ImageService:
-    service: ImageService = request.app.state.service
+    service: ImageService = request.app.state.image_service
     return service
 
 
@@ -72,7 +72,9 @@ async def _client(
     idempotency_key: Annotated[
         str | None,
         Header(
-            min_length=1, max_length=MAX_KEY_CHARS, description="sent again, it is answered alike"
+            min_length=1,
+            max_length=MAX_KEY_CHARS,
+            description="a request sent again under the same key gets the answer of the first",
         ),
     ] = None,
 ) -> Client:
@@ -114,7 +116,7 @@ async def edit_image(
     request: Request,
     client: Caller,
     service: Service,
-    body: Annotated[EditRequest, Form(media_type="multipart/form-data")],
+    body: Annotated[EditRequest, Form(media_type=MULTIPART)],
 ) -> ImagesResponse | Response:
     """Generate an image anew where its mask is transparent; all else stays as it is."""
     mask = await body.mask.read() if body.mask else None
@@ -127,7 +129,7 @@ async def vary_image(
     request: Request,
     client: Caller,
     service: Service,
-    body: Annotated[VariationRequest, Form(media_type="multipart/form-data")],
+    body: Annotated[VariationRequest, Form(media_type=MULTIPART)],
 ) -> ImagesResponse | Response:
     """Generate an image again, a share of its tokens anew."""
     upload = Upload(await body.image.read(), share=body.variation)
@@ -222,7 +224,7 @@ def create_api(
     api.include_router(open_router)
     state = api.state
     state.pool, state.access, state.metrics = pool, access, counted
-    state.service = ImageService(pool, access, load_safety(service), counted, service)
+    state.image_service = ImageService(pool, access, load_safety(service), counted, service)
     _add_middleware(api, counted, service)
     return api
 

@@ -223,8 +223,8 @@ class ImageRequest(ImageOptions):
         return self.prompt
 
 
-class EditRequest(ImageRequest):
-    """POST /v1/images/edits, a form: what to draw where the mask is transparent."""
+class UploadForm(BaseModel):
+    """The fields that the two forms have in common; text, so types are not strict."""
 
     model_config = ConfigDict(strict=False, json_schema_extra=_no_null)
 
@@ -233,6 +233,11 @@ class EditRequest(ImageRequest):
         validation_alias=AliasChoices("image", "image[]"),  # OpenAI's client may send a list of one
         description="square PNG, WebP or JPEG to start from",
     )
+
+
+class EditRequest(ImageRequest, UploadForm):
+    """POST /v1/images/edits, a form: what to draw where the mask is transparent."""
+
     mask: ImageFile | None = Field(
         None,
         exclude=True,
@@ -241,16 +246,9 @@ class EditRequest(ImageRequest):
     )
 
 
-class VariationRequest(ImageOptions):
+class VariationRequest(ImageOptions, UploadForm):
     """POST /v1/images/variations, a form: the image again, a part of it generated anew."""
 
-    model_config = ConfigDict(strict=False, json_schema_extra=_no_null)
-
-    image: ImageFile = Field(
-        exclude=True,
-        validation_alias=AliasChoices("image", "image[]"),
-        description="square PNG, WebP or JPEG to start from",
-    )
     variation: float = Field(
         0.5, gt=0, le=1, description="share of the image's tokens that is generated anew"
     )
