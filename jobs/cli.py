@@ -304,7 +304,8 @@ def serve(
     config: Annotated[
         Path | None,
         typer.Option(
-            help="YAML file with API keys, limits and safety; serve/README.md lists its settings."
+            help="YAML file with the service's settings: API keys, limits, safety, replicas. "
+            "serve/README.md lists them."
         ),
     ] = None,
     host: Annotated[
