@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from pipeline.bundle import load_generator
 from pipeline.contracts import MAX_SEED, GenerationRequest
 from pipeline.errors import ResourceError
@@ -75,9 +77,9 @@ def _write(out: Path, encoded: Sequence[bytes]) -> list[Path]:
     return [out]
 
 
-def _write_row(out: Path, encoded: Sequence[bytes], images: object) -> list[Path]:
+def _write_row(out: Path, encoded: Sequence[bytes], images: Tensor) -> list[Path]:
     paths = [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(1, len(encoded) + 1)]
     for path, content in zip(paths, encoded, strict=True):
         path.write_bytes(content)
-    grid(images, columns=len(paths)).save(out, format="PNG")  # type: ignore[arg-type]
+    grid(images, columns=len(paths)).save(out, format="PNG")
     return [out, *paths]

@@ -61,8 +61,8 @@ Measured on {styles}; 95 % bootstrap intervals in brackets.
 
 ## Limits
 
-Draws {size}x{size} pictures in the manner of its training data. It knows nothing that was not
-drawn there; retrieval on unseen concepts above says how far it generalises.
+Draws {size}x{size} pictures in the manner of its training data. It knows nothing that those do not
+show; retrieval on unseen concepts above says how far it generalises.
 
 ## Recipe
 

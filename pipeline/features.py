@@ -1,6 +1,6 @@
 """Image features for the Kernel Inception Distance: EfficientNet-Lite0, trained on ImageNet.
 
-Nothing in Tessera trains on these features, so they may judge what was trained; the tokenizer's
+Nothing in Tessera trains on these features, so they may evaluate what was trained; the tokenizer's
 perceptual loss sees images through another network (pipeline/perceptual.py). The weights come with
 a Python package, so that no model hub has to be reached.
 

@@ -48,9 +48,12 @@ def decide(candidate: EvalReport, champion: EvalReport | None, config: PromoteCo
             f"the report of {candidate.subject} was not made beside that of {champion.subject}: "
             "evaluate them together"
         )
-    verdicts = [_kid(candidate, champion, config), _retrieval(candidate, champion, config)]
+    verdicts = [
+        _kid_rule(candidate, champion, config),
+        _retrieval_rule(candidate, champion, config),
+    ]
     verdicts += [
-        _forgetting(candidate, champion, config, metric)
+        _forgetting_rule(candidate, champion, config, metric)
         for metric in champion.metrics
         if metric.endswith(f"/{RETRIEVAL}") and not metric.startswith("over_")
     ]
@@ -95,42 +98,45 @@ def choose(
     return ranked[0], tuple(reasons)
 
 
-def _kid(candidate: EvalReport, champion: EvalReport, config: PromoteConfig) -> tuple[bool, str]:
+def _kid_rule(
+    candidate: EvalReport, champion: EvalReport, config: PromoteConfig
+) -> tuple[bool, str]:
+    """Whether the candidate passes, and the reason; so with every rule."""
     new, old = candidate.metrics[KID], champion.metrics[KID]
     gain = candidate.metrics[f"over_{champion.subject}/{KID}"]
     reason = (
         f"KID on unseen captions went from {_show(old)} to {_show(new)}: a gain of {_show(gain)}, "
-        f"{_clear(gain)}; more than {config.min_kid_gain} is needed"
+        f"{_beyond_chance(gain)}; more than {config.min_kid_gain} is needed"
     )
     return gain.value > config.min_kid_gain, reason
 
 
-def _retrieval(
+def _retrieval_rule(
     candidate: EvalReport, champion: EvalReport, config: PromoteConfig
 ) -> tuple[bool, str]:
     gain = candidate.metrics[f"over_{champion.subject}/{RETRIEVAL}"]
     reason = (
         f"retrieval went from {_show(champion.metrics[RETRIEVAL])} to "
         f"{_show(candidate.metrics[RETRIEVAL])}: a gain of {_show(gain)}, "
-        f"{_clear(gain)}; at least {config.min_retrieval_gain} is needed"
+        f"{_beyond_chance(gain)}; at least {config.min_retrieval_gain} is needed"
     )
     return gain.value >= config.min_retrieval_gain, reason
 
 
-def _forgetting(
+def _forgetting_rule(
     candidate: EvalReport, champion: EvalReport, config: PromoteConfig, metric: str
 ) -> tuple[bool, str]:
     gain = candidate.metrics[f"over_{champion.subject}/{metric}"]
     style = metric.removesuffix(f"/{RETRIEVAL}")
     reason = (
         f"on {style} retrieval went from {_show(champion.metrics[metric])} to "
-        f"{_show(candidate.metrics[metric])}: a change of {_show(gain)}, {_clear(gain)}; "
+        f"{_show(candidate.metrics[metric])}: a change of {_show(gain)}, {_beyond_chance(gain)}; "
         f"a fall of at most {config.max_forgetting} is allowed"
     )
     return -gain.value <= config.max_forgetting, reason
 
 
-def _clear(gain: Interval) -> str:
+def _beyond_chance(gain: Interval) -> str:
     return "within chance" if gain.low <= 0 <= gain.high else "beyond chance"
 
 

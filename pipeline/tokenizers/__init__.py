@@ -7,7 +7,7 @@ of its own, and `TOKENIZER`, a `contracts.TokenizerKind`. Training, the director
 the model families and evaluation ask nothing else of it.
 
 fsq.py and vq.py are quantisers inside the convolutional autoencoder of _autoencoder.py;
-tests/pipeline/plugins/tokenizers/mean_colour.py is another network altogether.
+tests/plugins/tokenizers/mean_colour.py is another network altogether.
 
     network = build_tokenizer(recipe.tokenizer, image_size=64)      # freshly initialised
     network = load_tokenizer(resolve_tokenizer("asset:base"))       # trained: _saved.py

@@ -63,14 +63,14 @@ def tokenizer_source(base: Path | None, config: TokenizerConfig, image_size: int
 
     Args:
         base: the bundle that the recipe goes on from; its tokenizer comes before `config.source`.
-        image_size: pixels a side of the recipe's pictures.
+        image_size: pixels per side of the recipe's images.
 
     Returns:
         None if the recipe trains a tokenizer from scratch.
 
     Raises:
         BundleError: there is none at `config.source`.
-        RecipeError: its tokens are kept, and are of pictures of another size.
+        RecipeError: its tokens are kept, and are of images of another size.
     """
     if base is not None:
         path = base / "tokenizer"

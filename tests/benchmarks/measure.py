@@ -29,18 +29,18 @@ def tree_bytes(root: psutil.Process, *, mapped_files: bool = True) -> dict[str, 
             title = Path((process.cmdline() or [process.name()])[0]).name
             sizes[f"{title} {process.pid}"] = _bytes(process.pid, mapped_files)
         except (psutil.Error, OSError):
-            continue  # it ended between the listing and the look
+            continue  # the process ended after it was listed
     return sizes
 
 
 def _bytes(pid: int, mapped_files: bool) -> int:
     rows = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
-    kilobytes = {name: int(said.split()[0]) for name, said in (row.split(":") for row in rows)}
+    kilobytes = {name: int(text.split()[0]) for name, text in (row.split(":") for row in rows)}
     return 1024 * (kilobytes["Pss"] - (0 if mapped_files else kilobytes["Pss_File"]))
 
 
 def main(command: list[str]) -> int:
-    """Returns the command's exit status."""
+    """Run the command and print what it took as a line of JSON; its exit status."""
     began, peak, peak_at, largest = time.monotonic(), 0, 0.0, dict[str, int]()
     process = subprocess.Popen(command)
     root = psutil.Process(process.pid)

@@ -39,22 +39,24 @@ from pipeline.text import load_caption_encoder
 from pipeline.tokenizers._saved import load_tokenizer
 from pipeline.workflow import opened
 
-CODEBOOK = 4_375
-BATCH = 60
+CODEBOOK = 4_375  # codes: the product of the levels of `emoji-base`
+BATCH = 60  # images encoded together
 
 
 def settings(name: str, args: argparse.Namespace, source: Path | None) -> list[str]:
+    """The recipe's overrides to train a tokenizer from scratch, or on from `source`."""
     steps = args.adversarial_steps if source else args.steps
     wanted = [
         f"data.shards=[{args.shards}]",
         f"tokenizer.name={name}",
-        f"tokenizer.codebook_size={CODEBOOK}",  # of vq; fsq's levels have the same product
         f"tokenizer.train.max_steps={steps}",
         "tokenizer.train.time_limit_s=null",
         f"tokenizer.train.validate_every={max(1, steps // 2)}",
         "tokenizer.train.restore=last",
         f"tokenizer.train.batch_size={args.batch_size}",
     ]
+    if name == "vq":
+        wanted.append(f"tokenizer.codebook_size={CODEBOOK}")
     if source is None:
         return wanted
     return [
@@ -66,7 +68,9 @@ def settings(name: str, args: argparse.Namespace, source: Path | None) -> list[s
     ]
 
 
-def train(name: str, args: argparse.Namespace, source: Path | None) -> tuple[Plan, Results, dict]:
+def train(
+    name: str, args: argparse.Namespace, source: Path | None
+) -> tuple[Plan, Results, dict[str, float]]:
     """The plan, its results, the trained tokenizer among them, and what its training reported."""
     recipe = load_recipe("emoji-base", settings(name, args, source), environment={})
     plan = resolve(recipe, args.home)
@@ -78,8 +82,8 @@ def train(name: str, args: argparse.Namespace, source: Path | None) -> tuple[Pla
     return plan, results, {"memory_gb": run["memory_gb"], "images_per_s": run["images_per_s"]}
 
 
-def make_judge(pixels: Path, image_size: int, args: argparse.Namespace) -> Evaluator:
-    """Of pictures of two styles, as `tessera evaluate` judges."""
+def make_evaluator(pixels: Path, image_size: int, args: argparse.Namespace) -> Evaluator:
+    """That of `tessera evaluate`, for images of two styles."""
     config = EvaluateConfig(num_images=args.pictures, styles=("noto", "twemoji"), languages=("en",))
     return Evaluator(
         EvalSet.from_parquet(pixels, config, image_size=image_size),
@@ -90,20 +94,20 @@ def make_judge(pixels: Path, image_size: int, args: argparse.Namespace) -> Evalu
     )
 
 
-def measure(judge: Evaluator, tokenizer: ImageTokenizer) -> dict[str, Any]:
-    """Of held-out pictures: [value, low, high] by name; and the use of the codebook by all."""
-    found = judge.tokenizer(tokenizer).metrics
+def measure(evaluator: Evaluator, tokenizer: ImageTokenizer) -> dict[str, Any]:
+    """[value, low, high] of held-out images by metric; and how all images use the codebook."""
+    found = evaluator.evaluate_tokenizer(tokenizer).metrics
     return {
         name: [round(x, 3) for x in (i.value, i.low, i.high)]
         for name, i in found.items()
         if name.endswith(("psnr_unseen", "ssim_unseen", "kid_unseen"))
-    } | codebook_use(tokenizer, torch.cat([p.images for p in judge.eval_set.sets]))
+    } | codebook_use(tokenizer, torch.cat([p.images for p in evaluator.eval_set.sets]))
 
 
 @torch.inference_mode()
 def codebook_use(tokenizer: ImageTokenizer, images: Tensor) -> dict[str, float]:
-    """How much of the codebook uint8 images (N, 3, S, S) need."""
-    batches = images.split(BATCH)
+    """The share of the codebook that uint8 images (N, 3, S, S) use, and its perplexity."""
+    batches = torch.split(images, BATCH)
     tokens = torch.cat([tokenizer.encode(to_float(batch)).flatten() for batch in batches])
     share = tokens.bincount(minlength=tokenizer.codebook_size) / len(tokens)
     perplexity = torch.exp(-torch.special.xlogy(share, share).sum())
@@ -125,15 +129,15 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=180)
     args = parser.parse_args()
     args.home = args.home.absolute()
-    judge: Evaluator | None = None
+    evaluator: Evaluator | None = None
     with ray_runtime():
         for name in args.names:
             source: Path | None = None
             for phase in ("plain", "adversarial")[: 2 if args.adversarial_steps else 1]:
                 plan, results, costs = train(name, args, source)
                 source, size = results["tokenizer"].bundle, plan.tokenizer.image_size
-                judge = judge or make_judge(pixels_of(results), size, args)
-                found = measure(judge, load_tokenizer(source))
+                evaluator = evaluator or make_evaluator(pixels_of(results), size, args)
+                found = measure(evaluator, load_tokenizer(source))
                 print(json.dumps({"tokenizer": name, "phase": phase, **found, **costs}), flush=True)
 
 

@@ -47,7 +47,7 @@ def test_embeddings_are_unit_vectors_and_blind_to_padding(icon_images: Tensor) -
     torch.testing.assert_close(again, captions)
 
 
-def test_pictures_of_any_size_are_embedded(icon_images: Tensor) -> None:
+def test_images_of_any_size_are_embedded(icon_images: Tensor) -> None:
     model = objective().model
     large = icon_images[:2].repeat_interleave(2, 2).repeat_interleave(2, 3)
     close = F.cosine_similarity(model.embed_images(large), model.embed_images(icon_images[:2]))
@@ -61,7 +61,7 @@ def test_without_common_groups_the_loss_is_clips() -> None:
     torch.testing.assert_close(group_info_nce(logits, torch.eye(6, dtype=torch.bool)), clip)
 
 
-def test_pictures_of_a_group_do_not_repel_each_others_captions() -> None:
+def test_images_of_a_group_do_not_repel_each_others_captions() -> None:
     group = torch.tensor([0, 0, 1, 2])
     same = group[:, None] == group
     logits = torch.zeros(4, 4, requires_grad=True)

@@ -1,4 +1,4 @@
-"""What a model card says of the pictures: every source, licence and credit."""
+"""What a model card says of the images: every source, licence and credit."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def evaluator(eval_set: EvalSet, aligner: Aligner, encoder: HFCaptionEncoder) ->
 
 
 class Oracle:
-    """Draws the very picture a caption belongs to, as well as `quality` allows."""
+    """Draws the very image a caption belongs to, as well as `quality` allows."""
 
     image_size = 64
     tasks = frozenset({"text_to_image"})
@@ -76,11 +76,11 @@ class Oracle:
     def __init__(self, eval_set: EvalSet, quality: float = 1.0) -> None:
         self.quality = quality
         self.calls: list[GenerationRequest] = []
-        self.pictures = {
-            (pictures.style, caption): image
-            for pictures in eval_set.sets
-            for captions in pictures.captions.values()
-            for caption, image in zip(captions, pictures.images, strict=False)
+        self.images = {
+            (image_set.style, caption): image
+            for image_set in eval_set.sets
+            for captions in image_set.captions.values()
+            for caption, image in zip(captions, image_set.images, strict=False)
         }
 
     def generate(self, requests: Sequence[GenerationRequest], *, on_step: object = None) -> Tensor:
@@ -90,7 +90,7 @@ class Oracle:
             quality = 0.3 if request.guidance_scale == 1.0 else self.quality
             generator = torch.Generator().manual_seed(request.seed)
             noise = torch.randint(0, 256, (3, 64, 64), generator=generator)
-            image = self.pictures[request.style, request.prompt].float()
+            image = self.images[request.style, request.prompt].float()
             drawn.append(quality * image + (1 - quality) * noise)
         return torch.stack(drawn).to(torch.uint8)
 
@@ -121,11 +121,13 @@ def test_sets_are_chosen_by_split_and_have_one_right_answer(
     assert [(s.style, s.name) for s in eval_set.sets] == [
         ("twemoji", "seen"), ("twemoji", "unseen"), ("noto", "seen"), ("noto", "unseen"),
     ]  # fmt: skip
-    for pictures in eval_set.sets:
-        wanted = {"seen": "train", "unseen": "test"}[pictures.name]
-        assert {split[key] for key in pictures.keys} == {wanted}
-        assert len({group[key] for key in pictures.keys}) == len(pictures) == len(pictures.images)
-        for captions in pictures.captions.values():
+    for image_set in eval_set.sets:
+        wanted = {"seen": "train", "unseen": "test"}[image_set.name]
+        assert {split[key] for key in image_set.keys} == {wanted}
+        assert (
+            len({group[key] for key in image_set.keys}) == len(image_set) == len(image_set.images)
+        )
+        for captions in image_set.captions.values():
             assert len(set(captions)) == len(captions) == CONFIG.num_images
     assert len(eval_set.sets[1]) < CONFIG.num_images, "distractors must have filled it up"
     assert len(eval_set.training["noto"]) == sum(
@@ -182,7 +184,7 @@ def test_floors_and_generators_come_in_the_right_order(reports: dict[str, EvalRe
     assert values["good"]["nearest_seen"] < values["good"]["nearest_unseen"]
 
 
-def test_a_gain_is_of_the_same_pictures_together(
+def test_a_gain_is_of_the_same_images_together(
     reports: dict[str, EvalReport], evaluator: Evaluator
 ) -> None:
     good, bad = reports["good"].metrics, reports["bad"].metrics
@@ -199,7 +201,7 @@ def test_a_gain_is_of_the_same_pictures_together(
     assert good.items() <= same.items() and len(same) > len(good)
 
 
-def test_further_styles_and_languages_may_have_fewer_pictures(
+def test_further_styles_and_languages_may_have_fewer_images(
     pixels: Path, aligner: Aligner, encoder: HFCaptionEncoder, tmp_path: Path
 ) -> None:
     config = CONFIG.model_copy(update={"num_other_images": 8, "guidance_scales": ()})
@@ -286,7 +288,7 @@ def test_requests_carry_style_and_seed_and_only_known_styles(
     assert {request.style for request in generator.calls} == {None, "noto"}
     first = generator.calls[: len(eval_set.sets[0])]
     assert [request.seed for request in first] == list(range(len(first)))
-    assert report.metrics["retrieval"].value < 0.1, "black pictures show nothing"
+    assert report.metrics["retrieval"].value < 0.1, "black images show nothing"
 
 
 class _Same:

@@ -1,4 +1,4 @@
-"""Metrics against their references, and what they say of real pictures."""
+"""Metrics against their references, and what they say of real images."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_kids_interval_covers_nothing_for_alike_and_excludes_it_for_unlike() -> 
 
 
 def test_resampling_does_not_bias_kid() -> None:
-    """A plain bootstrap compares a picture with its own copy, which lifts every resample."""
+    """A plain bootstrap compares an image with its own copy, which lifts every resample."""
     real, generated = sets(0.0)
     draws = [resample(60, bootstrap=4_000, seed=seed) for seed in (0, 1)]
     resampled = unbiased_mmd2(PolynomialKernels(real, generated), *draws)
@@ -101,7 +101,7 @@ def test_retrieval_finds_its_own_among_distractors() -> None:
     assert retrieval_at_1(captions[:6], captions).tolist() == [1.0] * 6
     assert retrieval_at_1(captions[:6], captions.roll(1, 0)).sum() == 0
     collapsed = captions[:1].expand(6, -1)
-    assert retrieval_at_1(collapsed, captions).sum() == 1, "one picture for all is no skill"
+    assert retrieval_at_1(collapsed, captions).sum() == 1, "one image for all is no skill"
 
 
 def test_psnr_and_ssim_of_every_pair() -> None:
@@ -122,7 +122,7 @@ def test_a_blurred_copy_is_nearer_than_any_new_icon(icon_images: Tensor) -> None
     assert nearest_distance(training, training).max() == pytest.approx(0, abs=1e-3)
 
 
-def test_imagenet_features_order_real_pictures_as_eyes_do(icon_images: Tensor) -> None:
+def test_imagenet_features_order_real_images_as_eyes_do(icon_images: Tensor) -> None:
     features = ImageNetFeatures(128)
     noto = icon_images[:64]
     generator = torch.Generator().manual_seed(0)

@@ -33,7 +33,7 @@ def loss(tmp_path_factory: pytest.TempPathFactory) -> PerceptualLoss:
     return PerceptualLoss(str(path), path.parent)
 
 
-def test_equal_pictures_are_at_distance_zero(loss: PerceptualLoss, icon_images: Tensor) -> None:
+def test_equal_images_are_at_distance_zero(loss: PerceptualLoss, icon_images: Tensor) -> None:
     images = to_float(icon_images[:4])
     assert loss(images, images).item() == pytest.approx(0, abs=1e-5)
     assert (loss.distance(images, images.roll(1, 0)) > 0.1).all()
@@ -50,7 +50,7 @@ def test_the_distance_is_lpips_with_uniform_weights(
     torch.testing.assert_close(loss.distance(x, y), expected, atol=1e-3, rtol=1e-3)
 
 
-def test_only_the_first_picture_gets_a_gradient(loss: PerceptualLoss) -> None:
+def test_only_the_first_image_gets_a_gradient(loss: PerceptualLoss) -> None:
     x = torch.zeros(1, 3, 16, 16, requires_grad=True)
     y = torch.rand(1, 3, 16, 16, requires_grad=True)
     loss(x, y).backward()

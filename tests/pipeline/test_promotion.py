@@ -19,7 +19,7 @@ RULE = PromoteConfig(min_kid_gain=0.01, min_retrieval_gain=0.0, max_forgetting=0
 def report(
     *, kid: float, hits: int, other_hits: int = 80, subject: str = "candidate"
 ) -> EvalReport:
-    """A report of 200 pictures in the gated style and 200 of Noto, made beside CHAMPION's."""
+    """A report of 200 images in the gated style and 200 of Noto, made beside CHAMPION's."""
     metrics = {
         "kid_unseen": Interval(kid, kid - 0.005, kid + 0.005),
         "over_champion/kid_unseen": Interval(0.10 - kid, 0.095 - kid, 0.105 - kid),
@@ -83,7 +83,7 @@ def test_not_a_number_never_wins() -> None:
     assert not decide(broken, CHAMPION, RULE).promoted
 
 
-def test_other_pictures_cannot_be_compared() -> None:
+def test_other_images_cannot_be_compared() -> None:
     other = replace(CHAMPION, details={**CHAMPION.details, "eval_set": "other"})
     with pytest.raises(DataError, match="on the same evaluation set"):
         decide(report(kid=0.05, hits=60), other, RULE)

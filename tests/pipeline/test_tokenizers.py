@@ -71,15 +71,17 @@ def test_overfits_one_batch(name: str) -> None:
 
 
 @tokenizers
-def test_the_adversarial_phase_trains_both_sides_and_judges_neither(name: str) -> None:
+def test_the_adversarial_phase_trains_both_sides_and_validates_neither(name: str) -> None:
     torch.manual_seed(0)
     config = CONFIG.model_copy(update={"name": name, "adversarial_weight": 0.1})
     objective = TokenizerObjective(config, 32)
     assert objective.phases == ("discriminate", "reconstruct")
     batch = {"images": torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)}
-    judge, tokenizer = (objective.trained_network(phase) for phase in objective.phases)
+    discriminator, tokenizer = (objective.trained_network(phase) for phase in objective.phases)
     assert tokenizer is objective.model
-    optimizers = [torch.optim.Adam(network.parameters(), lr=2e-3) for network in (judge, tokenizer)]
+    optimizers = [
+        torch.optim.Adam(network.parameters(), lr=2e-3) for network in (discriminator, tokenizer)
+    ]
     first = objective.losses(batch, "discriminate")["loss"].item()
     for _ in range(30):
         loss = objective.losses(batch, "discriminate")["loss"]
@@ -89,7 +91,7 @@ def test_the_adversarial_phase_trains_both_sides_and_judges_neither(name: str) -
         objective.zero_grad(set_to_none=True)
     assert loss.item() < 0.5 * first, "noise and its blur are easy to tell apart"
     before = objective.losses(batch, "reconstruct")
-    for _ in range(60):  # the judge stays as it is: it must be fooled
+    for _ in range(60):  # the discriminator stays as it is: it must be fooled
         objective.losses(batch, "reconstruct")["adversarial"].backward()
         optimizers[1].step()
         objective.zero_grad(set_to_none=True)
