@@ -218,8 +218,7 @@ class Workspace:
         self.reporter.started(step.name)
         began = time.monotonic()
         inputs = step.all_inputs(self._results)
-        with self.tracker.run(step.name, parent=self.parent, resume=_previous_run(path)) as handle:
-            (path / "run.json").write_text(json.dumps({"run_id": handle.run_id}))
+        with self.tracker.run(step.name, parent=self.parent, folder=path) as handle:
             logger = RunLogger(handle)
             logger.params(flat({"settings": step.settings, "inputs": inputs}))
             logger.close()  # the step's workers write meanwhile
@@ -350,11 +349,6 @@ def exclusive(home: Path) -> Iterator[None]:
         lock.write(str(os.getpid()))
         lock.flush()
         yield
-
-
-def _previous_run(path: Path) -> str | None:
-    record = path / "run.json"
-    return json.loads(record.read_text())["run_id"] if record.is_file() else None
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

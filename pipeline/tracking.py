@@ -23,6 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Self
 
+from pipeline.artifacts import publishing
 from pipeline.errors import ResourceError
 from pipeline.sinks import Sink, SinkAddress, check_sinks, open_sinks
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "tessera"
 PARENT = "mlflow.parentRunId"
+RUN_FILE = "run.json"
 
 
 def _mlflow() -> ModuleType:
@@ -150,7 +152,7 @@ class Tracker:
 
     @contextlib.contextmanager
     def run(
-        self, name: str, *, parent: RunHandle | None = None, resume: str | None = None
+        self, name: str, *, parent: RunHandle | None = None, folder: Path | None = None
     ) -> Iterator[RunHandle]:
         """A run for the duration of the block, which ends as FINISHED, on an error as FAILED and on
         Ctrl-C as KILLED.
@@ -158,11 +160,16 @@ class Tracker:
         Args:
             name: shown in MLflow.
             parent: the run this one is nested in.
-            resume: id of an interrupted run to continue, if it still exists.
+            folder: remembers the run's id in RUN_FILE; a run that was interrupted there is
+                continued, if it still exists.
         """
-        run_id = self._reopen(resume) or self._create(name, parent)
+        known = recorded_run(folder) if folder is not None else None
+        run_id = self._reopen(known) or self._create(name, parent)
         status = "FAILED"
         try:
+            if folder is not None:
+                with publishing(folder / RUN_FILE) as record:
+                    record.write_text(json.dumps({"run_id": run_id}))
             yield RunHandle(self.uri, run_id, self._sinks_of(run_id, name, parent))
             status = "FINISHED"
         except KeyboardInterrupt:
@@ -209,6 +216,15 @@ class Tracker:
         """Log a promotion's decision, its reasons and numbers, as decision.json."""
         text = json.dumps(record, indent=2, ensure_ascii=False)
         self.client.log_text(handle.run_id, text, "decision.json")
+
+
+def recorded_run(folder: Path) -> str | None:
+    """The id of the run that `Tracker.run` last began for a folder; None if it began none."""
+    record = folder / RUN_FILE
+    if not record.is_file():
+        return None
+    run_id: str = json.loads(record.read_text())["run_id"]
+    return run_id
 
 
 def tracking_uri(home: Path) -> str:

@@ -37,12 +37,12 @@ from pipeline.preflight import check_candidate
 from pipeline.progress import OnProgress, Progress
 from pipeline.runtime import cluster_resources
 from pipeline.steps import Step, StepContext, step_settings
-from pipeline.tracking import RunHandle, RunLogger, Tracker
+from pipeline.tracking import RunHandle, RunLogger, Tracker, recorded_run
 from pipeline.workflow import Session
 
 METRIC = "validation_loss"
 TRIAL_CPUS = 0.01  # a trial itself only waits for its training
-REPORTS, RUN, FAILURE, ENDED = "reports.jsonl", "run.json", "failure.txt", "ended"
+REPORTS, FAILURE, ENDED = "reports.jsonl", "failure.txt", "ended"
 
 
 @dataclass(frozen=True)
@@ -254,10 +254,8 @@ def _trial(config: dict[str, Any], jobs: Sequence[_Job]) -> None:
     for report in _reports(job.folder):
         tune.report(report)
     sinks = job.search.sinks
-    tracker, record = Tracker(job.home, sinks.names if sinks else ()), job.folder / RUN
-    known = json.loads(record.read_text())["run_id"] if record.is_file() else None
-    with tracker.run(job.name, parent=job.search, resume=known) as run:
-        record.write_text(json.dumps({"run_id": run.run_id}))
+    tracker = Tracker(job.home, sinks.names if sinks else ())
+    with tracker.run(job.name, parent=job.search, folder=job.folder) as run:
         with RunLogger(run) as logger:
             logger.params(job.settings)
         try:
@@ -294,10 +292,9 @@ class _Recorder(TuneReportCallback):
 
 def _close_run(job: _Job, tracker: Tracker) -> None:
     """End the MLflow run of a trial that did not fail but was stopped by ASHA, or killed."""
-    record = job.folder / RUN
-    if not record.is_file():
+    run_id = recorded_run(job.folder)
+    if run_id is None:
         return
-    run_id = json.loads(record.read_text())["run_id"]
     if tracker.client.get_run(run_id).info.status != "FINISHED":
         tracker.client.set_tag(run_id, "stopped_by", "ASHA")
         tracker.client.set_terminated(run_id, "FINISHED")

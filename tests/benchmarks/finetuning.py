@@ -26,6 +26,7 @@ from jobs.console import ConsoleReporter
 from pipeline.config import load_recipe
 from pipeline.plan import Plan, resolve
 from pipeline.pretrained import find_language_model
+from pipeline.tracking import recorded_run
 from pipeline.workflow import Session, opened
 
 POLICIES = ("full", "head", "lora", "frozen")
@@ -93,7 +94,7 @@ def measure(session: Session) -> dict[str, dict[str, Any]]:
             print(json.dumps({"floor": name, **_metrics(report)}), flush=True)
             continue
         step = results[session.plan.candidates[name].step]
-        run_id = json.loads((step.path / "run.json").read_text())["run_id"]
+        run_id = recorded_run(step.path)
         client = session.workspace.tracker.client
         run = client.get_run(run_id)
         curves = {

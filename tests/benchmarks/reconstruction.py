@@ -37,6 +37,7 @@ from pipeline.runtime import choose_device, ray_runtime
 from pipeline.steps import Results
 from pipeline.text import load_caption_encoder
 from pipeline.tokenizers._saved import load_tokenizer
+from pipeline.tracking import recorded_run
 from pipeline.workflow import opened
 
 CODEBOOK = 4_375  # codes: the product of the levels of `emoji-base`
@@ -76,9 +77,8 @@ def train(
     plan = resolve(recipe, args.home)
     with opened(plan, ConsoleReporter()) as session:
         results = session.run("tokenizer")
-        record = results["tokenizer"].path / "run.json"
         client = session.workspace.tracker.client
-        run = client.get_run(json.loads(record.read_text())["run_id"]).data.metrics
+        run = client.get_run(recorded_run(results["tokenizer"].path)).data.metrics
     return plan, results, {"memory_gb": run["memory_gb"], "images_per_s": run["images_per_s"]}
 
 

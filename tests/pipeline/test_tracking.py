@@ -1,0 +1,82 @@
+"""Runs in real MLflow on sqlite: how they end, nest and continue."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import ResourceError
+from pipeline.tracking import PARENT, RunHandle, RunLogger, Tracker, connect, recorded_run
+
+
+@pytest.fixture
+def tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tracker:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return Tracker(tmp_path)
+
+
+def status(tracker: Tracker, handle: RunHandle) -> str:
+    found: str = tracker.client.get_run(handle.run_id).info.status
+    return found
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(None, "FINISHED"), (ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")],
+)
+def test_a_run_ends_as_its_block_does(
+    tracker: Tracker, error: type[BaseException] | None, expected: str
+) -> None:
+    if error is None:
+        with tracker.run("step") as handle:
+            assert status(tracker, handle) == "RUNNING"
+    else:
+        with pytest.raises(error), tracker.run("step") as handle:
+            raise error
+    assert status(tracker, handle) == expected
+
+
+def test_a_step_is_nested_in_its_retrain(tracker: Tracker) -> None:
+    with tracker.run("retrain") as parent, tracker.run("step", parent=parent) as handle:
+        assert tracker.client.get_run(handle.run_id).data.tags[PARENT] == parent.run_id
+
+
+def test_an_interrupted_run_continues(tracker: Tracker, tmp_path: Path) -> None:
+    folder = tmp_path / "step"
+    assert recorded_run(folder) is None
+    with pytest.raises(KeyboardInterrupt), tracker.run("step", folder=folder) as first:
+        RunLogger(first).params({"learning_rate": 0.1})
+        raise KeyboardInterrupt
+    assert recorded_run(folder) == first.run_id
+    with tracker.run("step", folder=folder) as again:
+        assert again.run_id == first.run_id and status(tracker, again) == "RUNNING"
+        RunLogger(again).params({"learning_rate": 0.2, "batch_size": 8})
+        params = tracker.client.get_run(first.run_id).data.params
+        assert params == {"learning_rate": "0.1", "batch_size": "8"}
+    assert status(tracker, first) == "FINISHED"
+
+
+def test_a_run_that_is_gone_begins_anew(tracker: Tracker, tmp_path: Path) -> None:
+    with tracker.run("step", folder=tmp_path / "step") as first:
+        pass
+    another_server = Tracker(tmp_path / "another")
+    with another_server.run("step", folder=tmp_path / "step") as second:
+        assert second.run_id != first.run_id
+    assert recorded_run(tmp_path / "step") == second.run_id
+
+
+def test_a_logger_without_a_run_does_nothing() -> None:
+    with RunLogger(None) as logger:
+        logger.params({"a": 1})
+        logger.metrics({"loss": 1.0})
+        logger.tags({"a": "b"})
+
+
+def test_a_server_that_does_not_answer_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(ResourceError, match=r"no MLflow at http://127\.0\.0\.1:9.*Start"):
+        connect(tmp_path)
