@@ -49,6 +49,7 @@ def settings(name: str, args: argparse.Namespace, source: Path | None) -> list[s
     steps = args.adversarial_steps if source else args.steps
     wanted = [
         f"data.shards=[{args.shards}]",
+        "evaluate.styles=[noto,twemoji]",
         f"tokenizer.name={name}",
         f"tokenizer.train.max_steps={steps}",
         "tokenizer.train.time_limit_s=null",
