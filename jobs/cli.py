@@ -27,7 +27,7 @@ from pipeline.errors import TesseraError
 from pipeline.runtime import set_environment
 
 if TYPE_CHECKING:
-    from pipeline.workflow import Outcome
+    from pipeline.chain.workflow import Outcome
     from serve.settings import ServiceConfig
 
 app = typer.Typer(
@@ -141,7 +141,7 @@ def retrain(
     if as_json:
         typer.echo(json.dumps(summary(outcome)))
         return
-    from pipeline.reports import markdown_table
+    from pipeline.evaluation.reports import markdown_table
 
     typer.echo(markdown_table(list(outcome.reports.values())))
     _print_decision(outcome, loaded.promote.model_name)

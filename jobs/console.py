@@ -24,7 +24,7 @@ SHOWN = ("validation_loss", "train_loss", "train_psnr", "validation_psnr", "imag
 
 
 class ConsoleReporter:
-    """Shows a chain's steps; an implementation of pipeline.steps.Reporter.
+    """Shows a chain's steps; an implementation of pipeline.tracking.steps.Reporter.
 
     As a context manager it removes the bar however a step ends.
     """

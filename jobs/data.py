@@ -18,20 +18,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.augment import Augment
-from pipeline.captions import BadCaption, clean
 from pipeline.config import AugmentConfig, PreprocessConfig, Recipe
-from pipeline.decoding import parse_record
+from pipeline.data.preprocess.decode import BadImage, decode
+from pipeline.data.preprocess.rows import parse_record
+from pipeline.data.shards.captions import BadCaption, clean
+from pipeline.data.shards.files import open_patiently
+from pipeline.data.shards.manifest import Manifest, locate, open_shards, read_manifest
+from pipeline.data.shards.records import record_of
+from pipeline.data.shards.tars import TarSample, read_samples
 from pipeline.errors import DataError
-from pipeline.image_decode import BadImage, decode
-from pipeline.image_grid import grid
-from pipeline.images import WHITE
-from pipeline.mirror import may_mirror
+from pipeline.images.augment import Augment
+from pipeline.images.grid import grid
+from pipeline.images.mirror import may_mirror
+from pipeline.images.pixels import WHITE
 from pipeline.models import load_family
-from pipeline.records import record_of
-from pipeline.shards import Manifest, locate, open_shards, read_manifest
-from pipeline.storage import open_patiently
-from pipeline.tars import TarSample, read_samples
 
 SIDE = 144  # pixels a side of an image on a contact sheet
 EFFECT_SIDE = 96  # at least, on a grid of effects

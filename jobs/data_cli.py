@@ -1,4 +1,4 @@
-"""`tessera data ...`: one function per command, each over jobs/data.py or pipeline/shards.py."""
+"""`tessera data ...`: one function per command, each over jobs/data.py."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def data_verify(
 
     Exits with 1 if there is one.
     """
-    from pipeline.shards import locate, read_manifest, verify
+    from pipeline.data.shards.manifest import locate, read_manifest, verify
 
     target = locate(uri, home)
     problems = verify(target)
@@ -59,7 +59,7 @@ def data_show(
 ) -> None:
     """Count what a shard set holds, and draw some of its pictures with their captions."""
     from jobs.data import contact_sheet
-    from pipeline.shards import locate
+    from pipeline.data.shards.manifest import locate
 
     manifest = contact_sheet(locate(uri, home), out, count=count)
     counts = {

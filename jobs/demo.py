@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.bundle import load_generator
+from pipeline.bundles.bundle import load_generator
+from pipeline.bundles.registry import resolve_model
+from pipeline.chain.workflow import Outcome
 from pipeline.config import Recipe
 from pipeline.contracts import GenerationRequest
-from pipeline.drawing import comparison_grid
-from pipeline.evalset import EvalSet, ImageSet
-from pipeline.model_registry import resolve_model
-from pipeline.workflow import Outcome
+from pipeline.evaluation.eval_set import EvalSet, ImageSet
+from pipeline.evaluation.samples import comparison_grid
 
 IMAGES_PER_SET = 8  # in the grid, of the seen and of the held-out concepts each
 

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import ASSETS
 from pipeline.config import CaptionEncoderConfig
-from pipeline.encoder_identity import encoder_width
 from pipeline.errors import TesseraError
 from pipeline.runtime import (
     autocast_dtype,
@@ -28,7 +27,8 @@ from pipeline.runtime import (
     choose_device,
     free_disk_mb,
 )
-from pipeline.tracking import connect, tracking_uri
+from pipeline.text.encoder_identity import encoder_width
+from pipeline.tracking.runs import connect, tracking_uri
 
 if TYPE_CHECKING:
     import torch

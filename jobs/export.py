@@ -13,9 +13,9 @@ from transformers import AutoTokenizer
 
 from pipeline import registry
 from pipeline.artifacts import publish_once
-from pipeline.bundle import load_bundle, text_tokenizer_of
+from pipeline.bundles.bundle import load_bundle, text_tokenizer_of
+from pipeline.bundles.registry import resolve_model
 from pipeline.errors import BundleError, ResourceError
-from pipeline.model_registry import resolve_model
 from pipeline.models import load_family
 
 

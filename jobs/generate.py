@@ -12,13 +12,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pipeline.bundle import load_generator
+from pipeline.bundles.bundle import load_generator
+from pipeline.bundles.provenance import describe
+from pipeline.bundles.registry import CHAMPION, has_champion, resolve_model
 from pipeline.contracts import MAX_SEED, GenerationRequest
 from pipeline.errors import ResourceError
-from pipeline.image_grid import grid
-from pipeline.images import encode_png
-from pipeline.model_registry import CHAMPION, has_champion, resolve_model
-from pipeline.provenance import describe
+from pipeline.images.grid import grid
+from pipeline.images.pixels import encode_png
 
 FALLBACK = "asset:base"
 

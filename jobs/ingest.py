@@ -10,8 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.contracts import Source
-from pipeline.shard_writer import MAX_SHARD_BYTES, write_index, write_shards
-from pipeline.shards import Manifest
+from pipeline.data.shards.manifest import Manifest
+from pipeline.data.shards.writer import MAX_SHARD_BYTES, write_index, write_shards
 
 
 def ingest(

@@ -1,9 +1,9 @@
 """`tessera ingest NAME`: one command per source, generated from the registry.
 
-The commands are the files of pipeline/sources and of the plugin directories (pipeline/registry.py).
-A list of commands needs no more than their names and docstrings; a source's file is imported only
-when its own command is asked for. What its arguments and options are, `Source` in
-pipeline/contracts.py says.
+The commands are the files of pipeline/data/sources and of the plugin directories
+(pipeline/registry.py). A list of commands needs no more than their names and docstrings; a source's
+file is imported only when its own command is asked for. What its arguments and options are,
+`Source` in pipeline/contracts.py says.
 """
 
 from __future__ import annotations
@@ -93,13 +93,13 @@ ingest_app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
     help="Write the captioned pictures of a source as a shard set. To add a source, add one "
-    "file: see pipeline/sources/README.md.",
+    "file: see pipeline/data/sources/README.md.",
 )
 
 
 def _command(name: str) -> TyperCommand:
     """The command of a source, as Typer makes it of a function with the source's signature."""
-    from pipeline.sources import load_source
+    from pipeline.data.sources import load_source
 
     source = load_source(name)
 
@@ -113,7 +113,7 @@ def _command(name: str) -> TyperCommand:
         **settings: Any,
     ) -> None:
         from jobs.ingest import ingest
-        from pipeline.shards import locate
+        from pipeline.data.shards.manifest import locate
 
         made = source(cache=home / "downloads", **settings)
         output = locate(out, home)

@@ -14,11 +14,11 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from pipeline.chain.plan import Plan, resolve
+from pipeline.chain.preflight import check, disk_mb
+from pipeline.chain.workflow import plan_statuses
 from pipeline.config import Recipe
-from pipeline.plan import Plan, resolve
-from pipeline.preflight import check, disk_mb
-from pipeline.steps import StepStatus
-from pipeline.workflow import plan_statuses
+from pipeline.tracking.steps import StepStatus
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline import workflow
+from pipeline.chain import workflow
+from pipeline.chain.plan import resolve
+from pipeline.chain.workflow import Outcome
 from pipeline.config import Recipe
-from pipeline.plan import resolve
-from pipeline.reports import metric_values
-from pipeline.steps import Reporter
-from pipeline.workflow import Outcome
+from pipeline.evaluation.reports import metric_values
+from pipeline.tracking.steps import Reporter
 
 
 def retrain(recipe: Recipe, home: Path, reporter: Reporter, *, debug: bool = False) -> Outcome:

@@ -11,8 +11,8 @@ import typer
 from pydantic import ValidationError
 
 from jobs.options import AsJson, Debug
+from pipeline.config.overrides import explain
 from pipeline.errors import RecipeError
-from pipeline.overrides import explain
 
 if TYPE_CHECKING:
     from jobs.bench import Result

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.chain_steps import aligner_of, bundles_of, pixels_of, tokenizer_of
+from pipeline.chain.plan import resolve
+from pipeline.chain.table import aligner_of, bundles_of, pixels_of, tokenizer_of
+from pipeline.chain.workflow import Session, opened
 from pipeline.config import Recipe
-from pipeline.plan import resolve
-from pipeline.steps import Reporter
-from pipeline.workflow import Session, opened
+from pipeline.tracking.steps import Reporter
 
 
 def _preprocess(session: Session) -> dict[str, Any]:

@@ -10,11 +10,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from pipeline.chain.plan import resolve
+from pipeline.chain.tuning import draw_trials, search
+from pipeline.chain.workflow import opened
 from pipeline.config import Recipe
-from pipeline.plan import resolve
-from pipeline.steps import Reporter
-from pipeline.tuning import draw_trials, search
-from pipeline.workflow import opened
+from pipeline.tracking.steps import Reporter
 
 
 def run_search(
@@ -31,7 +31,7 @@ def run_search(
         out: where to put a copy of the best recipe.
 
     Returns:
-        As pipeline.tuning.search, with "path" being `out` if that is given.
+        As pipeline.chain.tuning.search, with "path" being `out` if that is given.
 
     Raises:
         TesseraError: something the user can mend; finished trials are kept.

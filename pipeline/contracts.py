@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_chec
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pipeline.config.overrides import explain
 from pipeline.errors import DataError
-from pipeline.overrides import explain
 
 if TYPE_CHECKING:  # the HTTP ingress imports this file and does without PyTorch and PyArrow
     import torch
     from torch import Tensor
 
     from pipeline.config import GeneratorConfig
-    from pipeline.config_section import Config
+    from pipeline.config.section import Config
+    from pipeline.config.tokenizer import TokenizerConfig
+    from pipeline.data.shards.manifest import Manifest
     from pipeline.objective import GeneratorNetwork, Objective, TokenizerNetwork
-    from pipeline.shards import Manifest
-    from pipeline.tokenizer_config import TokenizerConfig
 
 MAX_SEED = 2**63 - 1
 
@@ -96,10 +96,10 @@ class OptionName:
 class Source(BaseModel):
     """Captioned images from anywhere, as one stream of `Sample`s.
 
-    A source is one file of pipeline/sources, or of a plugin directory (pipeline/registry.py), that
-    defines a subclass of this class as `SOURCE`. `tessera ingest` has a command of the file's name.
-    The first paragraph of the file's docstring is the command's help; the fields of the class are
-    its arguments and options, with their descriptions, defaults and limits (`ge`, `le`):
+    A source is one file of pipeline/data/sources, or of a plugin directory (pipeline/registry.py),
+    that defines a subclass of this class as `SOURCE`. `tessera ingest` has a command of the file's
+    name. The first paragraph of the file's docstring is the command's help; the fields of the class
+    are its arguments and options, with their descriptions, defaults and limits (`ge`, `le`):
 
         class SquaresSource(Source):
             side: int = Field(64, ge=8, description="Side of a square, in pixels.")
@@ -505,7 +505,7 @@ class EvalReport:
         subject: what was evaluated: "candidate", "champion", "untuned" (the base), "tokenizer"
             (reconstructions), "real", or the name of one of several candidates.
         metrics: by name, for example "kid", "retrieval_seen", "validation_loss";
-            pipeline/evaluate.py lists them.
+            pipeline/evaluation/evaluator.py lists them.
         details: which images it was measured on: the evaluation set's digest, its style, counts.
         grids: paths of image grids (PNG) by title.
     """

@@ -4,7 +4,7 @@ Evaluation sets are small (hundreds of images), so the leading metric is the Ker
 Distance (KID), whose estimate is unbiased at any size, and every number comes with an interval:
 95 %, bootstrapped over images by the percentile method.
 
-    real, drawn = features(real_images), features(drawn_images)     # pipeline/features.py
+    real, drawn = features(real_images), features(drawn_images)
     kid_interval(real, drawn, bootstrap=1_000, seed=0)
     hits = retrieval_at_1(aligner.embed_images(drawn_images), aligner.embed_captions(states, mask))
     mean_interval(hits, bootstrap=1_000, seed=0)

@@ -1,8 +1,8 @@
 """What the training loop trains: a network and its losses, met in one small module.
 
-The loop (`pipeline.train`) knows these two base classes and nothing else: a family, the image
-tokenizer and the aligner each subclass `Objective`, and what the fine-tuning policies ask of a
-network stands in `TrainableNetwork`. Every optional method has a documented default here.
+The loop (`pipeline.training.loop`) knows these two base classes and nothing else: a family, the
+image tokenizer and the aligner each subclass `Objective`, and what the fine-tuning policies ask of
+a network stands in `TrainableNetwork`. Every optional method has a documented default here.
 
     class Regression(Objective):
         phases = ("fit",)
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 
 class TrainableNetwork(nn.Module):
-    """A network that the fine-tuning policies can be applied to (`pipeline.finetune`).
+    """A network that the fine-tuning policies can be applied to (`pipeline.training.policy`).
 
     The policies `full` and, without text modules, nothing else are offered by default; a network
     offers `head` and `lora` by overriding `head_modules`, and `frozen` by overriding

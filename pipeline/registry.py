@@ -15,10 +15,10 @@ separated as in PATH; each holds one or more of the folders models/, tokenizers/
     tessera ingest reddit --help
 
 A plugin file is code, and Tessera runs it with your rights: list only directories that nobody else
-can write to. It is imported as a module of its kind's package (pipeline.sources.reddit), so what it
-defines can be sent to Ray's workers, and a helper file beside it is imported in the same way
-(pipeline.sources._reddit_api). A local Ray hands the variable on to its workers; on a cluster, set
-it on every node. A name that is taken is an error, never an override.
+can write to. It is imported as a module of its kind's package (pipeline.data.sources.reddit), so
+what it defines can be sent to Ray's workers, and a helper file beside it is imported in the same
+way (pipeline.data.sources._reddit_api). A local Ray hands the variable on to its workers; on a
+cluster, set it on every node. A name that is taken is an error, never an override.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PACKAGES = {
     "models": "pipeline.models",
     "tokenizers": "pipeline.tokenizers",
     "tasks": "pipeline.tasks",
-    "sources": "pipeline.sources",
+    "sources": "pipeline.data.sources",
 }
 """The package of each kind. A plugin directory's folders are called like the kinds."""
 

@@ -19,9 +19,9 @@ from pydantic import Field, model_validator
 from ray import serve
 from ray.serve import Application
 
-from pipeline.bundle import load_generator
+from pipeline.bundles.bundle import load_generator
+from pipeline.bundles.registry import resolve_model
 from pipeline.config import Config, ServeConfig
-from pipeline.model_registry import resolve_model
 from serve.api import GENERATOR, api_builder
 from serve.listener import Address
 from serve.replica import GeneratorReplica

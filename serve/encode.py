@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from pipeline.images import encode_png, to_pil
+from pipeline.images.pixels import encode_png, to_pil
 from serve.messages import OutputOptions
 
 _IPTC = "http://cv.iptc.org/newscodes/digitalsourcetype/"
@@ -46,7 +46,7 @@ def encode(
     Args:
         image: uint8 (3, H, W).
         output: the file format and its quality.
-        metadata: from pipeline.provenance.
+        metadata: from pipeline.bundles.provenance.
         composite: parts of the image were given and not generated.
     """
     xmp = _XMP % source_type(composite)

@@ -27,9 +27,9 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve import Application
 
+from pipeline.bundles.registry import resolve_model
 from pipeline.config import ServeConfig
 from pipeline.errors import ResourceError
-from pipeline.model_registry import resolve_model
 from pipeline.runtime import start_ray
 from serve.app import build_app, cluster_resources, gpus_per_replica
 from serve.errors import last_error

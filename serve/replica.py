@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.bundles.provenance import UNFINISHED, describe
 from pipeline.contracts import GenerationRequest, ImageGenerator
 from pipeline.errors import RequestError
-from pipeline.provenance import UNFINISHED, describe
 from serve.batch import DeadlineExceeded, QueuedRequest
 from serve.content_credentials import load_signer
 from serve.encode import encode

@@ -3,7 +3,7 @@
     service = resolve_service(recipe.serve, Path("service.yaml"))
 
 Its section `serve`, replicas and batches, is the one that a recipe has too (it lies below, in
-pipeline/serve_config.py, because pipeline/ does not know serve/). Each setting of that section is
+pipeline/config/serve.py, because pipeline/ does not know serve/). Each setting of that section is
 what the environment says (TESSERA__SERVE__MAX_BATCH_SIZE=32), else the file, else the recipe, else
 the default. All others are the file's alone:
 
@@ -28,9 +28,9 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline.config import Config, ServeConfig, load_serve_section
-from pipeline.config_section import merged
+from pipeline.config.overrides import stated
+from pipeline.config.section import merged
 from pipeline.errors import RecipeError
-from pipeline.overrides import stated
 
 
 class ApiKey(Config):

@@ -15,14 +15,14 @@ from PIL import Image
 
 from pipeline.config import PreprocessConfig
 from pipeline.contracts import Canvas
-from pipeline.errors import RequestError
-from pipeline.image_decode import (
+from pipeline.data.preprocess.decode import (
     BAND_PIXELS,
     BadImage,
     make_square,
     open_checked,
     raising_bad_image,
 )
+from pipeline.errors import RequestError
 from pipeline.runtime import return_memory
 from serve.messages import Upload
 

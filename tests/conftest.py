@@ -20,13 +20,13 @@ import torch
 from hypothesis import settings
 
 from pipeline import registry
-from pipeline.bundle import save_bundle
+from pipeline.bundles.bundle import save_bundle
 from pipeline.config import CaptionEncoderConfig, GeneratorConfig, TokenizerConfig
 from pipeline.contracts import ModelSpec
-from pipeline.encoder_identity import identify
 from pipeline.models import load_family
 from pipeline.models.gan import GanConfig
-from pipeline.text import HFCaptionEncoder, load_caption_encoder
+from pipeline.text.caption_encoder import HFCaptionEncoder, load_caption_encoder
+from pipeline.text.encoder_identity import identify
 from pipeline.tokenizers import build_tokenizer
 from pipeline.tokenizers._saved import save_tokenizer
 

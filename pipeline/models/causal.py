@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from pipeline.config_section import Config
+from pipeline.config.section import Config
 from pipeline.contracts import CaptionTokenizer, Family, ImageGenerator, ModelParts, ModelSpec
 from pipeline.models._shape import TRANSFORMER_SHAPE, check_heads
 
@@ -85,7 +85,7 @@ class Causal(Family):
 
     def caption_tokenizer(self, config: GeneratorConfig, source: str | None) -> CaptionTokenizer:
         """The language model's own tokens; UTF-8 bytes without one."""
-        from pipeline.models._captions import HFCaptionTokenizer
+        from pipeline.text.caption_readers import HFCaptionTokenizer
 
         return HFCaptionTokenizer(source, config.options(CausalConfig).max_prompt_tokens)
 

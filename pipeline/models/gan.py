@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from pipeline.config_section import Config
+from pipeline.config.section import Config
 from pipeline.contracts import Family, ImageGenerator, ModelParts, ModelSpec
 
 if TYPE_CHECKING:

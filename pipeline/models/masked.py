@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from pipeline.config_section import Config
+from pipeline.config.section import Config
 from pipeline.contracts import Family, ImageGenerator, ModelParts, ModelSpec
 from pipeline.models._shape import TRANSFORMER_SHAPE, check_heads
 

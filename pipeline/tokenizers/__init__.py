@@ -21,8 +21,8 @@ from pipeline import registry
 from pipeline.contracts import TokenizerKind
 
 if TYPE_CHECKING:
+    from pipeline.config.tokenizer import TokenizerConfig
     from pipeline.objective import TokenizerNetwork
-    from pipeline.tokenizer_config import TokenizerConfig
 
 __path__ = registry.search_path(__name__)
 

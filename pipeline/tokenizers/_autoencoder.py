@@ -15,9 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from pipeline.config.tokenizer import TokenizerConfig
 from pipeline.errors import RecipeError
 from pipeline.objective import TokenizerNetwork
-from pipeline.tokenizer_config import TokenizerConfig
 from pipeline.tokenizers._blocks import AttentionBlock, ChannelNorm, ResidualBlock
 
 CONVOLUTIONAL_SHAPE = ("downsample", "patch", "widths", "encoder_depths", "decoder_depths")

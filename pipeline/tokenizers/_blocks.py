@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.tokenizer_config import ATTENTION_HEADS
+from pipeline.config.tokenizer import ATTENTION_HEADS
 
 
 class ChannelNorm(nn.LayerNorm):

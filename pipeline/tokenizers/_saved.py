@@ -7,7 +7,8 @@
     tokenizer = load_tokenizer(resolve_tokenizer("asset:base"))
 
 A manifest names the sha256 of the weights, which is checked at load; safetensors cannot execute
-anything. Bundles (pipeline/bundle.py) keep their manifest and weights by the same functions.
+anything. Bundles (pipeline/bundles/bundle.py) keep their manifest and weights by the same
+functions.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from pipeline.artifacts import WEIGHTS, file_digest, resolve_path
-from pipeline.config_section import Config
+from pipeline.config.overrides import shaped_like
+from pipeline.config.section import Config
+from pipeline.config.tokenizer import TokenizerConfig
 from pipeline.errors import BundleError, RecipeError
 from pipeline.objective import TokenizerNetwork
-from pipeline.overrides import shaped_like
-from pipeline.tokenizer_config import TokenizerConfig
 from pipeline.tokenizers import build_tokenizer, load_tokenizer_kind
 
 FORMAT = 1

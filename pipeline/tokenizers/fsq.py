@@ -15,9 +15,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from pipeline.config_section import Config
+from pipeline.config.section import Config
+from pipeline.config.tokenizer import TokenizerConfig
 from pipeline.contracts import TokenizerKind
-from pipeline.tokenizer_config import TokenizerConfig
 from pipeline.tokenizers._autoencoder import CONVOLUTIONAL_SHAPE, QuantizedAutoencoder
 
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.config_section import Config
+from pipeline.config.section import Config
+from pipeline.config.tokenizer import TokenizerConfig
 from pipeline.contracts import TokenizerKind
-from pipeline.tokenizer_config import TokenizerConfig
 from pipeline.tokenizers._autoencoder import CONVOLUTIONAL_SHAPE, QuantizedAutoencoder
 
 ENTROPY_SHARPNESS = 20.0  # cosines times this are the logits of the soft assignment

@@ -42,18 +42,18 @@ import webdataset
 from measure import tree_bytes
 from torch.utils.data import DataLoader
 
-from pipeline.augment import Augment
 from pipeline.config import AugmentConfig, DataConfig, PreprocessConfig
 from pipeline.contracts import Sample
-from pipeline.datasets import ImageDataset
-from pipeline.decoding import parse_record
-from pipeline.feed import training_batch
-from pipeline.image_decode import BadImage, decode
-from pipeline.preprocess import preprocess
+from pipeline.data.preprocess.decode import BadImage, decode
+from pipeline.data.preprocess.job import preprocess
+from pipeline.data.preprocess.rows import parse_record
+from pipeline.data.shards.manifest import read_manifest
+from pipeline.data.shards.tars import IMAGE_EXTENSIONS, read_samples
+from pipeline.data.shards.writer import write_shards
+from pipeline.images.augment import Augment
 from pipeline.runtime import available_cpus, start_ray
-from pipeline.shard_writer import write_shards
-from pipeline.shards import read_manifest
-from pipeline.tars import IMAGE_EXTENSIONS, read_samples
+from pipeline.training.datasets import ImageDataset
+from pipeline.training.feed import training_batch
 
 BATCH = 64
 PICTURE = PreprocessConfig(image_size=64, require_captions=False, max_bad_fraction=1.0)

@@ -28,12 +28,12 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.config import GeneratorConfig
 from pipeline.contracts import ModelSpec
-from pipeline.models._backend import DecoderFactory
-from pipeline.models._captions import HFCaptionTokenizer
 from pipeline.models.causal import CausalConfig
+from pipeline.models.decoding.backend import DecoderFactory
 from pipeline.models.networks import causal
-from pipeline.pretrained import find_language_model
 from pipeline.runtime import autocast_dtype, choose_device
+from pipeline.text.caption_readers import HFCaptionTokenizer
+from pipeline.text.pretrained import find_language_model
 
 CODEBOOK, TOKENS, PROMPT = 4_375, 64, 32
 

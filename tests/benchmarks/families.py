@@ -25,18 +25,18 @@ from typing import Any
 
 import torch
 
-from pipeline.aligner import Aligner
 from pipeline.artifacts import ASSETS, resolve_path
-from pipeline.bundle import load_bundle, load_generator
+from pipeline.bundles.bundle import load_bundle, load_generator
 from pipeline.config import CaptionEncoderConfig, EvaluateConfig, load_recipe
 from pipeline.contracts import GenerationRequest, ModelParts
-from pipeline.drawing import generate_images, requests_for
-from pipeline.evalset import EvalSet
-from pipeline.features import ImageNetFeatures
+from pipeline.evaluation.aligner import Aligner
+from pipeline.evaluation.eval_set import EvalSet
+from pipeline.evaluation.features import ImageNetFeatures
+from pipeline.evaluation.samples import generate_images, requests_for
 from pipeline.metrics import kid_interval, mean_interval, retrieval_at_1
 from pipeline.models import load_family
 from pipeline.runtime import choose_device
-from pipeline.text import load_caption_encoder
+from pipeline.text.caption_encoder import load_caption_encoder
 from pipeline.tokenizers._saved import load_tokenizer
 
 CONTENDERS = {

@@ -23,11 +23,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from jobs.console import ConsoleReporter
+from pipeline.chain.plan import Plan, resolve
+from pipeline.chain.workflow import Session, opened
 from pipeline.config import load_recipe
-from pipeline.plan import Plan, resolve
-from pipeline.pretrained import find_language_model
-from pipeline.tracking import recorded_run
-from pipeline.workflow import Session, opened
+from pipeline.text.pretrained import find_language_model
+from pipeline.tracking.runs import recorded_run
 
 POLICIES = ("full", "head", "lora", "frozen")
 METRICS = ("retrieval_seen", "retrieval_unseen", "retrieval", "kid_seen", "kid_unseen", "kid")

@@ -27,12 +27,12 @@ from torch import Tensor, nn
 
 from pipeline.config import GeneratorConfig, TrainConfig
 from pipeline.contracts import ModelSpec
-from pipeline.finetune import build_optimizers
 from pipeline.models.networks import masked
 from pipeline.progress import start_board
 from pipeline.runtime import autocast, compile_modules, environment, ray_runtime
-from pipeline.train import Training, _Worker, scaling_for
-from pipeline.train_window import Window
+from pipeline.training.loop import Training, _Worker, scaling_for
+from pipeline.training.policy import build_optimizers
+from pipeline.training.window import Window
 
 SPEC = ModelSpec(
     image_size=64, codebook_size=4_375, num_tokens=64, levels=(7, 5, 5, 5, 5), caption_width=384,

@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.bundle import load_generator
+from pipeline.bundles.bundle import load_generator
 from pipeline.contracts import GenerationRequest, ImageGenerator
 
 PATH = "/v1/images/generations"

@@ -23,22 +23,22 @@ import torch
 from torch import Tensor
 
 from jobs.console import ConsoleReporter
-from pipeline.aligner import Aligner
 from pipeline.artifacts import ASSETS
-from pipeline.chain_steps import pixels_of
+from pipeline.chain.plan import Plan, resolve
+from pipeline.chain.table import pixels_of
+from pipeline.chain.workflow import opened
 from pipeline.config import CaptionEncoderConfig, EvaluateConfig, load_recipe
 from pipeline.contracts import ImageTokenizer
-from pipeline.evalset import EvalSet
-from pipeline.evaluate import Evaluator
-from pipeline.features import ImageNetFeatures
-from pipeline.images import to_float
-from pipeline.plan import Plan, resolve
+from pipeline.evaluation.aligner import Aligner
+from pipeline.evaluation.eval_set import EvalSet
+from pipeline.evaluation.evaluator import Evaluator
+from pipeline.evaluation.features import ImageNetFeatures
+from pipeline.images.pixels import to_float
 from pipeline.runtime import choose_device, ray_runtime
-from pipeline.steps import Results
-from pipeline.text import load_caption_encoder
+from pipeline.text.caption_encoder import load_caption_encoder
 from pipeline.tokenizers._saved import load_tokenizer
-from pipeline.tracking import recorded_run
-from pipeline.workflow import opened
+from pipeline.tracking.runs import recorded_run
+from pipeline.tracking.steps import Results
 
 CODEBOOK = 4_375  # codes: the product of the levels of `emoji-base`
 BATCH = 60  # images encoded together

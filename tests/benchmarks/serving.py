@@ -49,11 +49,11 @@ from ray.serve import Application
 
 from jobs.bench import Load, Result, bench
 from pipeline.artifacts import resolve_path
-from pipeline.bundle import load_generator
+from pipeline.bundles.bundle import load_generator
+from pipeline.bundles.registry import ModelRegistry
 from pipeline.config import ServeConfig
 from pipeline.contracts import GenerationRequest
-from pipeline.model_registry import ModelRegistry
-from pipeline.tracking import Tracker
+from pipeline.tracking.runs import Tracker
 from serve.app import build_app
 from serve.launch import APP_NAME, Server, launch
 from serve.listener import Address, listening

@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from jobs.steps import run_step
-from pipeline.bundle import load_bundle
+from pipeline.bundles.bundle import load_bundle
+from pipeline.chain.plan import resolve
+from pipeline.chain.workflow import retrain
 from pipeline.config import load_recipe
-from pipeline.plan import resolve
 from pipeline.progress import Progress
-from pipeline.workflow import retrain
 
 TRAIN = {"batch_size": 32, "max_steps": 20, "warmup_steps": 2, "validate_every": 10,
          "validation_batches": 1, "learning_rate": 1e-3}  # fmt: skip

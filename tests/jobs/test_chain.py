@@ -20,16 +20,16 @@ from PIL import Image
 from served import TESSERA, tessera_serve
 
 from pipeline.artifacts import ASSETS
-from pipeline.bundle import load_bundle
-from pipeline.chain_steps import pixels_of
+from pipeline.bundles.bundle import load_bundle
+from pipeline.bundles.registry import ModelRegistry
+from pipeline.chain.plan import resolve
+from pipeline.chain.table import pixels_of
+from pipeline.chain.workflow import Outcome, opened, other_splits, retrain, run_steps
 from pipeline.config import load_recipe
 from pipeline.errors import BundleError
-from pipeline.model_registry import ModelRegistry
-from pipeline.plan import resolve
 from pipeline.progress import Progress
-from pipeline.steps import exclusive
 from pipeline.tokenizers._saved import load_tokenizer
-from pipeline.workflow import Outcome, opened, other_splits, retrain, run_steps
+from pipeline.tracking.steps import exclusive
 
 CHAMPION = "models:/tessera-smoke@champion"
 STEPS = ["preprocess", "tokenizer", "tokens", "captions", "generator", "aligner", "evaluate"]

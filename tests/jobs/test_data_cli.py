@@ -19,7 +19,7 @@ from pipeline.config import Recipe
 from pipeline.errors import DataError
 
 ROOT = Path(__file__).parents[2]
-GUIDE = (ROOT / "pipeline" / "sources" / "README.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "pipeline/data/sources/README.md").read_text(encoding="utf-8")
 sys.path.append(str(ROOT / "tests" / "pipeline"))
 
 from layouts import coco, img2dataset, picture, put  # noqa: E402

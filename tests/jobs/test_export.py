@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from jobs.export import export
-from pipeline.bundle import load_bundle
+from pipeline.bundles.bundle import load_bundle
 from pipeline.errors import BundleError, ResourceError
 
 

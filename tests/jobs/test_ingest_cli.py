@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from pipeline import registry
+from pipeline.data.sources import load_source
 from pipeline.errors import DataError, PluginError
-from pipeline.sources import load_source
 
 ROOT = Path(__file__).parents[2]
-GUIDE = (ROOT / "pipeline" / "sources" / "README.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "pipeline/data/sources/README.md").read_text(encoding="utf-8")
 sys.path.append(str(ROOT / "tests" / "pipeline"))
 
 from layouts import picture, put  # noqa: E402
@@ -141,9 +141,9 @@ def test_a_source_is_checked_where_it_is_made(plugins: Path) -> None:
 
 def test_a_file_that_is_no_source_says_so(plugins: Path) -> None:
     (plugins / "odd.py").write_text("")
-    with pytest.raises(PluginError, match=r"odd\.py defines no SOURCE: see pipeline.sources"):
+    with pytest.raises(PluginError, match=r"odd\.py defines no SOURCE: see pipeline.data.sources"):
         load_source("odd")
-    sys.modules.pop("pipeline.sources.odd")
+    sys.modules.pop("pipeline.data.sources.odd")
 
 
 def test_a_taken_name_is_one_message(plugins: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.artifacts import ASSETS
 from pipeline.config import PreprocessConfig
-from pipeline.image_decode import decode
+from pipeline.data.preprocess.decode import decode
 
 SUBJECTS = 64
 

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from pipeline.contracts import Caption, Sample
-from pipeline.shard_writer import write_shards
-from pipeline.shards import Shard, dataset_digest
+from pipeline.data.shards.manifest import Shard, dataset_digest
+from pipeline.data.shards.writer import write_shards
 
 GOOD = 20
 

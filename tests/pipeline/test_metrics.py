@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics.image.kid import poly_mmd
 
 from pipeline.contracts import Interval
-from pipeline.features import ImageNetFeatures
+from pipeline.evaluation.features import ImageNetFeatures
 from pipeline.metrics import (
     PolynomialKernels,
     kid,

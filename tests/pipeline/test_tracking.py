@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ResourceError
-from pipeline.tracking import PARENT, RunHandle, RunLogger, Tracker, connect, recorded_run
+from pipeline.tracking.runs import PARENT, RunHandle, RunLogger, Tracker, connect, recorded_run
 
 
 @pytest.fixture

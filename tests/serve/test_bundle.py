@@ -23,8 +23,8 @@ from ray import serve
 from served import free_port
 from test_features import mask, png, source
 
-from pipeline.model_registry import ModelRegistry
-from pipeline.tracking import Tracker
+from pipeline.bundles.registry import ModelRegistry
+from pipeline.tracking.runs import Tracker
 from serve.app import build_app
 from serve.launch import deploy
 from serve.listener import Address

@@ -15,11 +15,11 @@ from torch import Tensor
 from pipeline.config import GeneratorConfig
 from pipeline.contracts import ContinuousBatch, GenerationRequest, ModelParts, ModelSpec
 from pipeline.errors import RequestError
-from pipeline.models._captions import HFCaptionTokenizer
-from pipeline.models._sequential import SequentialDecoding
 from pipeline.models.causal import CausalConfig
+from pipeline.models.decoding.sequential import SequentialDecoding
 from pipeline.models.networks import causal
 from pipeline.models.networks.causal import CausalGenerator
+from pipeline.text.caption_readers import HFCaptionTokenizer
 from serve.batch import DeadlineExceeded, QueuedRequest, RawImage
 from serve.engine import Engine
 

@@ -37,14 +37,14 @@ from transformers import (
 from pipeline.config import GeneratorConfig
 from pipeline.contracts import GenerationRequest, ModelParts, ModelSpec, OnStep, TokenCount
 from pipeline.errors import PretrainedNotFoundError, RecipeError
-from pipeline.models import _sampling as sampling
-from pipeline.models._backend import DecoderFactory
-from pipeline.models._decoding import positions_of
-from pipeline.models._drawing import initial_states
-from pipeline.models._requests import resolve_requests
-from pipeline.models._sequential import Prompts, SequentialDecoding
-from pipeline.models._tokens import ImageVocabulary
 from pipeline.models.causal import CausalConfig
+from pipeline.models.decoding import sampling
+from pipeline.models.decoding.backend import DecoderFactory
+from pipeline.models.decoding.language_model import positions_of
+from pipeline.models.decoding.requests import resolve_requests
+from pipeline.models.decoding.rows import initial_states
+from pipeline.models.decoding.sequential import Prompts, SequentialDecoding
+from pipeline.models.networks.vocabulary import ImageVocabulary
 from pipeline.objective import GeneratorNetwork, Objective
 from pipeline.runtime import autocast, choose_device
 from pipeline.tasks import gives_source

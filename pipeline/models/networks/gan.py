@@ -24,18 +24,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.augment import differentiable_augmentation
 from pipeline.config import GeneratorConfig
 from pipeline.contracts import GenerationRequest, ModelParts, ModelSpec, OnStep
 from pipeline.errors import RecipeError
-from pipeline.images import gradient_l1, to_float, to_uint8
-from pipeline.models import _sampling as sampling
-from pipeline.models._captions import CaptionReader
-from pipeline.models._requests import resolve_requests
+from pipeline.images.augment import differentiable_augmentation
+from pipeline.images.pixels import gradient_l1, to_float, to_uint8
+from pipeline.models.decoding import sampling
+from pipeline.models.decoding.requests import resolve_requests
 from pipeline.models.gan import GanConfig
 from pipeline.objective import GeneratorNetwork, Objective
 from pipeline.runtime import autocast
-from pipeline.text import masked_mean, standardise
+from pipeline.text.caption_encoder import masked_mean, standardise
+from pipeline.text.caption_readers import CaptionReader
 
 GUIDANCE_SCALE = 1.0  # off: it is trained without
 SHARPNESS = 10.0  # of the contrastive loss when training begins; its inverse is the temperature

@@ -19,22 +19,22 @@ from torch.nn import functional as F
 
 from pipeline.config import GeneratorConfig
 from pipeline.contracts import GenerationRequest, ModelParts, ModelSpec, OnStep, TokenCount
-from pipeline.models import _sampling as sampling
-from pipeline.models._attention import attention
-from pipeline.models._backend import token_predictor
-from pipeline.models._captions import CaptionReader
-from pipeline.models._drawing import initial_states
-from pipeline.models._parallel import (
+from pipeline.models.decoding import sampling
+from pipeline.models.decoding.backend import token_predictor
+from pipeline.models.decoding.parallel import (
     Conditioning,
     ParallelDecoding,
     ParallelState,
     TokenPredictor,
 )
-from pipeline.models._requests import ResolvedRequest, resolve_requests
-from pipeline.models._spec import level_digits
+from pipeline.models.decoding.requests import ResolvedRequest, resolve_requests
+from pipeline.models.decoding.rows import initial_states
+from pipeline.models.networks.attention import attention
+from pipeline.models.networks.levels import level_digits
 from pipeline.objective import GeneratorNetwork, Objective
 from pipeline.runtime import autocast
-from pipeline.text import masked_mean, standardise
+from pipeline.text.caption_encoder import masked_mean, standardise
+from pipeline.text.caption_readers import CaptionReader
 
 GUIDANCE_SCALE = 3.0
 

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config import GeneratorConfig
-from pipeline.config_section import Config
+from pipeline.config.section import Config
 from pipeline.contracts import Family, GenerationRequest, ModelParts, ModelSpec, OnStep
-from pipeline.images import to_uint8
-from pipeline.models import _sampling as sampling
-from pipeline.models._captions import CaptionReader
-from pipeline.models._requests import check_requests
+from pipeline.images.pixels import to_uint8
+from pipeline.models.decoding import sampling
+from pipeline.models.decoding.requests import check_requests
 from pipeline.objective import GeneratorNetwork, Objective
 from pipeline.runtime import autocast
-from pipeline.text import masked_mean
+from pipeline.text.caption_encoder import masked_mean
+from pipeline.text.caption_readers import CaptionReader
 
 
 class IndependentConfig(Config):

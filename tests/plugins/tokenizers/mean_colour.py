@@ -12,10 +12,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.config_section import Config
+from pipeline.config.section import Config
+from pipeline.config.tokenizer import TokenizerConfig
 from pipeline.contracts import TokenizerKind
 from pipeline.objective import TokenizerNetwork
-from pipeline.tokenizer_config import TokenizerConfig
 
 
 class MeanColourConfig(Config):

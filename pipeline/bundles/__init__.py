@@ -1,0 +1,1 @@
+"""Trained generators as directories on disk, and as versions in the model registry."""

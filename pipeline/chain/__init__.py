@@ -1,0 +1,1 @@
+"""A recipe's chain: resolved, checked, run step by step, judged at the gate."""

@@ -1,0 +1,158 @@
+"""Mistakes that a recipe and its data already show: told at once, not after hours of work.
+
+Networks are built on PyTorch's meta device, where they have shapes and no weights.
+
+    plan = resolve(recipe, home)
+    check(plan)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from pipeline.bundles.bundle import read_bundle
+from pipeline.chain.idle import idle_settings
+from pipeline.chain.plan import Candidate, Plan
+from pipeline.config import ImageFilter, Recipe
+from pipeline.config.train import TrainConfig
+from pipeline.data.shards.manifest import check_one_file_system, open_shards
+from pipeline.errors import RecipeError
+from pipeline.evaluation.aligner import Aligner
+from pipeline.objective import GeneratorNetwork, TrainableNetwork
+from pipeline.text.encoder_identity import check_identity
+from pipeline.training.policy import apply_policy
+from pipeline.training.vgg import find_vgg
+
+logger = logging.getLogger(__name__)
+
+
+def check(plan: Plan) -> None:
+    """Everything that can be known to fail, before any work; settings without effect are logged.
+
+    Raises:
+        RecipeError: a style that no image has, or sizes, a policy or an optimiser that do not fit.
+        DataError: shard sets on several file systems.
+        BundleError: the base, or a given aligner, read captions through another encoder.
+        MissingExtraError: the perceptual loss, or LoRA, without its packages.
+        PretrainedNotFoundError: the perceptual loss' features cannot be had.
+    """
+    for idle in idle_settings(plan.recipe):
+        logger.warning(str(idle))
+    check_data(plan)
+    for candidate in plan.candidates.values():
+        check_candidate(candidate)
+    check_encoders(plan)
+    tokenizer = plan.tokenizer
+    if tokenizer.trains:
+        if tokenizer.config.perceptual_weight:
+            find_vgg(tokenizer.config.perceptual_features, cache=plan.cache)
+        network = tokenizer.shape()
+        assert isinstance(network, TrainableNetwork), "a tokenizer that is trained"
+        apply_policy(network, tokenizer.config.train)
+    if plan.aligner is None:
+        apply_policy(aligner_shape(plan), plan.recipe.aligner.train)
+
+
+def check_data(plan: Plan) -> None:
+    """The styles that the recipe names exist, and one file system holds all shard sets.
+
+    Raises:
+        RecipeError: a style that no image has.
+        DataError: shard sets on several file systems.
+    """
+    for key, styles in _named_styles(plan.recipe):
+        if unknown := [style for style in styles if style not in plan.styles]:
+            raise RecipeError(
+                f"{key} names {', '.join(unknown)}, which no picture has; the styles are "
+                f"{', '.join(plan.styles)}"
+            )
+    systems = [open_shards(uri, manifest)[0] for uri, manifest in plan.shards.items()]
+    check_one_file_system(systems, plan.shards)
+
+
+def check_candidate(candidate: Candidate) -> None:
+    """A generator can be built, and trained by its policy and optimiser.
+
+    Raises:
+        RecipeError: sizes, a policy or an optimiser that do not fit.
+        MissingExtraError: LoRA without its package.
+    """
+    apply_policy(generator_shape(candidate), candidate.config.train)
+
+
+def check_encoders(plan: Plan) -> None:
+    """The base and a given aligner read captions through the recipe's encoder.
+
+    Raises:
+        BundleError: they read them through another one.
+    """
+    if plan.base is not None:
+        check_identity(read_bundle(plan.base).encoder, plan.encoder.identity())
+    if plan.aligner is not None:
+        aligner = Aligner.load(plan.aligner)
+        assert aligner.encoder is not None, "a saved one has it"
+        check_identity(aligner.encoder, plan.encoder.identity())
+
+
+def generator_shape(candidate: Candidate) -> GeneratorNetwork:
+    """The candidate's network on the meta device."""
+    with torch.device("meta"):
+        return candidate.family.build(candidate.config, candidate.spec)
+
+
+def aligner_shape(plan: Plan) -> Aligner:
+    """The aligner's network, if a step trains it, on the meta device."""
+    with torch.device("meta"):
+        return Aligner(
+            plan.recipe.aligner,
+            image_size=plan.recipe.preprocess.image_size,
+            caption_width=plan.encoder.width,
+        )
+
+
+def disk_mb(plan: Plan) -> Mapping[str, float]:
+    """What each step's results take at most, in MB (10**6 bytes), by step.
+
+    Of captions and tokens what the shards promise; of trainings two checkpoints and one in the
+    making, each with weights, their average and the optimiser's state, and the bundle.
+    """
+    recipe, size = plan.recipe, plan.recipe.preprocess.image_size
+    images = sum(manifest.samples for manifest in plan.shards.values())
+    captions = sum(sum(manifest.languages.values()) for manifest in plan.shards.values())
+    tokens = plan.tokenizer.shape().grid_size ** 2
+    found = {
+        "preprocess": images * 3 * size**2,
+        "tokens": images * recipe.encode.num_views * tokens * 2,
+        "captions": captions * recipe.caption_encoder.max_tokens * plan.encoder.width * 2,
+    }
+    if plan.tokenizer.trains:
+        found["tokenizer"] = _training_bytes(plan.tokenizer.shape(), plan.tokenizer.config.train)
+    if plan.aligner is None:
+        found["aligner"] = _training_bytes(aligner_shape(plan), recipe.aligner.train)
+    for candidate in plan.candidates.values():
+        found[candidate.step] = _training_bytes(generator_shape(candidate), candidate.config.train)
+    return {name: count / 1e6 for name, count in found.items()}
+
+
+def _training_bytes(network: object, config: TrainConfig) -> int:
+    assert isinstance(network, nn.Module)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    state = {"adamw": 8, "muon": 8, "rmsprop": 8, "sgd": 4}[config.optimizer]
+    checkpoint = parameters * (4 + (4 if config.ema_decay else 0) + state)
+    return 3 * checkpoint + 2 * parameters
+
+
+def _named_styles(recipe: Recipe) -> Iterator[tuple[str, Sequence[str]]]:
+    filters: dict[str, ImageFilter] = {"tokenizer.data": recipe.tokenizer.data}
+    for name, config in recipe.generators.items():
+        place = f"candidates.{name}" if recipe.candidates else "generator"
+        filters[f"{place}.data"] = config.data
+    for key, only in filters.items():
+        yield f"{key}.styles", only.styles
+        yield f"{key}.exclude_styles", only.exclude_styles
+        yield f"{key}.style_weights", tuple(only.style_weights)
+    yield "evaluate.styles", recipe.evaluate.styles

@@ -1,0 +1,364 @@
+"""The table of a chain's steps, from captioned images to judged candidates.
+
+    preprocess    shards -> pixels
+    tokenizer     pixels -> a trained image tokenizer (not where one is taken as it is)
+    tokens        pixels, tokenizer -> image tokens
+    captions      pixels -> the caption encoder's states of every distinct caption
+    generator     image tokens or pixels, captions, base -> a candidate (one step per candidate)
+    aligner       pixels, captions -> a trained aligner (not where one is taken as it is)
+    evaluate      candidates, champion and untuned base on the same images -> reports
+
+Each step's work is one function of the plan and its context; `pipeline.tracking.steps` runs the
+table. A step imports what it works with (the training stacks of PyTorch and Ray, metrics: seconds
+each) when it works: most scheduled retrains find every step done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.artifacts import bundle_digest, file_digest
+from pipeline.bundles.registry import ResolvedModel
+from pipeline.chain.plan import Candidate, Plan, given_inputs
+from pipeline.chain.shapes import make_spec
+from pipeline.config import PreprocessConfig
+from pipeline.data.preprocess.report import check_bad_fraction
+from pipeline.evaluation import reports
+from pipeline.text.pretrained import content_digest
+from pipeline.tracking.runs import RunLogger
+from pipeline.tracking.steps import Results, Step, StepContext, StepResult, step_settings
+
+if TYPE_CHECKING:
+    from pipeline.training.generator import GeneratorTask
+
+
+def training_steps(plan: Plan) -> dict[str, Step]:
+    """Every step but the evaluation, by name and in order."""
+    steps = [
+        _preprocess_step(plan),
+        *([_tokenizer_step(plan)] if plan.tokenizer.trains else []),
+        _tokens_step(plan),
+        _captions_step(plan),
+        *(generator_step(plan, candidate) for candidate in plan.candidates.values()),
+        *([_aligner_step(plan)] if plan.aligner is None else []),
+    ]
+    return {step.name: step for step in steps}
+
+
+# ---- Where results lie ---------------------------------------------------------------------------
+
+
+def pixels_of(results: Results) -> Path:
+    """The preprocessed images."""
+    return results["preprocess"].path / "data" / "pixels"
+
+
+def tokenizer_of(plan: Plan, results: Results) -> Path:
+    """The tokenizer's directory, trained or given."""
+    if plan.tokenizer.trains:
+        return results["tokenizer"].bundle
+    assert plan.tokenizer.source is not None
+    return plan.tokenizer.source
+
+
+def aligner_of(plan: Plan, results: Results) -> Path:
+    """The aligner's directory, trained or given."""
+    return results["aligner"].bundle if plan.aligner is None else plan.aligner
+
+
+def bundles_of(plan: Plan, results: Results) -> dict[str, Path]:
+    """The candidates' bundles by name."""
+    return {name: results[c.step].bundle for name, c in plan.candidates.items()}
+
+
+# ---- Data ----------------------------------------------------------------------------------------
+
+
+def _preprocess_step(plan: Plan) -> Step:
+    """How many bad samples are tolerated is no part of the key: it only accepts the result."""
+    recipe = plan.recipe
+    limit = recipe.preprocess.max_bad_fraction
+    default = PreprocessConfig.model_fields["max_bad_fraction"].default
+    preprocessing = recipe.preprocess.model_copy(update={"max_bad_fraction": default})
+    return Step(
+        "preprocess",
+        partial(_preprocess, plan),
+        settings={
+            "data": step_settings(recipe.data, exclude={"shards", "allow_missing_shards"}),
+            "preprocess": step_settings(preprocessing),
+        },
+        inputs={
+            **{f"shards-{i}": m.digest for i, m in enumerate(plan.shards.values())},
+            **plan.lacking,
+        },
+        accept=lambda result: check_bad_fraction(
+            result.values["reasons"], result.values["promised"], limit
+        ),
+    )
+
+
+def _preprocess(plan: Plan, context: StepContext) -> dict[str, Any]:
+    from pipeline.data.preprocess.job import preprocess
+
+    report = preprocess(
+        list(plan.shards), context.path / "data", data=plan.recipe.data,
+        config=plan.recipe.preprocess, on_progress=context.on_progress,
+    )  # fmt: skip
+    values = asdict(report)
+    (context.path / "ray_data_stats.txt").write_text(values.pop("stats"))
+    RunLogger(context.run).files(context.path / "ray_data_stats.txt", folder="data")
+    return values
+
+
+def _tokens_step(plan: Plan) -> Step:
+    return Step(
+        "tokens",
+        partial(_tokens, plan),
+        settings=step_settings(plan.recipe.encode),
+        needs=("preprocess", *(["tokenizer"] if plan.tokenizer.trains else [])),
+        inputs={k: v for k, v in given_inputs(plan).items() if k == "tokenizer"},
+    )
+
+
+def _tokens(plan: Plan, context: StepContext) -> dict[str, Any]:
+    from pipeline.data.preprocess.encode import encode_images
+
+    count = encode_images(
+        pixels_of(context.results), tokenizer_of(plan, context.results), context.path / "data",
+        config=plan.recipe.encode, image_size=plan.recipe.preprocess.image_size,
+        on_progress=context.on_progress,
+    )  # fmt: skip
+    return {"images": count}
+
+
+def _captions_step(plan: Plan) -> Step:
+    return Step(
+        "captions",
+        partial(_captions, plan),
+        settings=step_settings(plan.recipe.caption_encoder),
+        needs=("preprocess",),
+        inputs={"encoder": plan.encoder.digest},
+    )
+
+
+def _captions(plan: Plan, context: StepContext) -> dict[str, Any]:
+    from pipeline.data.preprocess.encode import encode_captions
+
+    count = encode_captions(
+        pixels_of(context.results), context.path / "data", config=plan.encoder.config,
+        cache=plan.cache, on_progress=context.on_progress,
+    )  # fmt: skip
+    return {"captions": count}
+
+
+# ---- Models --------------------------------------------------------------------------------------
+
+
+def _tokenizer_step(plan: Plan) -> Step:
+    source = plan.tokenizer.source
+    features = Path(plan.tokenizer.config.perceptual_features)
+    return Step(
+        "tokenizer",
+        partial(_tokenizer, plan),
+        settings={
+            "tokenizer": step_settings(plan.tokenizer.config),
+            "image_size": plan.tokenizer.image_size,
+        },
+        needs=("preprocess",),
+        inputs={
+            **({"source": bundle_digest(source)} if source is not None else {}),
+            **({"perceptual": file_digest(features)} if features.is_file() else {}),
+        },
+    )
+
+
+def _tokenizer(plan: Plan, context: StepContext) -> dict[str, Any]:
+    from pipeline.training.tokenizer import train_tokenizer
+
+    tokenizer = plan.tokenizer
+    return dict(
+        train_tokenizer(
+            context, pixels_of(context.results), tokenizer.config, tokenizer.image_size,
+            cache=plan.cache, source=tokenizer.source,
+        )
+    )  # fmt: skip
+
+
+def _aligner_step(plan: Plan) -> Step:
+    return Step(
+        "aligner",
+        partial(_aligner, plan),
+        settings={"aligner": step_settings(plan.recipe.aligner)},
+        needs=("preprocess", "captions"),
+    )
+
+
+def _aligner(plan: Plan, context: StepContext) -> dict[str, Any]:
+    from pipeline.training.aligner import train_aligner
+
+    return dict(
+        train_aligner(
+            context, pixels_of(context.results), context.results["captions"].path / "data",
+            plan.recipe.aligner, image_size=plan.recipe.preprocess.image_size,
+            encoder=plan.encoder.load(),
+        )
+    )  # fmt: skip
+
+
+def generator_step(plan: Plan, candidate: Candidate) -> Step:
+    """The step that trains a candidate and leaves its bundle."""
+    needs, inputs = generator_inputs(plan, candidate)
+    return Step(
+        candidate.step,
+        partial(_generator, plan, candidate),
+        settings={"generator": step_settings(candidate.config)},
+        needs=needs,
+        inputs=inputs,
+    )
+
+
+def generator_inputs(plan: Plan, candidate: Candidate) -> tuple[tuple[str, ...], dict[str, str]]:
+    """What a generator is trained on: the steps it needs, and digests of what no step makes."""
+    reads = "tokens" if candidate.family.reads == "image_tokens" else "preprocess"
+    needs = (reads, *(["tokenizer"] if plan.tokenizer.trains else []), "captions")
+    known = given_inputs(plan)
+    if candidate.language_model:
+        known["language_model"] = content_digest(candidate.language_model, cache=plan.cache)
+    return needs, known
+
+
+def _generator(plan: Plan, candidate: Candidate, context: StepContext) -> dict[str, Any]:
+    from pipeline.training.generator import train_generator
+
+    return dict(
+        train_generator(
+            context,
+            generator_task(plan, candidate, context.results),
+            encoder=plan.encoder.load(),
+            caption_encoder=plan.encoder.config,
+            split=plan.recipe.data.split,
+        )
+    )
+
+
+def generator_task(plan: Plan, candidate: Candidate, results: Results) -> GeneratorTask:
+    """What a worker needs to train a candidate. Of the styles that the shards promise it learns
+    those that preprocessing accepted images of."""
+    import pyarrow.parquet as pq
+
+    from pipeline.text.caption_readers import KnownCaptions
+    from pipeline.training.generator import SAMPLE_PROMPTS, GeneratorTask
+
+    encoder = plan.encoder.load()
+    pixels, tokenizer = pixels_of(results), tokenizer_of(plan, results)
+    found = set(pq.read_table(pixels, columns=["style"])["style"].to_pylist())
+    reads_tokens = candidate.family.reads == "image_tokens"
+    return GeneratorTask(
+        config=candidate.config,
+        spec=make_spec(
+            plan.tokenizer.shape(), encoder.width, candidate.config.data.kept(found), plan.base,
+            candidate.config, candidate.language_model,
+        ),
+        sample_prompts=KnownCaptions.of(encoder, (*SAMPLE_PROMPTS, "")),
+        tokenizer=tokenizer,
+        images=results["tokens"].path / "data" if reads_tokens else pixels,
+        captions=results["captions"].path / "data",
+        base=plan.base,
+        language_model=candidate.language_model,
+    )  # fmt: skip
+
+
+# ---- Evaluation ----------------------------------------------------------------------------------
+
+
+def evaluation_step(plan: Plan, results: Results, champion: ResolvedModel | None) -> Step:
+    """Candidates, champion and untuned base on the same images, the floors beside them.
+
+    Args:
+        results: of the candidates' steps: a champion that is one of them is judged once.
+    """
+    champion_is = champion_subject(plan, results, champion)
+    others: dict[str, Path] = {}
+    if plan.base is not None:
+        others["untuned"] = plan.base
+    if champion is not None and champion_is == "champion":
+        others["champion"] = champion.path
+    inputs = {name: bundle_digest(path) for name, path in others.items()}
+    if plan.aligner is not None:
+        inputs["aligner"] = bundle_digest(plan.aligner)
+    if champion_is is not None and plan.recipe.candidates and champion_is in plan.candidates:
+        inputs["champion_is"] = champion_is  # gains are told over that one of the candidates
+    return Step(
+        "evaluate",
+        partial(_evaluate, plan, others, champion_is),
+        settings=step_settings(plan.recipe.evaluate),
+        needs=evaluation_needs(plan),
+        inputs=inputs,
+        version=reports.FORMAT,
+    )
+
+
+def evaluation_needs(plan: Plan) -> tuple[str, ...]:
+    """The steps that the evaluation needs."""
+    candidates = [candidate.step for candidate in plan.candidates.values()]
+    trained = ["aligner"] if plan.aligner is None else []
+    return ("preprocess", *(["tokenizer"] if plan.tokenizer.trains else []), *candidates, *trained)
+
+
+def champion_subject(plan: Plan, results: Results, champion: ResolvedModel | None) -> str | None:
+    """The evaluation's name for the champion: that of a candidate which is the same bundle, else
+    "champion"; None while there is no champion."""
+    if champion is None:
+        return None
+    digest = bundle_digest(champion.path)
+    for name, candidate in plan.candidates.items():
+        if results[candidate.step].digest == digest:
+            return name
+    return "champion"
+
+
+def _evaluate(
+    plan: Plan, others: Mapping[str, Path], champion_is: str | None, context: StepContext
+) -> dict[str, Any]:
+    from pipeline.evaluation import evaluator as evaluate
+    from pipeline.evaluation.aligner import Aligner
+    from pipeline.evaluation.eval_set import EvalSet
+    from pipeline.evaluation.features import ImageNetFeatures
+    from pipeline.runtime import choose_device
+    from pipeline.tokenizers._saved import load_tokenizer
+
+    recipe, results = plan.recipe, context.results
+    pixels = pixels_of(results)
+    subjects = {**bundles_of(plan, results), **others}
+    evaluator = evaluate.Evaluator(
+        EvalSet.from_parquet(pixels, recipe.evaluate, image_size=recipe.preprocess.image_size),
+        aligner=Aligner.load(aligner_of(plan, results), device=choose_device()),
+        features=ImageNetFeatures(device=choose_device()),
+        encoder=plan.encoder.load(),
+        config=recipe.evaluate,
+    )
+    (context.path / "grids").mkdir(exist_ok=True)
+    losses = {n: results[c.step].values["validation_loss"] for n, c in plan.candidates.items()}
+    found = evaluator.evaluate_bundles(
+        subjects,
+        tokenizer=load_tokenizer(tokenizer_of(plan, results)),
+        candidates=losses,
+        before=[name for name in ("untuned", champion_is) if name is not None and name in subjects],
+        grids=context.path / "grids",
+        pretrained_cache=plan.cache,
+    )
+    (context.path / "report.md").write_text(reports.markdown_table(found))
+    logger = RunLogger(context.run)
+    logger.files(context.path / "grids", folder="grids")
+    logger.files(context.path / "report.md", folder="")
+    return {"reports": {report.subject: reports.to_dict(report) for report in found}}
+
+
+def reports_of(evaluation: StepResult) -> dict[str, Any]:
+    """What the evaluation says, by subject: EvalReport."""
+    values = evaluation.values["reports"]
+    return {name: reports.from_dict(report) for name, report in values.items()}

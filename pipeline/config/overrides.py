@@ -1,0 +1,138 @@
+"""Nested settings set by dotted keys, taken from what was built, and their mistakes explained.
+
+override(values, "generator.train.learning_rate", "3e-4", origin="TESSERA__...")
+explain(validation_error, Recipe)  # "unknown key 'generator.widht'; did you mean 'width'?"
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pipeline.config.section import Config
+from pipeline.errors import RecipeError
+
+
+def override(values: dict[str, Any], key: str, text: str, *, origin: str) -> None:
+    """Set a dotted key in the nested mapping to a YAML value.
+
+    Raises:
+        RecipeError: not YAML, or the key goes through a value.
+    """
+    try:
+        value = _yaml_value(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {origin!r}: {text!r} is not a YAML value: {error}") from error
+    set_key(values, key, value, origin=origin)
+
+
+def set_key(values: dict[str, Any], key: str, value: Any, *, origin: str) -> None:
+    """Set a dotted key in the nested mapping.
+
+    Raises:
+        RecipeError: the key goes through a value.
+    """
+    *sections, last = key.split(".")
+    node = values
+    for section in sections:
+        child = node.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise RecipeError(f"override {origin!r}: {section!r} is a value, not a section")
+        node = child
+    node[last] = value
+
+
+def _yaml_value(text: str) -> Any:
+    """YAML's value, except that 3e-4 is the number people mean (YAML 1.1 reads a string)."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def explain(error: ValidationError, root: type[BaseModel], inside: tuple[str, ...] = ()) -> str:
+    """One line a mistake: the key, what is wrong, and what would be right.
+
+    Args:
+        error: of validating `root`, or the section of it named by `inside`.
+    """
+    lines = []
+    for item in error.errors():
+        loc = (*inside, *item["loc"])
+        key = ".".join(str(part) for part in loc)
+        if item["type"] == "extra_forbidden":
+            known = _known_keys(root, loc[:-1])
+            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+            lines.append(f"unknown key {key!r}; {hint}")
+        else:
+            prefix = f"{key}={item['input']!r}: " if key else ""
+            lines.append(prefix + item["msg"].removeprefix("Value error, "))
+    return "; ".join(lines)
+
+
+def stated(config: BaseModel) -> dict[str, Any]:
+    """What is said of a section, as YAML would, settings that are said to be their default too."""
+    return config.model_dump(mode="json", exclude_unset=True)
+
+
+def shaped_like(
+    config: BaseModel, built: BaseModel, keys: Iterable[str], *, section: str, whose: str
+) -> dict[str, Any]:
+    """What `config` sets, and what it leaves open of a network's shape from what was `built`.
+
+    Args:
+        keys: dotted, of the settings that the shape hangs on.
+        section: of the recipe, for the message.
+        whose: the shape is, for the message.
+
+    Raises:
+        RecipeError: config sets another shape.
+    """
+    values = stated(config)
+    for key in keys:
+        *sections, name = key.split(".")
+        there, given = config, built
+        for part in sections:
+            there, given = getattr(there, part), getattr(given, part)
+        wanted, known = getattr(there, name), getattr(given, name)
+        if name in there.model_fields_set and wanted != known:
+            raise RecipeError(
+                f"{section}.{key}={wanted} is not {whose}, which has {known}: leave it out to take "
+                "that, or train from scratch (base=null, tokenizer.source=null)"
+            )
+        set_key(values, key, known, origin=key)
+    return values
+
+
+def _known_keys(root: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """The keys of the section at `loc`."""
+    section = root
+    parts = iter(loc)
+    for part in parts:
+        own = section.sections_by_name() if issubclass(section, Config) else {}
+        if str(part) in own:
+            section = own[str(part)]
+            continue
+        if str(part) not in section.model_fields:
+            return []
+        annotation = section.model_fields[str(part)].annotation
+        models = [a for a in (annotation, *get_args(annotation)) if _is_section(a)]
+        if not models:
+            return []
+        section = models[0]
+        if get_origin(annotation) is dict:
+            next(parts, None)  # a name of the user's
+    own = section.sections_by_name() if issubclass(section, Config) else {}
+    return sorted({*section.model_fields, *own})
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

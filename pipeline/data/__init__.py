@@ -1,0 +1,1 @@
+"""Captioned images on their way to training: sources, shards, preprocessing."""

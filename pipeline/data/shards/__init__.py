@@ -1,0 +1,1 @@
+"""Shard sets: WebDataset tars beside a manifest, written, read and checked."""

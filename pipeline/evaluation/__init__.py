@@ -1,0 +1,1 @@
+"""How good a generator is: the aligner, evaluation sets, metrics' reports and grids."""

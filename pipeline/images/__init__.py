@@ -1,0 +1,1 @@
+"""Images in memory: pixels, augmentation, mirroring, grids with captions."""

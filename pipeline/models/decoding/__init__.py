@@ -1,0 +1,1 @@
+"""Generating with image tokens: requests, batches in the making, sampling, caches."""

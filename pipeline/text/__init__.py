@@ -1,0 +1,1 @@
+"""Captions: pretrained language models that read them, and where these come from."""

@@ -1,0 +1,1 @@
+"""MLflow runs, other sinks, and the steps of a home directory, each done once."""

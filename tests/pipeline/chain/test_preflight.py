@@ -1,0 +1,135 @@
+"""What a recipe shows before anything is started: each mistake is told by the chain's making."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.chain.plan import Plan, resolve
+from pipeline.chain.preflight import check, check_candidate
+from pipeline.config import load_recipe
+from pipeline.errors import DataError, RecipeError, TesseraError
+from pipeline.tokenizers._saved import load_tokenizer
+
+
+def checked(recipe: str, *settings: str, home: Path) -> Plan:
+    """What a chain does before any work."""
+    plan = resolve(load_recipe(recipe, settings, environment={}), home)
+    check(plan)
+    return plan
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, pretrained_cache: Path) -> Path:
+    """One for all: the caption encoder is loaded once a cache."""
+    path = tmp_path_factory.mktemp("preflight")
+    (path / "pretrained").symlink_to(pretrained_cache)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("recipe", "setting", "said"),
+    [
+        ("smoke", "evaluate.styles=[twemojy]", "evaluate.styles names twemojy.*noto, twemoji"),
+        ("smoke", "generator.data.exclude_styles=[nto]", "generator.data.exclude_styles names nto"),
+        ("smoke", "tokenizer.data.styles=[noto,x]", "tokenizer.data.styles names x"),
+        ("emoji-families", "candidates.gan.data.styles=[x]", "candidates.gan.data.styles names x"),
+        ("smoke", "tokenizer.name=vqq", "vqq"),
+        ("emoji-demo", "tokenizer.patch=2", "tokenizer.patch=2 is not that of the tokenizer in"),
+        ("smoke", "aligner.train.policy=frozen", "train.policy='frozen' is not offered"),
+        ("emoji-causal", "generator.causal.max_prompt_tokens=5000", "5000 caption tokens.*2048"),
+        ("smoke", "generator.num_styles=1", r"2 styles \(noto, twemoji\) do not fit"),
+        ("smoke", "generator.width=65", "generator.width=65 must be a multiple of .*heads=2"),
+        ("emoji-families", "candidates.causal.width=65", "candidates.causal.width=65 must be"),
+        ("smoke", "tokenizer.train.optimizer=muon", "QuantizedAutoencoder has nothing for muon"),
+    ],
+)
+def test_mistakes_are_told_before_any_work(
+    home: Path, recipe: str, setting: str, said: str
+) -> None:
+    with pytest.raises(RecipeError, match=said):
+        checked(recipe, setting, home=home)
+
+
+def test_a_size_that_the_family_cannot_draw_is_refused(home: Path) -> None:
+    settings = ["preprocess.image_size=96", "generator.family=gan"]
+    with pytest.raises(RecipeError, match="the gan family doubles"):
+        checked("smoke", *settings, home=home)
+
+
+def test_a_width_that_no_heads_share_is_no_mistake(home: Path) -> None:
+    checked("emoji-gan", "generator.width=130", home=home)
+
+
+def test_a_size_that_the_tokens_of_a_source_do_not_fill_is_refused(home: Path) -> None:
+    settings = ["tokenizer.source=asset:base", "preprocess.image_size=68"]
+    with pytest.raises(RecipeError, match=r"image_size=68 must be a multiple of .*downsample=8"):
+        checked("emoji-causal", "tokenizer.freeze=false", *settings, home=home)
+
+
+def test_a_trial_is_checked_as_the_recipe_itself_is(home: Path) -> None:
+    plan = checked("emoji-gan", home=home)
+    options = plan.recipe.generator.gan.model_copy(update={"patch": 3})
+    trial = plan.candidate(plan.recipe.generator.model_copy(update={"gan": options}))
+    with pytest.raises(RecipeError, match="the gan family doubles"):
+        check_candidate(trial)
+
+
+def test_missing_perceptual_features_are_told_at_once(home: Path) -> None:
+    settings = ["tokenizer.perceptual_weight=0.1", "tokenizer.perceptual_features=nowhere"]
+    with pytest.raises(TesseraError, match="no perceptual features at 'nowhere'"):
+        checked("smoke", *settings, home=home)
+
+
+def test_shards_on_two_file_systems_are_refused(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
+
+    from pipeline.chain import preflight
+    from pipeline.data.shards.manifest import locate, read_manifest
+
+    plan = resolve(load_recipe("smoke", environment={}), home)
+    uri = locate("asset:emoji")
+    sets = {uri: read_manifest(uri), "elsewhere": read_manifest(uri)}
+    systems = iter([LocalFileSystem(), SubTreeFileSystem("/tmp", LocalFileSystem())])
+    monkeypatch.setattr(preflight, "open_shards", lambda *_: (next(systems), ""))
+    with pytest.raises(DataError, match=r"several file systems .*elsewhere.* copy them to one"):
+        preflight.check_data(replace(plan, shards=sets))
+
+
+def test_idle_sections_are_named(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = ["tokenizer.train.policy=full", "aligner.embedding=8"]
+    with caplog.at_level(logging.WARNING):
+        checked("emoji-demo", *settings, home=home)
+    assert (
+        "tokenizer: data, train are without effect because base=asset:base brings its tokenizer"
+        in caplog.text
+    )
+    assert (
+        "aligner: embedding is without effect because asset:aligner is taken as it is"
+        in caplog.text
+    )
+    with caplog.at_level(logging.WARNING):
+        checked("emoji-gan", "encode.num_views=2", "generator.depth=3", home=home)
+    assert "encode: num_views is without effect because gan reads no image tokens" in caplog.text
+    assert "generator: depth is without effect on the family gan" in caplog.text
+    with caplog.at_level(logging.WARNING):
+        checked("emoji-causal", "generator.num_steps=4", "generator.train.lora_rank=2", home=home)
+    assert "generator: num_steps is without effect on the family causal" in caplog.text
+    assert "generator.train: lora_rank is without effect with policy=full" in caplog.text
+
+
+def test_the_decoder_of_the_bases_tokenizer_is_trained(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = checked("emoji-demo", "tokenizer.source=asset:base", home=home)
+    assert made.tokenizer.trains and made.tokenizer.source is not None
+    built = load_tokenizer(made.tokenizer.source).config
+    assert made.tokenizer.config.levels == built.levels
+    assert "source is without effect because the decoder of base=asset:base trains" in caplog.text
+    taken = checked("emoji-demo", "tokenizer.train.policy=full", home=home)
+    assert not taken.tokenizer.trains and taken.tokenizer.source == made.tokenizer.source

@@ -1,0 +1,116 @@
+"""The aligner: InfoNCE is CLIP's, groups are positives, it overfits a batch, it saves whole."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.config import AlignerConfig
+from pipeline.errors import BundleError
+from pipeline.evaluation.aligner import Aligner, AlignerObjective, group_info_nce
+from pipeline.text.encoder_identity import EncoderIdentity
+
+TINY = AlignerConfig(embedding=32, widths=(16, 24, 32), depths=(1, 1, 1), label_smoothing=0.0)
+IDENTITY = EncoderIdentity("some/model", "0" * 64, ((1.0, 0.0), (0.0, 1.0)))
+
+
+def batch(images: Tensor, *, width: int = 16) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    count = len(images)
+    return {
+        "images": images,
+        "caption_states": torch.randn(count, 5, width, generator=generator).half(),
+        "caption_mask": torch.arange(5) < torch.arange(count)[:, None] % 5 + 1,
+        "group": torch.arange(count),
+    }
+
+
+def objective() -> AlignerObjective:
+    torch.manual_seed(0)
+    return AlignerObjective(TINY, image_size=64, caption_width=16)
+
+
+def test_embeddings_are_unit_vectors_and_blind_to_padding(icon_images: Tensor) -> None:
+    model, rows = objective().model, batch(icon_images[:6])
+    images = model.embed_images(rows["images"], batch_size=4)
+    captions = model.embed_captions(rows["caption_states"], rows["caption_mask"])
+    assert images.shape == captions.shape == (6, 32)
+    torch.testing.assert_close(images.norm(dim=1), torch.ones(6), atol=1e-4, rtol=0)
+    torch.testing.assert_close(captions.norm(dim=1), torch.ones(6), atol=1e-4, rtol=0)
+    padding = torch.where(rows["caption_mask"][..., None], rows["caption_states"].float(), 99.0)
+    again = model.embed_captions(padding, rows["caption_mask"])
+    torch.testing.assert_close(again, captions)
+
+
+def test_images_of_any_size_are_embedded(icon_images: Tensor) -> None:
+    model = objective().model
+    large = icon_images[:2].repeat_interleave(2, 2).repeat_interleave(2, 3)
+    close = F.cosine_similarity(model.embed_images(large), model.embed_images(icon_images[:2]))
+    assert (close > 0.95).all()
+
+
+def test_without_common_groups_the_loss_is_clips() -> None:
+    logits = torch.randn(6, 6, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(6)
+    clip = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    torch.testing.assert_close(group_info_nce(logits, torch.eye(6, dtype=torch.bool)), clip)
+
+
+def test_images_of_a_group_do_not_repel_each_others_captions() -> None:
+    group = torch.tensor([0, 0, 1, 2])
+    same = group[:, None] == group
+    logits = torch.zeros(4, 4, requires_grad=True)
+    group_info_nce(logits, same).backward()
+    assert (logits.grad[same] < 0).all() and (logits.grad[~same] > 0).all()
+
+
+def test_captions_in_a_narrow_cone_are_spread_at_the_start() -> None:
+    model = objective().model
+    generator = torch.Generator().manual_seed(0)
+    cone = torch.randn(16, generator=generator) + 0.1 * torch.randn(50, 3, 16, generator=generator)
+    mask = torch.ones(50, 3, dtype=torch.bool)
+    before = model.embed_captions(cone, mask)
+    model.standardise_captions(cone, mask)
+    after = model.embed_captions(cone, mask)
+    assert (before @ before.T).mean() > 0.9 and (after @ after.T).mean() < 0.3
+    features = model.caption_head[0](cone.mean(1))
+    torch.testing.assert_close(features.mean(0), torch.zeros(16), atol=1e-4, rtol=0)
+    torch.testing.assert_close(features.std(0), torch.ones(16), atol=0.05, rtol=0)
+
+
+def test_one_batch_is_learned_by_heart(icon_images: Tensor) -> None:
+    model, rows = objective(), batch(icon_images[:24])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    first = model.losses(rows, "align")["loss"].item()
+    assert first == pytest.approx(math.log(24), rel=0.5)
+    for _ in range(60):
+        losses = model.losses(rows, "align")
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        optimizer.step()
+    assert losses["loss"].item() < 0.2 * first
+    assert losses["accuracy"].item() > 0.9
+
+
+def test_a_saved_aligner_is_the_same(icon_images: Tensor, tmp_path: Path) -> None:
+    model = objective().model.eval()
+    model.save(tmp_path / "aligner", IDENTITY)
+    loaded = Aligner.load(tmp_path / "aligner")
+    assert loaded.encoder == IDENTITY and loaded.config == TINY
+    expected, found = (m.embed_images(icon_images[:4]) for m in (model, loaded))
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("damage", ["missing", "config", "weights"])
+def test_a_damaged_aligner_is_refused(damage: str, tmp_path: Path) -> None:
+    if damage != "missing":
+        objective().model.save(tmp_path, IDENTITY)
+        name = {"config": "config.json", "weights": "model.safetensors"}[damage]
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:100])
+    with pytest.raises(BundleError, match="holds no aligner"):
+        Aligner.load(tmp_path)

@@ -1,0 +1,98 @@
+"""The rooms of pipeline/: no import points up, none goes in a circle, no folder is a warehouse."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FLOORS = (
+    ("errors",),
+    ("registry", "progress", "runtime", "artifacts"),
+    ("config",),
+    ("contracts",),
+    ("objective", "metrics"),
+    ("tracking", "tasks", "text", "tokenizers", "images", "data.shards"),
+    ("data.sources", "data.preprocess", "models"),
+    ("bundles",),
+    ("evaluation",),
+    ("training",),
+    ("chain",),
+)
+"""The rooms from the ground up; a room may import those below its floor, itself, and nothing else.
+The rooms of data/ are its folders. README.md describes each."""
+MOST_MODULES = 13  # of a folder, its __init__.py included
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in sorted((ROOT / "pipeline").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+def imports(path: Path, known: dict[str, Path]) -> Iterator[tuple[str, bool]]:
+    """The modules of pipeline that a file imports when it runs, and whether at its top level; what
+    types alone need is left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    top = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or id(node) in typing:
+            continue
+        module = node.module or ""
+        if module.split(".")[0] != "pipeline":
+            continue
+        for alias in node.names:
+            inner = f"{module}.{alias.name}"
+            yield (inner if inner in known else module), id(node) in top
+
+
+def room_of(module: str) -> str:
+    parts = module.split(".")
+    return ".".join(parts[1:3] if parts[1:2] == ["data"] else parts[1:2])
+
+
+def test_no_import_points_up() -> None:
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    known = modules()
+    wrong = []
+    for module, path in known.items():
+        here = room_of(module)
+        if here in ("", "data"):
+            continue
+        for other, _ in imports(path, known):
+            there = room_of(other)
+            if there not in ("", here) and floor[there] >= floor[here]:
+                wrong.append(f"{module} imports {other}")
+    assert not wrong, "; ".join(wrong)
+
+
+def test_no_imports_go_in_a_circle() -> None:
+    known = modules()
+    needs = {m: {o for o, top in imports(p, known) if top and o != m} for m, p in known.items()}
+    while loose := [m for m, others in needs.items() if not others & needs.keys()]:
+        for module in loose:
+            del needs[module]
+    assert not needs, f"these import each other: {', '.join(sorted(needs))}"
+
+
+def test_no_folder_is_a_warehouse() -> None:
+    for folder in {path.parent for path in modules().values()}:
+        count = len(list(folder.glob("*.py")))
+        assert count <= MOST_MODULES, f"{folder.relative_to(ROOT)} has {count} modules"
+
+
+def test_pipeline_knows_neither_commands_nor_service() -> None:
+    for package, others in (("pipeline", ("jobs", "serve")), ("serve", ("jobs",))):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ImportFrom):
+                    assert (node.module or "").split(".")[0] not in others, path
