@@ -240,7 +240,7 @@ def cluster_resources() -> dict[str, float]:
     """What Ray counts in the whole cluster, by kind: "CPU", "GPU", "memory" and so on."""
     import ray
 
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    resources: dict[str, float] = ray.cluster_resources()
     return resources
 
 

@@ -124,7 +124,7 @@ def cluster_resources() -> Mapping[str, float]:
     """Ray's resources by name; none before Ray is started."""
     if not ray.is_initialized():
         return {}
-    found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    found: dict[str, float] = ray.cluster_resources()
     return found
 
 

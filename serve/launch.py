@@ -66,7 +66,7 @@ class Server:
 
     def close(self) -> None:
         """Stop answering; take Ray down too if it was started for this server."""
-        serve.shutdown()  # type: ignore[no-untyped-call]
+        serve.shutdown()
         if self.started_ray:
             ray.shutdown()
 

@@ -55,7 +55,7 @@ def ingress_may_listen() -> bool:
     """Whether this Ray is one machine, so that the ingress can only be here and needs no proxy."""
     if behind_haproxy() or os.environ.get("RAY_ADDRESS"):
         return False
-    return not ray.is_initialized() or len(ray.nodes()) == 1  # type: ignore[no-untyped-call]
+    return not ray.is_initialized() or len(ray.nodes()) == 1
 
 
 @contextlib.asynccontextmanager

@@ -66,7 +66,7 @@ class GraphBatch:
         cache, graph = self.cache, torch.cuda.CUDAGraph()
         with _CAPTURING, torch.cuda.device(self.inputs.device):
             mask, lengths = cache.mask.clone(), cache.lengths.clone()
-            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
                 self._step_all()  # libraries want memory at their first call, graphs allow none

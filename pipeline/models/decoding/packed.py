@@ -201,4 +201,4 @@ def _padding(counts: tuple[int, ...]) -> tuple[int, ...]:
 @cache
 def _can_pack() -> bool:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return x86 and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return x86 and torch.backends.mkldnn.is_available()

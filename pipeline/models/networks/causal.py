@@ -9,8 +9,8 @@ cross-entropy; Sun et al. 2024, LlamaGen (arXiv 2406.06525): guidance, top-k and
 tokens; Ho and Salimans 2022 (arXiv 2207.12598): classifier-free guidance.
 
 A row reads  [padding] caption  style-marker  begin-marker  image tokens...  (see _tokens.py);
-models whose tasks give a source picture read it, too, between caption and style, holes marked.
-Shapes: B pictures, N image tokens, L caption tokens with padding on the left, D model width, V
+models whose tasks give a source image read it, too, between caption and style, holes marked.
+Shapes: B images, N image tokens, L caption tokens with padding on the left, D model width, V
 codebook.
 """
 
@@ -53,7 +53,7 @@ GUIDANCE_SCALE = 3.0
 NO_TARGET = -100
 
 Source = tuple[Tensor, Tensor]
-"""Source pictures as image tokens int64 (B, N), and which of these are given, bool (B, N)."""
+"""Source images as image tokens int64 (B, N), and which of these are given, bool (B, N)."""
 
 
 def language_model_config(config: GeneratorConfig, source: str | None) -> dict[str, Any]:
@@ -113,12 +113,12 @@ class CausalTransformer(GeneratorNetwork):
         if context < needed:
             parts = f"{prompt} caption tokens, 2 markers and {spec.num_tokens} image tokens"
             if source:
-                parts = f"{source} tokens of a source picture, {parts}"
+                parts = f"{source} tokens of a source image, {parts}"
             raise RecipeError(
                 f"generator.causal: {parts} do not fit the language model's context of {context}; "
                 "lower max_prompt_tokens or take another model"
             )
-        # two plain products on a CPU, for the reason in _attention.py; None: the model's own choice
+        # two plain products on a CPU, for the reason in attention.py; None: the model's own choice
         attention = "eager" if choose_device().type == "cpu" else None
         whole = AutoModelForCausalLM.from_config(
             hf, dtype=torch.float32, attn_implementation=attention
@@ -126,7 +126,7 @@ class CausalTransformer(GeneratorNetwork):
         self.lm: PreTrainedModel = whole.base_model
         tied = bool(getattr(hf, "tie_word_embeddings", False))
         self.register_buffer("text_head", None if tied else whole.lm_head.weight.detach().clone())
-        width = self.lm.get_input_embeddings().embedding_dim
+        width = self.text_table.embedding_dim
         self.image_table = nn.Embedding(self.vocabulary.num_new, width)
         self.image_head = nn.Linear(width, spec.codebook_size, bias=False)
         for weight in (self.image_table.weight, self.image_head.weight):
@@ -149,6 +149,13 @@ class CausalTransformer(GeneratorNetwork):
         """The language model's, whatever it calls them."""
         return next(m for m in self.lm.modules() if isinstance(m, nn.ModuleList))
 
+    @property
+    def text_table(self) -> nn.Embedding:
+        """The language model's own embeddings of text tokens."""
+        table = self.lm.get_input_embeddings()
+        assert isinstance(table, nn.Embedding), "of a causal language model"
+        return table
+
     @torch.no_grad()
     def start_from_language_model(self, source: str) -> None:
         """Take a pretrained model's weights; new tokens are read as about the mean of the old ones,
@@ -158,14 +165,14 @@ class CausalTransformer(GeneratorNetwork):
         self.lm.load_state_dict(whole.base_model.state_dict())
         if self.text_head is not None:
             self.text_head.copy_(whole.lm_head.weight)
-        old = self.lm.get_input_embeddings().weight
+        old = self.text_table.weight
         self.image_table.weight.normal_(std=0.2 * float(old.std())).add_(old.mean(0))
         self.image_head.weight.normal_(std=0.01 * float(old.std()))
 
     def prompt(
         self, ids: Tensor, mask: Tensor, style: Tensor, source: Source | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Everything before the picture.
+        """Everything before the image.
 
         Args:
             ids: int64 (B, L); mask: bool (B, L), padding on the left; all False: no caption.
@@ -176,7 +183,7 @@ class CausalTransformer(GeneratorNetwork):
         Returns:
             embeddings (B, L + 2, D) and mask bool (B, L + 2); 1 + N more with sources.
         """
-        text = self.lm.get_input_embeddings()(ids)
+        text = self.text_table(ids)
         begin = torch.full_like(style, self.vocabulary.begin)
         new = torch.stack([self.vocabulary.style(style), begin], 1)
         if source is not None:
@@ -199,26 +206,28 @@ class CausalTransformer(GeneratorNetwork):
     ) -> Tensor:
         """int64 (B, N) and the prompt -> logits float (B, N, V), each from what is before it.
 
-        Of the picture's tokens those `withheld`, bool (B, N), are not seen by the later ones.
+        Of the image's tokens those `withheld`, bool (B, N), are not seen by the later ones.
         """
         before, keys = self.prompt(ids, mask, style, source)
         if withheld is not None:
             image_tokens = image_tokens.masked_fill(withheld, self.vocabulary.begin)
-        picture = self.image_table(image_tokens[:, :-1]).to(before.dtype)
-        keys = F.pad(keys, (0, picture.shape[1]), value=True)
+        image = self.image_table(image_tokens[:, :-1]).to(before.dtype)
+        keys = F.pad(keys, (0, image.shape[1]), value=True)
         states = self.lm(
-            inputs_embeds=torch.cat([before, picture], 1),
+            inputs_embeds=torch.cat([before, image], 1),
             attention_mask=keys.long(),
             position_ids=positions_of(keys),
             use_cache=False,
         ).last_hidden_state
-        return self.image_head(states[:, -image_tokens.shape[1] :]).float()
+        logits: Tensor = self.image_head(states[:, -image_tokens.shape[1] :]).float()
+        return logits
 
 
 class CausalObjective(Objective):
-    """Cross-entropy over the picture's tokens; captions and styles are dropped for guidance."""
+    """Cross-entropy over the image's tokens; captions and styles are dropped for guidance."""
 
     phases = ("predict",)
+    model: CausalTransformer
 
     def __init__(self, model: CausalTransformer, config: GeneratorConfig) -> None:
         super().__init__()
@@ -345,7 +354,7 @@ def export(model: CausalTransformer, directory: Path) -> None:
     `AutoModelForCausalLM.from_pretrained(directory)` loads it; tessera.json says which ids are
     image tokens, markers and styles. Its head is untied: text keeps its own rows.
     """
-    vocabulary, embedding = model.vocabulary, model.lm.get_input_embeddings().weight
+    vocabulary, embedding = model.vocabulary, model.text_table.weight
     device = embedding.device
     settings = dict(model.spec.language_model)
     settings |= {"vocab_size": vocabulary.size, "tie_word_embeddings": False}

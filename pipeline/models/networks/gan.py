@@ -1,16 +1,16 @@
-"""Text-conditional GAN: a caption and noise become a picture in one pass.
+"""Text-conditional GAN: a caption and noise become a image in one pass.
 
 Sources: Tao et al. 2022, DF-GAN (arXiv 2008.05865): deep affine fusion of the caption, the
 matching-aware hinge loss and its gradient penalty (equations 1 and 2); Zhang et al. 2021, XMC-GAN
-(arXiv 2101.04702): the discriminator finds each picture's caption among the batch's, and the
+(arXiv 2101.04702): the discriminator finds each image's caption among the batch's, and the
 generator makes it findable; Isola et al. 2017, pix2pix (arXiv 1611.07004), section 3.1: a pixel
 loss beside the adversarial one; Karras et al. 2020, StyleGAN2 (arXiv 1912.04958), section 3.1: a
 penalty need not see everything; Zhao et al. 2020, "Differentiable Augmentation for Data-Efficient
 GAN Training" (arXiv 2006.10738); Brock et al. 2019, BigGAN (arXiv 1809.11096): truncation, which a
 request's temperature is here; KID of the validation (Binkowski et al. 2018, arXiv 1801.01401) on
-plain pixels, so that no judge's features are used up.
+plain pixels, so that the features which evaluation judges by stay unseen.
 
-Shapes: B pictures, H = W = image_size, L caption tokens, C caption width, D condition width.
+Shapes: B images, H = W = image_size, L caption tokens, C caption width, D condition width.
 Both networks work on patches of gan.patch pixels a side; full resolution is ruinous on CPUs.
 """
 
@@ -57,7 +57,9 @@ class CaptionCondition(nn.Module):
         """(B, L, C), bool (B, L), int64 (B,) -> (B, D)."""
         pooled = self.read(self.norm(masked_mean(states.float(), mask)))
         given = mask.any(1, keepdim=True)
-        return torch.where(given, pooled, self.no_caption.to(pooled.dtype)) + self.style(style)
+        caption = torch.where(given, pooled, self.no_caption.to(pooled.dtype))
+        condition: Tensor = caption + self.style(style)
+        return condition
 
 
 class FusionBlock(nn.Module):
@@ -85,11 +87,12 @@ class FusionBlock(nn.Module):
         for affine, conv in zip(self.affines, self.convs, strict=True):
             scale, shift = affine(condition)[:, :, None, None].chunk(2, 1)
             h = conv(F.leaky_relu(h * (1 + scale) + shift, 0.2))
-        return self.skip(x) + h
+        grown: Tensor = self.skip(x) + h
+        return grown
 
 
 class OnePassGenerator(GeneratorNetwork):
-    """Noise, caption and style -> picture."""
+    """Noise, caption and style -> image."""
 
     def __init__(self, config: GeneratorConfig, spec: ModelSpec) -> None:
         super().__init__()
@@ -105,7 +108,7 @@ class OnePassGenerator(GeneratorNetwork):
         )
         self.last = nn.Conv2d(widths[-1], 3 * gan.patch**2, 3, padding=1)
         self.to_pixels = nn.PixelShuffle(gan.patch)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def text_modules(self) -> list[nn.Module]:
         """What reads the caption; the policy `frozen` leaves it alone."""
@@ -133,7 +136,7 @@ class OnePassGenerator(GeneratorNetwork):
 
 
 class Discriminator(nn.Module):
-    """Picture and caption -> one number: real and matching, or not."""
+    """Image and caption -> one number: real and matching, or not."""
 
     def __init__(self, config: GeneratorConfig, spec: ModelSpec) -> None:
         super().__init__()
@@ -144,39 +147,39 @@ class Discriminator(nn.Module):
         self.first = nn.Conv2d(3 * gan.patch**2, widths[0], 3, padding=1)
         pairs = zip(widths, [*widths[1:], widths[-1]], strict=True)
         self.blocks = nn.ModuleList(_DownBlock(inside, outside) for inside, outside in pairs)
-        self.judge = nn.Sequential(
+        self.score = nn.Sequential(
             nn.Conv2d(widths[-1] + config.width, widths[-1], 3, padding=1),
             nn.LeakyReLU(0.2),
             nn.Conv2d(widths[-1], 1, SMALLEST),
         )
-        self.see = nn.Linear(widths[-1], config.width)
-        self.read = nn.Linear(config.width, config.width)
+        self.project_image = nn.Linear(widths[-1], config.width)
+        self.project_caption = nn.Linear(config.width, config.width)
         self.sharpness = nn.Parameter(torch.tensor(SHARPNESS).log())
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def look(self, images: Tensor) -> Tensor:
-        """float (B, 3, H, W) -> (B, channels, SMALLEST, SMALLEST): what the picture shows."""
+    def features(self, images: Tensor) -> Tensor:
+        """float (B, 3, H, W) -> (B, channels, SMALLEST, SMALLEST): what the image shows."""
         x: Tensor = self.first(self.to_patches(images))
         for block in self.blocks:
             x = block(x)
         return x
 
-    def compare(self, looks: Tensor, condition: Tensor) -> Tensor:
-        """look's result, (B, D) -> (B, B): how well every picture (row) fits every condition."""
-        seen = self.see(F.leaky_relu(looks, 0.2).float().mean((2, 3)))
-        read = self.read(condition)
+    def compare(self, features: Tensor, condition: Tensor) -> Tensor:
+        """`features`' result, (B, D) -> (B, B): how well each image (row) fits each condition."""
+        seen = self.project_image(F.leaky_relu(features, 0.2).float().mean((2, 3)))
+        read = self.project_caption(condition)
         cosines = F.normalize(seen.float(), dim=1) @ F.normalize(read.float(), dim=1).T
         return cosines.float() * self.sharpness.exp()
 
-    def match(self, looks: Tensor, condition: Tensor) -> Tensor:
-        """look's result, (B, D) -> (B,): real, and what the condition says?"""
+    def match(self, features: Tensor, condition: Tensor) -> Tensor:
+        """`features`' result, (B, D) -> (B,): real, and what the condition says?"""
         spread = condition[:, :, None, None].expand(-1, -1, SMALLEST, SMALLEST)
-        matched: Tensor = self.judge(torch.cat([looks, spread], 1))
+        matched: Tensor = self.score(torch.cat([features, spread], 1))
         return matched.flatten()
 
     def forward(self, images: Tensor, condition: Tensor) -> Tensor:
         """float (B, 3, H, W), (B, D) -> (B,)."""
-        return self.match(self.look(images), condition)
+        return self.match(self.features(images), condition)
 
 
 class _DownBlock(nn.Module):
@@ -193,14 +196,16 @@ class _DownBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv2(F.leaky_relu(self.conv1(F.leaky_relu(x, 0.2)), 0.2))
-        return self.skip(F.avg_pool2d(x, 2)) + self.gate * h
+        shrunk: Tensor = self.skip(F.avg_pool2d(x, 2)) + self.gate * h
+        return shrunk
 
 
 class GanObjective(Objective):
     """Matching-aware hinge losses (DF-GAN, equation 2) and a contrastive one (XMC-GAN, section 4),
-    on differentiably augmented pictures; a pixel loss draws the generator to the caption's own."""
+    on differentiably augmented images; a pixel loss draws the generator to the caption's own."""
 
     phases = ("discriminator", "generator")
+    model: OnePassGenerator
     min_validation_rows = 2  # of KID
 
     def __init__(self, model: OnePassGenerator, config: GeneratorConfig) -> None:
@@ -230,53 +235,56 @@ class GanObjective(Objective):
             )  # fmt: skip
             batch = {**batch, "caption_mask": mask, "style": style}
         if phase == "discriminator":
-            return self._judge(batch)
-        fake, judge = self._draw(batch), self.discriminator
-        with _still(judge):
-            condition = self._condition(batch, judge)
-            looks = judge.look(self._changed(fake))
+            return self._discriminator_losses(batch)
+        fake, discriminator = self._draw(batch), self.discriminator
+        with _still(discriminator):
+            condition = self._condition(batch, discriminator)
+            features = discriminator.features(self._changed(fake))
             parts = {
-                "adversarial": -judge.match(looks, condition).float().mean(),
-                "contrastive_drawn": self._contrastive(looks, condition, batch),
+                "adversarial": -discriminator.match(features, condition).float().mean(),
+                "contrastive_drawn": self._contrastive(features, condition, batch),
                 "reconstruction": self._reconstruction(fake, batch),
             }
         return {"loss": torch.stack(list(parts.values())).sum(), **parts}
 
-    def _judge(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        judge, images = self.discriminator, to_float(batch["images"])
+    def _discriminator_losses(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        discriminator, images = self.discriminator, to_float(batch["images"])
         with torch.no_grad():
             fake = self._draw(batch)
-        condition = self._condition(batch, judge)
+        condition = self._condition(batch, discriminator)
         other = _of_other_groups(batch["group"])
         differ = batch["group"][other] != batch["group"]
-        wrongly = differ & batch["caption_mask"].any(1)[other]  # no caption fits every picture
-        looks = judge.look(self._changed(images))
-        real = judge.match(looks, condition).float()
-        wrong = judge.match(looks, condition[other]).float()
+        wrongly = differ & batch["caption_mask"].any(1)[other]  # no caption fits every image
+        features = discriminator.features(self._changed(images))
+        real = discriminator.match(features, condition).float()
+        wrong = discriminator.match(features, condition[other]).float()
         penalised = math.ceil(self.options.penalty_fraction * len(images))
-        drawn = judge(self._changed(fake), condition).float()
+        drawn = discriminator(self._changed(fake), condition).float()
         parts = {
             "real": F.relu(1 - real).mean(),
             "mismatched": _mean_where(wrongly, F.relu(1 + wrong)) / 2,
             "fake": F.relu(1 + drawn).mean() / 2,
             "penalty": self._penalty(images[:penalised], condition[:penalised]),
-            "contrastive_real": self._contrastive(looks, condition, batch),
+            "contrastive_real": self._contrastive(features, condition, batch),
         }
         return {"loss": torch.stack(list(parts.values())).sum(), **parts}
 
-    def _contrastive(self, looks: Tensor, condition: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        """Cross-entropy of finding every picture's caption among the batch's, and every caption's
-        picture; other pictures of a group are neither right nor wrong, and none has no caption."""
+    def _contrastive(
+        self, features: Tensor, condition: Tensor, batch: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Cross-entropy of finding every image's caption among the batch's, and every caption's
+        image; other images of a group are neither right nor wrong, and none has no caption."""
         given, group = batch["caption_mask"].any(1), batch["group"]
         own = torch.arange(len(group), device=group.device)
         alike = (group[:, None] == group) & (own[:, None] != own)
-        fits = self.discriminator.compare(looks, condition)
+        fits = self.discriminator.compare(features, condition)
         fits = fits.masked_fill(alike | ~given | ~given[:, None], -1e4)
-        lost = sum(F.cross_entropy(x, own, reduction="none") for x in (fits, fits.T)) / 2
+        by_image, by_caption = (F.cross_entropy(x, own, reduction="none") for x in (fits, fits.T))
+        lost = (by_image + by_caption) / 2
         return self.options.contrastive_weight * _mean_where(given, lost)
 
     def _reconstruction(self, fake: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        """L1 of pixels and of image gradients to the picture that the caption is of."""
+        """L1 of pixels and of image gradients to the image that the caption is of."""
         given, weight = batch["caption_mask"].any(1), self.options.reconstruction_weight
         drawn, real = fake.float(), to_float(batch["images"])
         lost = (drawn - real).abs().mean((1, 2, 3)) + gradient_l1(drawn, real)
@@ -295,7 +303,7 @@ class GanObjective(Objective):
         return gan.penalty_weight * ((squared + 1e-12) ** (gan.penalty_power / 2)).mean()
 
     def validate(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """ "loss" is the KID of drawn against real pictures, on pixels shrunk to 16 x 16."""
+        """ "loss" is the KID of drawn against real images, on pixels shrunk to 16 x 16."""
         small = [
             F.adaptive_avg_pool2d(x.float(), 16).flatten(1)
             for x in (to_float(batch["images"]), self._draw(batch))

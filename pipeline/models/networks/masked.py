@@ -5,7 +5,7 @@ Chang et al. 2023, Muse (arXiv 2301.00704): text conditioning and guidance; Saha
 Imagen (arXiv 2205.11487): caption states joined to the keys and values of self-attention; Chen et
 al. 2023, PixArt-alpha (arXiv 2310.00426): one modulation shared by all blocks.
 
-Shapes: B pictures, N image tokens, L caption tokens, C caption width, D model width, V codebook.
+Shapes: B images, N image tokens, L caption tokens, C caption width, D model width, V codebook.
 """
 
 from __future__ import annotations
@@ -59,9 +59,10 @@ class TokenTable(nn.Module):
         nn.init.normal_(self.own.weight, std=0.02)
         digits = level_digits(spec)
         self.register_buffer("digits", digits, persistent=False)
-        self.levels = nn.ModuleList(nn.Embedding(n, width) for n in spec.levels)
-        for level in self.levels:
+        levels = [nn.Embedding(n, width) for n in spec.levels]
+        for level in levels:
             nn.init.normal_(level.weight, std=0.02)
+        self.levels = nn.ModuleList(levels)
 
     def forward(self) -> Tensor:
         """(V, D)."""
@@ -104,7 +105,8 @@ class Block(nn.Module):
         caption_k, caption_v = self._split(self.caption_kv(caption), 2)
         k, v = torch.cat([k, caption_k], 2), torch.cat([v, caption_v], 2)
         mixed = attention(_norm(q), _norm(k), v, mask)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        attended: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return attended
 
     def _split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """(B, T, parts * D) -> parts of (B, heads, T, D / heads)."""
@@ -150,10 +152,9 @@ class MaskedTransformer(GeneratorNetwork):
             for _ in range(config.caption_depth)
         ]
         self.caption_blocks = nn.ModuleList(layer)
-        self.condition = nn.Sequential(
-            nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 6 * width)
-        )
-        nn.init.zeros_(self.condition[-1].weight)
+        modulation = nn.Linear(width, 6 * width)
+        self.condition = nn.Sequential(nn.Linear(width, width), nn.SiLU(), modulation)
+        nn.init.zeros_(modulation.weight)
         self.blocks = nn.ModuleList(
             Block(width, config.heads, config.dropout) for _ in range(config.depth)
         )
@@ -181,7 +182,7 @@ class MaskedTransformer(GeneratorNetwork):
         standardise(self.pooled_norm, masked_mean(states.float(), mask))
 
     def read(self, states: Tensor, mask: Tensor, style: Tensor) -> Conditioning:
-        """Caption and style once a picture, whatever the number of decoding steps.
+        """Caption and style once a image, whatever the number of decoding steps.
 
         Args:
             states: (B, L, C); mask: bool (B, L), all False stands for no caption.
@@ -228,6 +229,7 @@ class MaskedObjective(Objective):
     """Cross-entropy over hidden image tokens; captions and styles are dropped for guidance."""
 
     phases = ("predict",)
+    model: MaskedTransformer
 
     def __init__(self, model: MaskedTransformer, config: GeneratorConfig) -> None:
         super().__init__()

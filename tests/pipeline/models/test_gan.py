@@ -137,7 +137,7 @@ def test_kid_is_unbiased_and_sees_a_difference() -> None:
 def test_a_picture_is_looked_at_once_for_both_its_captions() -> None:
     made, batch = objective(), colour_batch()
     condition = made._condition(batch, made.discriminator)
-    looks = made.discriminator.look(to_float(batch["images"]))
+    looks = made.discriminator.features(to_float(batch["images"]))
     torch.testing.assert_close(
         made.discriminator.match(looks, condition),
         made.discriminator(to_float(batch["images"]), condition),
