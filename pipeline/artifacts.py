@@ -1,5 +1,6 @@
-"""Files that Tessera makes or ships: where they lie, what tells one content from another, and how
-they are published so that nobody ever sees half of one under its final name.
+"""Files that Tessera makes or ships: where they lie, their digests, how they are published.
+
+Published means that nobody ever sees half of a file or directory under its final name.
 
     path = resolve_path("asset:base")  # or a directory
     digest = bundle_digest(path)

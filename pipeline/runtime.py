@@ -1,4 +1,4 @@
-"""The machine or cluster underneath: starting Ray, choosing a device, its dtype, memory and disk.
+"""The machine or cluster underneath: Ray, devices, their dtype, memory and disk.
 
 Importing this imports neither Ray nor PyTorch, which take a process seconds: a command that finds
 its work done needs neither, and a data task does without PyTorch.

@@ -6,6 +6,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+from jobs import file_map
+
 ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("errors",),
@@ -88,6 +90,18 @@ def test_no_folder_is_a_warehouse() -> None:
     for folder in {path.parent for path in modules().values()}:
         count = len(list(folder.glob("*.py")))
         assert count <= MOST_MODULES, f"{folder.relative_to(ROOT)} has {count} modules"
+
+
+def test_the_readme_maps_every_file() -> None:
+    mapped = {ROOT / folder for folder in file_map.FOLDERS}
+    there = {
+        p.parent
+        for package in ("pipeline", "jobs", "serve")
+        for p in (ROOT / package).rglob("*.py")
+    }
+    assert there == mapped, "jobs/file_map.py: FOLDERS"
+    readme = file_map.README.read_text(encoding="utf-8")
+    assert file_map.file_map() in readme, f"README.md's map is out of date: {file_map.COMMAND}"
 
 
 def test_pipeline_knows_neither_commands_nor_service() -> None:

@@ -1,7 +1,6 @@
-"""The model card: a README.md in every bundle that says what the model is, what it was made from
-and how good it is.
+"""The model card: a README.md in every bundle, on what it is, from what, and how good.
 
-    write_card(bundle, recipe, reports, manifests, pixels=pixels, seconds=seconds)
+write_card(bundle, recipe, reports, manifests, pixels=pixels, seconds=seconds)
 """
 
 from __future__ import annotations

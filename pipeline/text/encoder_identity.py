@@ -1,5 +1,4 @@
-"""What is known of the caption encoder without loading it: its width, and whether it is the one
-that a bundle was trained with.
+"""The caption encoder known without loading it: its width, and whether it is a bundle's own.
 
 A bundle does not carry the frozen language model that reads its captions. It carries an
 `EncoderIdentity`, a digest of the weights and what they make of a few captions, which is compared

@@ -1,5 +1,6 @@
-"""A causal language model out of a GGUF file, the format of llama.cpp, as an ordinary Hugging Face
-directory with float16 weights.
+"""A causal language model out of a GGUF file (llama.cpp's) as a Hugging Face directory.
+
+Its weights are float16.
 
     convert(Path("smollm2.gguf"), directory)
     AutoModelForCausalLM.from_pretrained(directory)

@@ -1,4 +1,4 @@
-"""Text-conditional GAN: a caption and noise become a image in one pass.
+"""Text-conditional GAN: a caption and noise become an image in one pass.
 
 Sources: Tao et al. 2022, DF-GAN (arXiv 2008.05865): deep affine fusion of the caption, the
 matching-aware hinge loss and its gradient penalty (equations 1 and 2); Zhang et al. 2021, XMC-GAN
