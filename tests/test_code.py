@@ -1,4 +1,4 @@
-"""The code's own shape: lint, format, types on the seams, no machine paths, no giants."""
+"""The code's own shape: lint, format, types, no machine paths."""
 
 from __future__ import annotations
 
@@ -46,11 +46,9 @@ def test_the_top_level_holds_what_it_should() -> None:
     assert {name for name in found if not name.startswith(".")} <= TOP_LEVEL
 
 
-def test_no_machine_paths_and_no_giants() -> None:
+def test_no_machine_paths() -> None:
     for path in tracked():
         if not path.endswith((".py", ".md", ".yaml", ".toml")):
             continue
         text = (ROOT / path).read_text(encoding="utf-8")
         assert not re.search(r"(?<![\w.])/(work|root|home/\w+)/", text), path
-        if path.endswith(".py"):
-            assert text.count("\n") <= 500, path
