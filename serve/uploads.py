@@ -96,7 +96,7 @@ def _editable(upload: Upload, image: Image.Image, image_size: int) -> NDArray[np
 
 def _shrink(mask: Image.Image, size: int) -> NDArray[np.uint8]:
     """uint8 (size, size), 255 where any pixel of the square mask beneath is fully transparent; a
-    band of rows at a time, as in image_decode.make_square."""
+    band of rows at a time, as in decode.make_square."""
     narrow = Image.new("F", (size, mask.height))
     rows = max(1, BAND_PIXELS // mask.width)
     for first in range(0, mask.height, rows):

@@ -1,4 +1,4 @@
-"""The rooms of pipeline/: no import points up, none goes in a circle, no folder is a warehouse."""
+"""The packages of pipeline/ are layered: no import points up or is circular, no folder is large."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from jobs import file_map
 
 ROOT = Path(__file__).parents[1]
-FLOORS = (
+LAYERS = (
     ("errors",),
     ("registry", "progress", "runtime", "artifacts"),
     ("config",),
@@ -22,8 +22,8 @@ FLOORS = (
     ("training",),
     ("chain",),
 )
-"""The rooms from the ground up; a room may import those below its floor, itself, and nothing else.
-The rooms of data/ are its folders. README.md describes each."""
+"""The packages and modules of pipeline/, the lowest layer first. Each may import itself and those
+of lower layers, nothing else. Each folder of data/ is a package here. README.md describes each."""
 MOST_MODULES = 13  # of a folder, its __init__.py included
 
 
@@ -57,22 +57,22 @@ def imports(path: Path, known: dict[str, Path]) -> Iterator[tuple[str, bool]]:
             yield (inner if inner in known else module), id(node) in top
 
 
-def room_of(module: str) -> str:
+def package_of(module: str) -> str:
     parts = module.split(".")
     return ".".join(parts[1:3] if parts[1:2] == ["data"] else parts[1:2])
 
 
 def test_no_import_points_up() -> None:
-    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    layer = {package: number for number, packages in enumerate(LAYERS) for package in packages}
     known = modules()
     wrong = []
     for module, path in known.items():
-        here = room_of(module)
+        here = package_of(module)
         if here in ("", "data"):
             continue
         for other, _ in imports(path, known):
-            there = room_of(other)
-            if there not in ("", here) and floor[there] >= floor[here]:
+            there = package_of(other)
+            if there not in ("", here) and layer[there] >= layer[here]:
                 wrong.append(f"{module} imports {other}")
     assert not wrong, "; ".join(wrong)
 
@@ -86,7 +86,7 @@ def test_no_imports_go_in_a_circle() -> None:
     assert not needs, f"these import each other: {', '.join(sorted(needs))}"
 
 
-def test_no_folder_is_a_warehouse() -> None:
+def test_no_folder_has_too_many_modules() -> None:
     for folder in {path.parent for path in modules().values()}:
         count = len(list(folder.glob("*.py")))
         assert count <= MOST_MODULES, f"{folder.relative_to(ROOT)} has {count} modules"

@@ -42,7 +42,7 @@ class ModelRegistry:
     """The registered models of the tracking server that `home` uses.
 
     Args:
-        home: where versions are downloaded to; see `tracking.tracking_uri`.
+        home: where versions are downloaded to; see `runs.tracking_uri`.
         client: one that is connected already.
 
     Raises:

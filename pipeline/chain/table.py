@@ -324,9 +324,9 @@ def champion_subject(plan: Plan, results: Results, champion: ResolvedModel | Non
 def _evaluate(
     plan: Plan, others: Mapping[str, Path], champion_is: str | None, context: StepContext
 ) -> dict[str, Any]:
-    from pipeline.evaluation import evaluator as evaluate
     from pipeline.evaluation.aligner import Aligner
     from pipeline.evaluation.eval_set import EvalSet
+    from pipeline.evaluation.evaluator import Evaluator
     from pipeline.evaluation.features import ImageNetFeatures
     from pipeline.runtime import choose_device
     from pipeline.tokenizers._saved import load_tokenizer
@@ -334,7 +334,7 @@ def _evaluate(
     recipe, results = plan.recipe, context.results
     pixels = pixels_of(results)
     subjects = {**bundles_of(plan, results), **others}
-    evaluator = evaluate.Evaluator(
+    evaluator = Evaluator(
         EvalSet.from_parquet(pixels, recipe.evaluate, image_size=recipe.preprocess.image_size),
         aligner=Aligner.load(aligner_of(plan, results), device=choose_device()),
         features=ImageNetFeatures(device=choose_device()),

@@ -4,7 +4,7 @@
     with opened(plan, reporter) as session:
         result = search(session, trials)
 
-A trial is a Tune function that starts an ordinary training (train.fit) with its own settings, under
+A trial is a Tune function that starts an ordinary training (loop.fit) with its own settings, under
 an MLflow run nested in the search's. Every report of a trial is also kept in its directory. A
 search that was interrupted and is started again gives those reports to the scheduler once more, so
 that it decides as before, and the trainings continue from their checkpoints.
@@ -38,8 +38,8 @@ from pipeline.progress import OnProgress, Progress
 from pipeline.runtime import cluster_resources
 from pipeline.tracking.runs import RunHandle, RunLogger, Tracker, recorded_run
 from pipeline.tracking.steps import Step, StepContext, step_settings
-from pipeline.training import generator as generation
-from pipeline.training import loop as train
+from pipeline.training import loop
+from pipeline.training.generator import GeneratorTask
 
 METRIC = "validation_loss"
 TRIAL_CPUS = 0.01  # a trial itself only waits for its training
@@ -106,7 +106,7 @@ def check_room(config: TuneConfig, trials: Sequence[Trial]) -> None:
         ResourceError: the cluster has no room for `max_concurrent` trainings at once.
     """
     resources = cluster_resources()
-    workers = [train.scaling_for(t.candidate.config.train.num_workers, resources) for t in trials]
+    workers = [loop.scaling_for(t.candidate.config.train.num_workers, resources) for t in trials]
     for kind in ("CPU", "GPU"):
         each = max(w.total_resources.get(kind, 0) for w in workers)
         have = resources.get(kind, 0) - (config.max_concurrent * TRIAL_CPUS) * (kind == "CPU")
@@ -230,7 +230,7 @@ class _Job:
 
     name: str
     settings: Mapping[str, Any]
-    task: generation.GeneratorTask
+    task: GeneratorTask
     folder: Path
     home: Path
     search: RunHandle
@@ -260,7 +260,7 @@ def _trial(config: dict[str, Any], jobs: Sequence[_Job]) -> None:
         with RunLogger(run) as logger:
             logger.params(job.settings)
         try:
-            train.fit(
+            loop.fit(
                 job.task.build, job.task.config.train, storage=job.folder, name="generator",
                 run=run, callbacks=[_Recorder(job.folder)],
             )  # fmt: skip

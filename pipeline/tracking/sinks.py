@@ -1,6 +1,6 @@
 """Sinks: where a run's settings, metrics and images go beside MLflow.
 
-A recipe names them: `tracking: {sinks: [tensorboard, wandb]}`. `tracking.RunLogger` opens, feeds
+A recipe names them: `tracking: {sinks: [tensorboard, wandb]}`. `runs.RunLogger` opens, feeds
 and closes them.
 
     tensorboard   event files in HOME/tensorboard/NAME-RUN; show them with

@@ -68,7 +68,7 @@ def train_aligner(
         The metrics of the checkpoint that it is made of.
 
     Raises:
-        TesseraError: as `train.fit`.
+        TesseraError: as `loop.fit`.
     """
     build = partial(
         build_aligner_training,

@@ -45,7 +45,7 @@ class RowWeights:
         representation learning at scale", section 3.1) draw languages so.
 
         Args:
-            table: what `pixel_store.read_table` gives, with "group" if the filter has a
+            table: what `store.read_table` gives, with "group" if the filter has a
                 group_exponent.
             image_filter: None weighs all rows the same.
 

@@ -143,7 +143,7 @@ def train_generator(
         The metrics of the checkpoint that the bundle is made of.
 
     Raises:
-        TesseraError: as `train.fit`.
+        TesseraError: as `loop.fit`.
     """
     config = task.config
     result = fit(

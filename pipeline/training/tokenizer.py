@@ -200,7 +200,7 @@ def train_tokenizer(
         The metrics of the checkpoint that it is made of.
 
     Raises:
-        TesseraError: as `build_training` and `train.fit`.
+        TesseraError: as `build_training` and `loop.fit`.
     """
     result = fit(
         partial(build_training, pixels, config, image_size, cache=cache, source=source),

@@ -5,7 +5,7 @@ gets its pixels, captions and split; any other keeps its row with the reason as 
 that a sample holds raises, because Ray Data knows no errors by row: one bad image would cost its
 whole block.
 
-    row = RowDecoder(None, data, config).row(sample)      # a reading.EncodedSample
+    row = RowDecoder(None, data, config).row(sample)      # a reader.EncodedSample
     row["outcome"]                                        # "accepted", "left_out" or a reason
 
 Rules that compare rows with each other, such as duplicates, come after in

@@ -1,6 +1,6 @@
 """The folder in which a preprocessing run gathers rows, and from which it writes its tables.
 
-Every decoded sample is a row (schema decoding.STAGED) in a Parquet file of its shard's folder, so
+Every decoded sample is a row (schema rows.STAGED) in a Parquet file of its shard's folder, so
 that a run which was killed goes on with the shards that are not whole yet. When all are, their
 outcomes are resolved (pipeline/data/preprocess/report.py), and `write_tables` copies the accepted
 rows into the final tables: one task per shard, since a shard's pixels must fit into memory and all

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from pipeline.config import PreprocessConfig
-from pipeline.data.preprocess import decode as image_decode
+from pipeline.data.preprocess import decode as decode_module
 from pipeline.data.preprocess.decode import BadImage, decode, make_square, on_white
 
 CONFIG = PreprocessConfig(image_size=32)
@@ -99,7 +99,7 @@ def test_bands_give_the_pixels_of_the_whole_picture(
     side = max(size)
     padded = ImageOps.pad(on_white(image), (side, side), color="white")
     whole = padded.resize((32, 32), Image.Resampling.LANCZOS)
-    monkeypatch.setattr(image_decode, "BAND_PIXELS", 7 * side)
+    monkeypatch.setattr(decode_module, "BAND_PIXELS", 7 * side)
     assert np.array_equal(make_square(image, "pad", 32), whole)
 
 

@@ -10,7 +10,7 @@ import pytest
 from layouts import img2dataset, picture
 from s3_endpoint import S3, s3_server
 
-from pipeline.data.shards import files as storage
+from pipeline.data.shards import files
 from pipeline.data.shards.manifest import MANIFEST, Manifest, open_uri, read_manifest, verify
 from pipeline.data.shards.writer import write_index, write_shards
 from pipeline.data.sources.folder import FolderSource
@@ -59,8 +59,8 @@ def test_a_folder_in_a_bucket_becomes_the_same_shards(s3: S3, tmp_path: Path) ->
 def test_tars_in_a_bucket_are_indexed_in_place_in_spite_of_failures(
     s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(storage, "BUFFER_BYTES", 2_000)  # many requests
+    monkeypatch.setattr(files, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(files, "BUFFER_BYTES", 2_000)  # many requests
     upload(s3, Path(img2dataset(tmp_path / "laion", shards=3)), "laion")
     calm = indexed(str(tmp_path / "laion"), str(tmp_path / "set"))
     s3.fail_every, s3.failed = 3, 0
@@ -105,16 +105,16 @@ class Flaky:
 
 
 def test_reading_goes_on_at_the_byte_where_it_broke(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.001)
-    monkeypatch.setattr(storage, "BUFFER_BYTES", 100)
+    monkeypatch.setattr(files, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(files, "BUFFER_BYTES", 100)
     content = bytes(range(256)) * 4
     file = Flaky(content, ["", "error", "nothing", "", "error", "error"])
-    with storage.open_patiently(file, "x") as stream:  # type: ignore[arg-type]
+    with files.open_patiently(file, "x") as stream:  # type: ignore[arg-type]
         assert b"".join(iter(lambda: stream.read(60), b"")) == content
     assert file.opened == 5
-    broken = Flaky(content, ["error"] * storage.ATTEMPTS)
+    broken = Flaky(content, ["error"] * files.ATTEMPTS)
     with (
-        storage.open_patiently(broken, "x") as stream,  # type: ignore[arg-type]
+        files.open_patiently(broken, "x") as stream,  # type: ignore[arg-type]
         pytest.raises(OSError, match="connection reset"),
     ):
         stream.read()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pipeline.config import ImageFilter
-from pipeline.data.preprocess import store as pixel_store
+from pipeline.data.preprocess import store
 from pipeline.data.preprocess.store import (
     MappedRows,
     flat_file,
@@ -49,7 +49,7 @@ def test_mapped_pixels_are_those_in_memory(tmp_path: Path, monkeypatch: pytest.M
     images = write(tmp_path, 200, 8)
     settings = {"image_size": 8, "split": "train", "image_filter": ImageFilter(styles=("odd",))}
     here = ImageDataset.from_parquet(tmp_path, **settings)
-    monkeypatch.setattr(pixel_store, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(store, "IN_MEMORY_BYTES", 0)
     there = ImageDataset.from_parquet(tmp_path, **settings)
     assert isinstance(there.images, MappedRows) and isinstance(here.images, np.ndarray)
     wanted = images[[i for i in range(200) if i % 2 and i % 5]]
@@ -89,7 +89,7 @@ def test_several_processes_write_one_file(tmp_path: Path) -> None:
 
 
 def _sum(directory: Path) -> int:
-    pixel_store.IN_MEMORY_BYTES = 0
+    store.IN_MEMORY_BYTES = 0
     return int(read_pixels(directory, np.arange(300), image_size=16)[np.arange(300)].sum())
 
 
@@ -106,7 +106,7 @@ def test_mapped_tokens_are_those_in_memory(tmp_path: Path, monkeypatch: pytest.M
     )
     places = np.random.default_rng(1).permutation(50)[:40]
     here = read_tokens(tmp_path, places, num_tokens=9)
-    monkeypatch.setattr(pixel_store, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(store, "IN_MEMORY_BYTES", 0)
     there = read_tokens(tmp_path, places, num_tokens=9)
     rows, views = np.array([3, 0, 39, 3]), np.array([0, 1, 1, 0])
     assert here.shape == there.shape == (40, 2, 9) and isinstance(there, MappedRows)
@@ -137,7 +137,7 @@ PROBE = """
 import sys
 from pathlib import Path
 import pyarrow
-from pipeline.data.preprocess import store as pixel_store
+from pipeline.data.preprocess import store
 from pipeline.training.datasets import ImageDataset
 from pipeline.training.feed import training_batch
 
@@ -150,7 +150,7 @@ def feed(directory):
     for step in range(20):
         training_batch(data, step, batch_size=32, seed=0, rank=0, world_size=1)
 
-pixel_store.IN_MEMORY_BYTES = 0
+store.IN_MEMORY_BYTES = 0
 feed(sys.argv[1])  # threads and pools that stay, whatever is read
 before = anonymous_kb()
 feed(sys.argv[2])

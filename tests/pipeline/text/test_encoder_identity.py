@@ -11,8 +11,7 @@ import pytest
 
 from pipeline.config import CaptionEncoderConfig
 from pipeline.errors import BundleError, PretrainedNotFoundError
-from pipeline.text import caption_encoder as text
-from pipeline.text import pretrained
+from pipeline.text import caption_encoder, pretrained
 from pipeline.text.caption_encoder import HFCaptionEncoder
 from pipeline.text.encoder_identity import (
     EncoderIdentity,
@@ -72,7 +71,7 @@ def test_it_is_loaded_once_for_its_identity_while_its_files_stay(
         loaded.append(config)
         return encoder
 
-    monkeypatch.setattr(text, "load_caption_encoder", load)
+    monkeypatch.setattr(caption_encoder, "load_caption_encoder", load)
     first = identity_of(config, cache=cache)
     assert first == identify(encoder) == identity_of(config, cache=cache) and len(loaded) == 1
     identity_of(config.model_copy(update={"prefix": "passage: "}), cache=cache)
