@@ -1,6 +1,6 @@
 """Files that Tessera makes or ships: where they lie, their digests, how they are published.
 
-Published means that nobody ever sees half of a file or directory under its final name.
+A result that follows from files can also be remembered for as long as the files stay the same.
 
     path = resolve_path("asset:base")  # or a directory
     digest = bundle_digest(path)
@@ -9,9 +9,12 @@ Published means that nobody ever sees half of a file or directory under its fina
     with publishing(folder / "DONE.json") as path:  # a file; the latest one stays
         path.write_text(record)
 
-What is being written lies in a hidden folder beside its final name, .NAME.new, which is locked: of
-several processes, on any machines that share the disk, one writes and the others wait. The lock
-dies with its process, and the next to publish the same name clears away what a killed one left.
+    digest = remembered("sha256", [file], partial(file_digest, file), folder=cache)
+
+Publishing is atomic: nobody ever sees half a file or directory under its final name. While one is
+being written it lies in a hidden folder beside that name, .NAME.new, which is locked: of several
+processes, on any machines that share the disk, one writes and the others wait. The lock dies with
+its process, and the next to publish the same name clears away what a killed one left.
 """
 
 from __future__ import annotations
@@ -30,9 +33,13 @@ from typing import IO, Any
 from pipeline.errors import BundleError
 
 ASSETS = Path(__file__).parent / "assets"
+"""What ships with Tessera: a base bundle, an aligner, a shard set."""
 WEIGHTS = "model.safetensors"
-LOCK = ".lock"  # in the folder of what is being written
-SETTLED_S = 2  # after which a file's times tell it from an earlier version
+"""The weights of a bundle, a tokenizer or an aligner, in its directory."""
+LOCK = ".lock"
+"""The locked file in the folder of what is being written."""
+SETTLED_S = 2
+"""Seconds after which a file's times tell it from any later version."""
 
 
 def resolve_path(bundle: str | Path) -> Path:

@@ -21,6 +21,7 @@ from operator import mul
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline import __version__
 from pipeline.artifacts import remembered
 from pipeline.config import CaptionEncoderConfig
 from pipeline.errors import BundleError
@@ -136,10 +137,10 @@ def identity_of(config: CaptionEncoderConfig, *, cache: Path) -> EncoderIdentity
 
         return asdict(identify(load_caption_encoder(config, cache=cache)))
 
-    versions = {name: metadata.version(name) for name in LIBRARIES}
+    versions = {"tessera": __version__} | {name: metadata.version(name) for name in LIBRARIES}
     found = remembered(
         "identity", _files(config, cache), load,
-        folder=cache, settings=[config.model_dump(mode="json"), versions],
+        folder=cache, settings=[config.model_dump(mode="json"), list(PROBES), versions],
     )  # fmt: skip
     return EncoderIdentity.from_dict(found)
 
