@@ -33,7 +33,7 @@ from pipeline.images.mirror import may_mirror
 from pipeline.images.pixels import WHITE
 from pipeline.models import load_family
 
-SIDE = 144  # pixels a side of an image on a contact sheet
+SIDE = 144  # pixels per side of an image on a contact sheet
 EFFECT_SIDE = 96  # at least, on a grid of effects
 COLUMNS = 6  # of a contact sheet
 STRENGTHS = {

@@ -1,9 +1,9 @@
-"""The seams: what the parts of Tessera know of each other, and nothing more.
+"""The interfaces between the parts of Tessera: what they know of each other, and nothing more.
 
 A protocol here is what one part asks of another; optional behaviour has a documented default, which
 an implementation inherits by subclassing the protocol.
 
-Shapes use B pictures in a batch, H and W pixels (H = W = image_size), N image tokens
+Shapes use B images in a batch, H and W pixels (H = W = image_size), N image tokens
 (N = grid_size ** 2), S styles.
 """
 
@@ -154,13 +154,14 @@ class Source(BaseModel):
 
 @dataclass(frozen=True)
 class Canvas:
-    """A picture to go on from, S = image_size pixels a side.
+    """An image to start from, S = image_size pixels per side.
 
     Attributes:
         pixels: uint8 (S, S, 3), RGB, as bytes.
-        mask: uint8 (S, S) as bytes, not 0 where the picture is drawn anew; all else stays as it is.
-            None: a random `share` of its image tokens is drawn anew, chosen by the request's seed.
-        share: in (0, 1].
+        mask: uint8 (S, S) as bytes, not 0 where the image is generated anew; the rest stays as it
+            is. None: a random `share` of its image tokens is generated anew, chosen by the
+            request's seed.
+        share: of the image tokens, in (0, 1]; only without a mask.
     """
 
     pixels: bytes = field(repr=False)
@@ -170,17 +171,18 @@ class Canvas:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One picture to draw. A picture depends on its own request alone, not on its batch.
+    """One image to generate. It depends on its own request alone, not on the rest of its batch.
 
     Attributes:
-        prompt: what to draw, in any language the caption encoder reads; empty with a canvas alone.
-        seed: 0 <= seed <= MAX_SEED; the same request and seed give the same picture.
-        style: one of the generator's styles, or None for whatever the model prefers.
+        prompt: what the image shows, in any language that the caption encoder reads; it may be
+            empty if there is a canvas.
+        seed: 0 <= seed <= MAX_SEED; the same request gives the same image again.
+        style: one of the generator's styles, or None for whichever the model prefers.
         guidance_scale: classifier-free guidance, >= 1; 1 is off. None: the model's default.
         temperature: > 0 scales the sampling noise; 0 is greedy. None: the model's default.
         num_steps: decoding steps, >= 1. None: the model's default.
-        negative_prompt: what guidance leads away from. None: from a picture of anything.
-        canvas: a picture to go on from; for models with the task "completion".
+        negative_prompt: what guidance leads away from. None: from an image without a caption.
+        canvas: an image to start from; for models with the task "completion".
     """
 
     prompt: str
@@ -199,7 +201,13 @@ OnStep = Callable[[int, int], None]
 
 @runtime_checkable
 class ImageGenerator(Protocol):
-    """Every family, compressed or not. Evaluation and serving know nothing else."""
+    """A model ready to generate, of whatever family. Evaluation and serving know nothing else.
+
+    Attributes:
+        image_size: pixels per side of the images.
+        tasks: what it can be asked for, by the names of pipeline/tasks.
+        styles: the styles that a request may name.
+    """
 
     image_size: int
     tasks: frozenset[str]
@@ -208,51 +216,73 @@ class ImageGenerator(Protocol):
     def generate(
         self, requests: Sequence[GenerationRequest], *, on_step: OnStep | None = None
     ) -> Tensor:
-        """Draw one picture per request.
+        """Generate one image per request.
+
+        Args:
+            requests: B of them, with settings of their own each.
+            on_step: called after every decoding step.
 
         Returns:
             uint8 (B, 3, H, W), RGB.
 
         Raises:
-            RequestError: a request is outside the model's limits; nothing was drawn.
+            RequestError: a request is outside the model's limits; nothing was generated.
         """
 
 
 class GenerationBatch(Protocol):
-    """A batch in the making, one decoding step at a time; rows are the requests' positions."""
+    """A batch that is generated one decoding step at a time; requests are numbered as rows."""
 
     def step(self) -> bool:
-        """One decoding step of every row that is neither done nor dropped; False: none is left."""
+        """Do one decoding step of every row that is neither done nor dropped.
+
+        Returns:
+            Whether there was such a row.
+        """
 
     def progress(self, row: int) -> tuple[int, int]:
-        """(steps done, steps in all) of a row."""
+        """How many steps of a row are done, and how many there are."""
 
     def drop(self, rows: Sequence[int]) -> None:
-        """Stop drawing these rows; the others gain their time."""
+        """Generate these rows no further, which leaves more time for the others."""
 
     def images(self, rows: Sequence[int]) -> Tensor:
-        """These rows as they stand, uint8 (len(rows), 3, H, W)."""
+        """The images of these rows as far as they are: uint8 (len(rows), 3, H, W)."""
 
 
 @runtime_checkable
 class ContinuousBatch(GenerationBatch, Protocol):
-    """A batch that never closes: requests join, and who is done leaves, between two steps.
+    """A batch that requests join, and finished rows leave, between two decoding steps.
 
-    `joinable`: False where the model at hand cannot do it.
+    Attributes:
+        joinable: whether the model at hand can do it.
     """
 
     joinable: bool
 
     def join(self, requests: Sequence[GenerationRequest]) -> range:
-        """Add requests; their rows. Raises as `generate` does, and nothing has changed then."""
+        """Add requests.
+
+        Returns:
+            Their rows.
+
+        Raises:
+            RequestError: as `ImageGenerator.generate`; no request was added.
+        """
 
     def forget(self, rows: Sequence[int]) -> None:
-        """Drop these rows and what is known of them; their numbers are not used again."""
+        """Drop these rows and forget their images; their numbers are not used again."""
 
 
 @dataclass(frozen=True)
 class TokenCount:
-    """What one picture cost: tokens of its captions and its canvas read, image tokens drawn."""
+    """What one image cost.
+
+    Attributes:
+        text: tokens of its prompts that were read.
+        canvas: image tokens of its canvas that were read.
+        drawn: image tokens that were generated.
+    """
 
     text: int
     canvas: int
@@ -264,10 +294,14 @@ class SteppedGenerator(ImageGenerator, Protocol):
     """A generator that can be watched and interrupted between its decoding steps."""
 
     def start(self, requests: Sequence[GenerationRequest]) -> GenerationBatch:
-        """Begin what `generate` does in one go; raises as it does."""
+        """Begin what `generate` does at once.
+
+        Raises:
+            RequestError: as `generate`.
+        """
 
     def count_tokens(self, request: GenerationRequest) -> TokenCount:
-        """What a request that was drawn has cost."""
+        """What the image of a request that was served has cost."""
 
 
 @runtime_checkable

@@ -8,7 +8,7 @@ the event loop goes on taking requests.
     image = await queued.done
 
 Why not Ray Serve's `@serve.batch`: it knows whole calls alone, and this works between decoding
-steps. What that is worth (tests/benchmarks/RESULTS.md, "Serving"; two CPU cores):
+steps. What that is worth (tests/benchmarks/history.md, "Serving"; two CPU cores):
 
 - batches at all: 2.09 [1.99, 2.42] times as many images per second as one by one
   (`python tests/benchmarks/serving.py throughput`);

@@ -2,7 +2,7 @@
 
 A proxy listens on every node and reaches the replicas on all of them, at the price of one more
 process that every request and answer passes. In a Ray of one machine the ingress listens itself,
-which takes 12 ms off a request on two cores and 8 ms of CPU time per image (RESULTS.md, "The
+which takes 12 ms off a request on two cores and 8 ms of CPU time per image (history.md, "The
 ingress listens itself"; `python tests/benchmarks/serving.py latency`). Ray's own direct ingress
 (RAY_SERVE_ENABLE_DIRECT_INGRESS) is as fast, but lost its port for good when an ingress was killed
 twice (tests/serve/test_listener.py).

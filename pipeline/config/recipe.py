@@ -1,6 +1,6 @@
 """Recipes: every setting with its default, unit and limits, and how a recipe is read.
 
-The larger sections are in files of their own, *_config.py beside this one.
+The larger sections are in files of their own beside this one.
 
 A recipe is a YAML file (pipeline/recipes/NAME.yaml or a path). Any key can be overridden on the
 command line (`generator.train.learning_rate=3e-4`) or by environment

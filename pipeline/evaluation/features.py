@@ -28,7 +28,7 @@ class ImageNetFeatures(nn.Module):
     squeeze-and-excitation.
 
     Args:
-        resolution: pixels a side that images are enlarged to. At 192, differences show as clearly
+        resolution: pixels per side that images are enlarged to. At 192, differences show as clearly
             as at the 224 that the network was trained with, in half the time; at 128 they begin to
             drown.
         device: where the network runs.

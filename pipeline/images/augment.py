@@ -257,7 +257,7 @@ def random_squares(size: int, side: Tensor, draws: SeededDraws) -> Tensor:
     """A square in each image, bool (B, 1, size, size): True inside.
 
     Args:
-        size: pixels a side of the images.
+        size: pixels per side of the images.
         side: float (B,), of the squares, as a share of the images'.
         draws: where each square lies.
     """

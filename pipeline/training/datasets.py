@@ -219,7 +219,7 @@ def captioned_dataset(
         max_tokens: of a caption's states.
         image_filter: which styles to keep, and how often each row is drawn.
         num_tokens: image tokens per image.
-        image_size: pixels a side.
+        image_size: pixels per side.
         caption_tokenizer: gives captions as its token ids instead of the encoder's states.
 
     Raises:

@@ -8,7 +8,7 @@ quarantine table (preprocessing) or into the answer to a request (serving).
 
     pixels = decode(Path("apple.webp").read_bytes(), PreprocessConfig())     # uint8 (3, 64, 64)
 
-Shapes: S = image_size pixels a side.
+Shapes: S = image_size pixels per side.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class _ImageEncoder:
     Args:
         tokenizer: its directory.
         config: number of views and their augmentation.
-        image_size: pixels a side.
+        image_size: pixels per side.
         seed: what a variant looks like depends on it, on the sample's key and on the view alone.
     """
 
@@ -150,7 +150,7 @@ def encode_images(
         tokenizer: the directory of a trained tokenizer.
         output: folder to write to, on a disk that every Ray node sees.
         config: number of views, their augmentation, images per batch.
-        image_size: pixels a side.
+        image_size: pixels per side.
         seed: of the augmentation.
         on_progress: called after every ROWS_PER_GROUP images.
 

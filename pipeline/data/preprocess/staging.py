@@ -38,7 +38,7 @@ OUTCOME_COLUMNS = (
 
 
 def rows_per_group(image_size: int) -> int:
-    """How many images of this many pixels a side make ROW_GROUP_BYTES; at least one."""
+    """How many images of this many pixels per side make ROW_GROUP_BYTES; at least one."""
     return max(1, ROW_GROUP_BYTES // (3 * image_size**2))
 
 
@@ -113,7 +113,7 @@ def write_tables(
         accepted: columns "shard_index" and "index" of the accepted rows, sorted by the former.
         quarantine: the table of quarantined samples.
         num_shards: how many there are.
-        image_size: pixels a side.
+        image_size: pixels per side.
     """
     shutil.rmtree(final, ignore_errors=True)
     for name in ("pixels", "quarantine"):

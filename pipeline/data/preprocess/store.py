@@ -8,7 +8,7 @@ Parquet files and memory-mapped: the system keeps as much of it in memory as the
     images = read_pixels(directory, table["row_index"].to_numpy(), image_size=64)
     images[np.array([7, 3])]        # uint8 (2, 3, 64, 64)
 
-Shapes: S = image_size pixels a side.
+Shapes: S = image_size pixels per side.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     TESSERA_DECODING=reference  the plain one everywhere
 
 masked  reference: the network's own forward pass
-        optimised: _packed_masked.py, on CPUs, without adapters
+        optimised: packed_masked.py, on CPUs, without adapters
 causal  reference: transformers' forward pass and cache, _decoding.TransformersDecoder
-        optimised: _llama.py, on GPUs _cuda_graph.py, for Llamas without adapters
+        optimised: llama.py, on GPUs cuda_graph.py, for Llamas without adapters
 gan     the network's own forward pass, which is all there is to do
 
 Both compute the same: in float32 the same tokens, in bfloat16 the same but for rounding, which the

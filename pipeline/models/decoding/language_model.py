@@ -6,7 +6,7 @@
     decoder.keep(rows)                              # the other rows end
 
 `TransformersDecoder` is transformers' own forward pass and key-value cache, for any architecture.
-_llama.py and _cuda_graph.py have faster ones for Llamas; _backend.py decides between them.
+llama.py and cuda_graph.py have faster ones for Llamas; backend.py decides between them.
 
 Shapes: R rows, P tokens of a prompt, T tokens of a row, D model width, V codebook size.
 """

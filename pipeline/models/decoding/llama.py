@@ -1,13 +1,13 @@
 """The optimised decoder of Llamas: a step written out over fixed slots of keys and values.
 
 It computes what transformers' `LlamaModel` computes (the tests compare them), and is faster because
-weights that share an input are joined, cast once and packed for the CPU (_packed.py), norms and
+weights that share an input are joined, cast once and packed for the CPU (packed.py), norms and
 rotations take few operations, and no cache grows by copying. Slots also make a row independent of
 where its neighbours are, so that images join and leave between steps, and on CPUs a row's result is
 the same to the bit whatever rows are beside it.
 
 Gain, images per second over transformers' `generate` on 2 CPU cores, batches of 1, 8 and 32
-(`python tests/benchmarks/decoding.py small`, tests/benchmarks/RESULTS.md): the 7.5 M model in
+(`python tests/benchmarks/decoding.py small`, tests/benchmarks/history.md): the 7.5 M model in
 bfloat16 2.31, 2.19 and 2.03, in float32 2.58, 2.36 and 1.77; SmolLM2-135M 1.7 to 2.8.
 
 Source: Touvron et al. 2023, LLaMA (arXiv 2302.13971): pre-normalisation, rotary positions, SwiGLU;

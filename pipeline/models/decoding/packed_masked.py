@@ -5,7 +5,7 @@ network's own forward pass; each image's products are its own, so that its bits 
 images beside it, and GELU is part of the product before it.
 
 Milliseconds per image on 2 CPU cores, plain and packed: alone 166 to 194 and 150 to 193, in batches
-of 8 63 to 77 and 61 to 72 (tests/benchmarks/RESULTS.md, "A picture's bits").
+of 8 63 to 77 and 61 to 72 (tests/benchmarks/history.md, "A picture's bits").
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Sources: Ramesh et al. 2021, DALL-E (arXiv 2102.12092): caption, then image toke
 cross-entropy; Sun et al. 2024, LlamaGen (arXiv 2406.06525): guidance, top-k and top-p on image
 tokens; Ho and Salimans 2022 (arXiv 2207.12598): classifier-free guidance.
 
-A row reads  [padding] caption  style-marker  begin-marker  image tokens...  (see _tokens.py);
+A row reads  [padding] caption  style-marker  begin-marker  image tokens...  (see vocabulary.py);
 models whose tasks give a source image read it, too, between caption and style, holes marked.
 Shapes: B images, N image tokens, L caption tokens with padding on the left, D model width, V
 codebook.

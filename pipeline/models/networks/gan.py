@@ -11,7 +11,7 @@ request's temperature is here; KID of the validation (Binkowski et al. 2018, arX
 plain pixels, so that the features which evaluation judges by stay unseen.
 
 Shapes: B images, H = W = image_size, L caption tokens, C caption width, D condition width.
-Both networks work on patches of gan.patch pixels a side; full resolution is ruinous on CPUs.
+Both networks work on patches of gan.patch pixels per side; full resolution is ruinous on CPUs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from pipeline.text.caption_readers import CaptionReader
 
 GUIDANCE_SCALE = 1.0  # off: it is trained without
 SHARPNESS = 10.0  # of the contrastive loss when training begins; its inverse is the temperature
-SMALLEST = 4  # pixels a side where the generator starts and the discriminator ends
+SMALLEST = 4  # pixels per side where the generator starts and the discriminator ends
 
 
 class CaptionCondition(nn.Module):
