@@ -309,6 +309,8 @@ def _changes(step: Step, inputs: Mapping[str, str], home: Path) -> str:
     if not records:
         return "was never done"
     record = json.loads(records[-1].read_text())
+    if "settings" not in record:  # left by a version of Tessera whose keys were others
+        return "was done by an earlier version of Tessera"
     before = flat({"settings": record["settings"], "input": record["inputs"]})
     now = flat({"settings": json.loads(json.dumps(step.settings)), "input": inputs})
     changed = [

@@ -1,0 +1,152 @@
+"""Steps: done once, in order, again when an input, a setting or the version changes, and why."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import AugmentConfig, EncodeConfig, GeneratorConfig
+from pipeline.errors import DataError
+from pipeline.progress import Progress
+from pipeline.tracking.runs import Tracker
+from pipeline.tracking.steps import (
+    DONE,
+    Step,
+    StepContext,
+    StepResult,
+    Workspace,
+    in_order,
+    statuses,
+    step_settings,
+)
+
+
+class Silent:
+    """A reporter that keeps what was skipped."""
+
+    def __init__(self) -> None:
+        self.skipped: dict[str, bool] = {}
+
+    def started(self, step: str) -> None:
+        pass
+
+    def progress(self, step: str, progress: Progress) -> None:
+        pass
+
+    def finished(self, step: str, seconds: float, *, skipped: bool) -> None:
+        self.skipped[step] = skipped
+
+
+def table(shift: int = 1, **changes: Any) -> dict[str, Step]:
+    """Two steps: numbers, and their sum moved by a setting."""
+
+    def numbers(context: StepContext) -> dict[str, Any]:
+        (context.path / "numbers.json").write_text("[1, 2]")
+        return {"count": 2}
+
+    def total(context: StepContext) -> dict[str, Any]:
+        found = json.loads((context.results["numbers"].path / "numbers.json").read_text())
+        return {"total": sum(found) + shift}
+
+    steps = [
+        Step("numbers", numbers, settings={}, inputs={"source": "abc"}),
+        Step("total", total, settings={"shift": shift}, needs=("numbers",)),
+    ]
+    return {step.name: replace(step, **changes.get(step.name, {})) for step in steps}
+
+
+@pytest.fixture(scope="module")
+def tracker(tmp_path_factory: pytest.TempPathFactory) -> Tracker:
+    """A real MLflow database, which the tests' homes share."""
+    return Tracker(tmp_path_factory.mktemp("tracker"))
+
+
+@pytest.fixture
+def run(tracker: Tracker, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Runs a table to a target: (results, what was skipped, how often Ray would have started)."""
+    with tracker.run("test") as parent:
+
+        def run(steps: dict[str, Step], target: str = "total") -> Any:
+            starts: list[int] = []
+
+            @contextlib.contextmanager
+            def start() -> Iterator[None]:
+                starts.append(1)
+                yield
+
+            reporter = Silent()
+            workspace = Workspace(tmp_path, tracker, parent, reporter, start)
+            try:
+                return workspace.run(steps, target), reporter.skipped, len(starts)
+            finally:
+                workspace.close()
+
+        yield run
+
+
+def why(steps: dict[str, Step], home: Path) -> dict[str, str]:
+    return {status.name: status.why for status in statuses(steps, ["total"], home)[0]}
+
+
+def test_what_was_done_is_skipped_and_nothing_is_started(run: Callable[..., Any]) -> None:
+    results, skipped, starts = run(table())
+    assert results["total"].values == {"total": 4} and starts == 1
+    assert skipped == {"numbers": False, "total": False}
+    again, skipped, starts = run(table())
+    assert again["total"].values == {"total": 4} and starts == 0
+    assert skipped == {"numbers": True, "total": True}
+
+
+def test_a_status_says_what_changed(run: Callable[..., Any], tmp_path: Path) -> None:
+    assert why(table(), tmp_path) == {"numbers": "was never done", "total": "needs numbers"}
+    run(table())
+    assert all(said.startswith("in ") for said in why(table(), tmp_path).values())
+    assert why(table(shift=2), tmp_path)["total"] == "changed: shift 1 -> 2"
+    other = table(numbers={"inputs": {"source": "def"}})
+    assert why(other, tmp_path)["numbers"] == "changed: input.source is another"
+    newer = table(total={"version": 2})
+    assert why(newer, tmp_path)["total"] == "changed: version 1 -> 2"
+    (interrupted := table(shift=3))["total"]
+    results = statuses(interrupted, ["total"], tmp_path)[1]
+    interrupted["total"].path(tmp_path, results).mkdir()
+    assert why(interrupted, tmp_path)["total"] == "was interrupted and goes on"
+
+
+def test_records_of_an_earlier_version_are_no_mistake(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    results, _, _ = run(table())
+    record = results["total"].path / DONE
+    record.write_text(json.dumps({"key": "old", "seconds": 1.0, "values": {}}))
+    assert "earlier version" in why(table(shift=2), tmp_path)["total"]
+
+
+def test_a_result_that_is_not_good_enough_is_refused_each_time(run: Callable[..., Any]) -> None:
+    def accept(result: StepResult) -> None:
+        raise DataError(f"{result.values['count']} is too few")
+
+    picky = table(numbers={"accept": accept})
+    for _ in range(2):
+        with pytest.raises(DataError, match="2 is too few"):
+            run(picky)
+
+
+def test_only_what_a_target_needs_is_in_order() -> None:
+    assert in_order(table(), ["numbers"]) == ["numbers"]
+    assert in_order(table(), ["total"]) == ["numbers", "total"]
+
+
+def test_settings_at_their_defaults_stay_out_of_keys() -> None:
+    assert step_settings(EncodeConfig()) == {}
+    in_place = EncodeConfig(num_views=2, augment=AugmentConfig(shift=2, flip=0.0))
+    assert step_settings(in_place) == {"num_views": 2}, "the default of its place"
+    elsewhere = EncodeConfig(num_views=2, augment=AugmentConfig())
+    assert step_settings(elsewhere) != step_settings(in_place)
+    stated = GeneratorConfig.model_validate({"gan": {}, "causal": {"top_k": 5}})
+    assert step_settings(stated.completed()) == step_settings(GeneratorConfig().completed())
