@@ -1,3 +1,3 @@
-"""All that knows about pictures, captions, models and numbers: importable, no CLI, no HTTP."""
+"""Tessera as a library: data, models, training and evaluation, without command line and HTTP."""
 
 __version__ = "0.1.0"

@@ -1,1 +1,1 @@
-"""A recipe's chain: resolved, checked, run step by step, judged at the gate."""
+"""A recipe's chain: it is resolved, checked and run step by step, up to the promotion gate."""

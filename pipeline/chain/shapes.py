@@ -84,7 +84,7 @@ def make_spec(
     Args:
         tokenizer: the one whose tokens it draws.
         caption_width: of the caption encoder's states.
-        styles: of the pictures it trains on.
+        styles: of the images that it trains on.
         base: the bundle it starts from.
         language_model: where a causal family's pretrained one lies.
 

@@ -1,4 +1,4 @@
-"""Runs: what was tried, with which settings, numbers and pictures, kept in MLflow.
+"""Runs: what was tried, with settings, metrics and images, recorded in MLflow.
 
 The tracking URI is MLFLOW_TRACKING_URI, or a sqlite database under the home directory. One parent
 run per retrain, one nested run per step; runs are created on the driver and workers write to them

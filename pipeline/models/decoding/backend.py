@@ -5,7 +5,7 @@
 
 masked  reference: the network's own forward pass
         optimised: packed_masked.py, on CPUs, without adapters
-causal  reference: transformers' forward pass and cache, _decoding.TransformersDecoder
+causal  reference: transformers' forward pass and cache, language_model.TransformersDecoder
         optimised: llama.py, on GPUs cuda_graph.py, for Llamas without adapters
 gan     the network's own forward pass, which is all there is to do
 

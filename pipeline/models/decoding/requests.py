@@ -33,7 +33,7 @@ class ResolvedRequest:
         guidance_scale: 1 to config.MAX_GUIDANCE.
         temperature: 0 to config.MAX_TEMPERATURE.
         num_steps: decoding steps; 1 to config.MAX_STEPS where a request may choose.
-        canvas: the image to go on from, of the model's image size.
+        canvas: the image to start from, of the model's image size.
     """
 
     prompt: str

@@ -1,4 +1,4 @@
-"""Causal generator (GPT type): a language model goes on from the caption with image tokens.
+"""Causal generator (GPT type): a language model continues the caption with image tokens.
 
 Any `AutoModelForCausalLM` will do; its vocabulary grows by the image codebook and a few markers,
 kept beside it as a table and a head of their own, so that what is new and what was pretrained can
@@ -137,7 +137,7 @@ class CausalTransformer(GeneratorNetwork):
         return [self.lm]
 
     def style_rows(self) -> Tensor:
-        """The styles' vectors, one a row in the order of their ids."""
+        """The styles' vectors, one per row in the order of their ids."""
         first = self.vocabulary.style(0)
         return self.image_table.weight[first : first + self.no_style]
 
@@ -146,7 +146,7 @@ class CausalTransformer(GeneratorNetwork):
         return [self.image_table, self.image_head, self.layers()[-1]]
 
     def layers(self) -> nn.ModuleList:
-        """The language model's, whatever it calls them."""
+        """The language model's blocks, by whatever name it has them."""
         return next(m for m in self.lm.modules() if isinstance(m, nn.ModuleList))
 
     @property
@@ -158,9 +158,13 @@ class CausalTransformer(GeneratorNetwork):
 
     @torch.no_grad()
     def start_from_language_model(self, source: str) -> None:
-        """Take a pretrained model's weights; new tokens are read as about the mean of the old ones,
-        and are all about equally likely to be drawn: a head as large as the old one would begin
-        with a loss of 25 nats in SmolLM2, whose states are large, instead of ln(codebook) = 8.4."""
+        """Take a pretrained model's weights.
+
+        The embeddings of new tokens start close to the mean of the text tokens'. The image head
+        starts so small that all image tokens are about equally likely: one as large as the text
+        head would begin with a loss of 25 nats in SmolLM2, whose states are large, instead of
+        ln(codebook) = 8.4.
+        """
         whole = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         self.lm.load_state_dict(whole.base_model.state_dict())
         if self.text_head is not None:
@@ -206,7 +210,7 @@ class CausalTransformer(GeneratorNetwork):
     ) -> Tensor:
         """int64 (B, N) and the prompt -> logits float (B, N, V), each from what is before it.
 
-        Of the image's tokens those `withheld`, bool (B, N), are not seen by the later ones.
+        Tokens of the image that are `withheld`, bool (B, N), are hidden from the later ones.
         """
         before, keys = self.prompt(ids, mask, style, source)
         if withheld is not None:
@@ -237,7 +241,7 @@ class CausalObjective(Objective):
         return list(self.model.layers())
 
     def losses(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
-        """ "loss" in nats a token (label-smoothed while training) and "accuracy"."""
+        """ "loss" in nats per token (label-smoothed while training) and "accuracy"."""
         config, model = self.config, self.model
         tokens, mask, style = batch["image_tokens"], batch["caption_mask"], batch["style"]
         withheld = None

@@ -11,7 +11,7 @@ request's temperature is here; KID of the validation (Binkowski et al. 2018, arX
 plain pixels, so that the features which evaluation judges by stay unseen.
 
 Shapes: B images, H = W = image_size, L caption tokens, C caption width, D condition width.
-Both networks work on patches of gan.patch pixels per side; full resolution is ruinous on CPUs.
+Both networks work on patches of gan.patch pixels per side: full resolution is too slow on CPUs.
 """
 
 from __future__ import annotations
@@ -115,11 +115,11 @@ class OnePassGenerator(GeneratorNetwork):
         return [self.caption.norm, self.caption.read]
 
     def style_rows(self) -> Tensor:
-        """The styles' vectors, one a row in the order of their ids."""
+        """The styles' vectors, one per row in the order of their ids."""
         return self.caption.style.weight
 
     def head_modules(self) -> list[nn.Module]:
-        """What the policy `head` trains: styles, the last block, the way to colours."""
+        """What the policy `head` trains: styles, the last block, the layer that gives colours."""
         return [self.caption.style, self.blocks[-1], self.last]
 
     def standardise_captions(self, states: Tensor, mask: Tensor) -> None:
@@ -201,8 +201,9 @@ class _DownBlock(nn.Module):
 
 
 class GanObjective(Objective):
-    """Matching-aware hinge losses (DF-GAN, equation 2) and a contrastive one (XMC-GAN, section 4),
-    on differentiably augmented images; a pixel loss draws the generator to the caption's own."""
+    """Matching-aware hinge losses (DF-GAN, equation 2) and a contrastive loss (XMC-GAN, section 4)
+    on differentiably augmented images; for the generator also a pixel loss to the caption's image.
+    """
 
     phases = ("discriminator", "generator")
     model: OnePassGenerator
@@ -226,8 +227,10 @@ class GanObjective(Objective):
         return ratio if phase == "discriminator" else 1.0
 
     def losses(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
-        """ "loss" of the phase and its parts; both networks see the same captions and styles, some
-        dropped while training."""
+        """ "loss" of the phase, and its parts.
+
+        Both networks see the same captions and styles; some are dropped while training.
+        """
         if self.training:
             mask, style = sampling.drop_conditions(
                 batch["caption_mask"], batch["style"],
@@ -272,8 +275,11 @@ class GanObjective(Objective):
     def _contrastive(
         self, features: Tensor, condition: Tensor, batch: Mapping[str, Tensor]
     ) -> Tensor:
-        """Cross-entropy of finding every image's caption among the batch's, and every caption's
-        image; other images of a group are neither right nor wrong, and none has no caption."""
+        """Cross-entropy of finding each image's caption in the batch, and each caption's image.
+
+        Images of the same group count as neither right nor wrong; images without a caption are left
+        out.
+        """
         given, group = batch["caption_mask"].any(1), batch["group"]
         own = torch.arange(len(group), device=group.device)
         alike = (group[:, None] == group) & (own[:, None] != own)
@@ -338,7 +344,7 @@ def _mean_where(chosen: Tensor, values: Tensor) -> Tensor:
 
 
 def _of_other_groups(group: Tensor) -> Tensor:
-    """For each row one of another group, if there is any; int64 (B,) both."""
+    """For each row the number of a row of another group, or its own if there is none: int64 (B,)."""
     B = len(group)
     other = torch.arange(B, device=group.device)
     for shift in range(1, B):
@@ -352,14 +358,14 @@ def _of_other_groups(group: Tensor) -> Tensor:
 
 def _kid(x: Tensor, y: Tensor) -> Tensor:
     """metrics.kid of (B, d) and (B, d) as a tensor ()."""
-    from pipeline.metrics import kid  # brings evaluation's networks, which serving does without
+    from pipeline.metrics import kid  # not needed to generate
 
     return torch.tensor(kid(x.detach().cpu(), y.detach().cpu()), device=x.device)
 
 
 @contextmanager
 def _still(network: nn.Module) -> Iterator[None]:
-    """What is computed inside gives its weights no gradient, which would be thrown away."""
+    """Within the block the network's weights get no gradients, which nothing would use."""
     network.requires_grad_(False)
     try:
         yield
@@ -441,7 +447,7 @@ class GanGenerator:
         style: Tensor,
         scale: Tensor,
     ) -> Tensor:
-        """float (B, 3, H, W) in [-1, 1]; guidance is of the condition."""
+        """float (B, 3, H, W) in [-1, 1], with guidance applied to the condition."""
         conditional = self.model.caption(states, mask, style)
         unconditional = self.model.caption(negative_states, negative_mask, style)
         condition = sampling.classifier_free_guidance(conditional, unconditional, scale)

@@ -39,14 +39,14 @@ from pipeline.text.caption_readers import CaptionReader
 GUIDANCE_SCALE = 3.0
 
 MAX_CONDITIONINGS = 256
-"""Conditionings, of a caption and a style each, that are remembered."""
+"""How many conditionings, each of a caption and a style, are cached."""
 
-ROWS = 512  # logits are made for a multiple of so many tokens
+ROWS = 512  # logits are computed for a multiple of this many tokens
 NO_TARGET = -100
 
 
 class TokenTable(nn.Module):
-    """One vector a token: its own, plus one for the level of each of its FSQ dimensions.
+    """One vector per token: its own, plus one for the level of each of its FSQ dimensions.
 
     Neighbouring codes share their levels, so they start close together and learn from each other.
     """
@@ -169,7 +169,7 @@ class MaskedTransformer(GeneratorNetwork):
         ]  # fmt: skip
 
     def style_rows(self) -> Tensor:
-        """The styles' vectors, one a row in the order of their ids."""
+        """The styles' vectors, one per row in the order of their ids."""
         return self.style.weight
 
     def head_modules(self) -> list[nn.Module]:
@@ -182,7 +182,7 @@ class MaskedTransformer(GeneratorNetwork):
         standardise(self.pooled_norm, masked_mean(states.float(), mask))
 
     def read(self, states: Tensor, mask: Tensor, style: Tensor) -> Conditioning:
-        """Caption and style once a image, whatever the number of decoding steps.
+        """Read caption and style, once per image whatever the number of decoding steps.
 
         Args:
             states: (B, L, C); mask: bool (B, L), all False stands for no caption.
