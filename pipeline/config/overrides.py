@@ -58,7 +58,7 @@ def _yaml_value(text: str) -> Any:
 
 
 def explain(error: ValidationError, root: type[BaseModel], inside: tuple[str, ...] = ()) -> str:
-    """One line a mistake: the key, what is wrong, and what would be right.
+    """One line per mistake: the key, what is wrong, and what would be right.
 
     Args:
         error: of validating `root`, or the section of it named by `inside`.

@@ -344,7 +344,7 @@ def _mean_where(chosen: Tensor, values: Tensor) -> Tensor:
 
 
 def _of_other_groups(group: Tensor) -> Tensor:
-    """For each row the number of a row of another group, or its own if there is none: int64 (B,)."""
+    """By row, the number of a row of another group, or its own if there is none: int64 (B,)."""
     B = len(group)
     other = torch.arange(B, device=group.device)
     for shift in range(1, B):
