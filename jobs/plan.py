@@ -1,4 +1,4 @@
-"""Plan: what a retrain of a recipe would do, and why, without doing anything.
+"""Plan: what a retrain of a recipe would do, and why, without doing it.
 
 tessera plan emoji-demo
 tessera plan my-recipe.yaml generator.train.max_steps=500 --json

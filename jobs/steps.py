@@ -1,10 +1,10 @@
-"""Single steps of a recipe's chain, with whatever they need before them.
+"""Steps: run a recipe's chain up to one step, with whatever that step needs before it.
 
 tessera preprocess RECIPE      shards -> pixels and quarantine
-tessera pretrain RECIPE        the image tokenizer, on images alone
-tessera align RECIPE           the aligner that evaluation retrieves with
-tessera train RECIPE           the generator: a candidate bundle; of several, the best
-tessera evaluate RECIPE        the candidate against champion, untuned base and floors
+tessera pretrain RECIPE        the image tokenizer, trained on images alone
+tessera align RECIPE           the aligner that evaluation retrieves captions with
+tessera train RECIPE           the generator: the candidate's bundle, the best of several
+tessera evaluate RECIPE        the candidate beside champion, untuned base and floors
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _align(session: Session) -> dict[str, Any]:
 
 
 def _train(session: Session) -> dict[str, Any]:
-    """The candidate; several are trained, and evaluated to tell which it is."""
+    """The candidate's bundle. Of several, all are trained and evaluated to tell which one it is."""
     plan = session.plan
     if not plan.recipe.candidates:
         (candidate,) = plan.candidates.values()

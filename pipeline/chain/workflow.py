@@ -1,4 +1,4 @@
-"""Running a recipe's chain: the steps of its plan, then the gate.
+"""Running a recipe's chain: the steps of its plan, then the promotion gate.
 
     plan = resolve(recipe, home)
     outcome = retrain(plan, reporter)           # every step, then the decision
@@ -43,21 +43,21 @@ from pipeline.tracking.steps import (
 )  # fmt: skip
 
 SPARE_MB = 500
-"""Beside what the steps leave: logs, grids, MLflow's copies."""
+"""Disk space for logs, grids and MLflow's copies, besides the steps' results."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a retrain came to.
+    """The result of a retrain.
 
     Attributes:
-        bundle: the candidate.
-        reports: by subject: candidate, real, tokenizer, and untuned and champion where they exist;
+        bundle: the candidate's directory.
+        reports: by subject: candidate, real and tokenizer; untuned and champion where they exist;
             of several candidates the others by their names.
-        decision: of the gate.
-        choice: why this candidate, one sentence for each of several; empty for a single one.
-        version: the candidate's in the model registry.
-        seconds: by step; 0 for steps that were done before.
+        decision: whether the candidate was promoted, and why.
+        choice: why this candidate was chosen, one sentence per candidate; empty if there was one.
+        version: the candidate's version in the model registry.
+        seconds: of each step; 0 for steps that were done before.
         run: the parent MLflow run.
         pixels: the preprocessed images, to compare with.
     """
@@ -79,9 +79,9 @@ class Judged:
     Attributes:
         reports: by subject.
         winner: the name of the candidate that goes to the gate.
-        choice: why it, one sentence per candidate; empty for a single one.
-        champion: what it is compared with.
-        champion_report: the champion's, which may be that of a candidate.
+        choice: why it was chosen, one sentence per candidate; empty if there is only one.
+        champion: what it is compared with, if there is one.
+        champion_report: the champion's report, which may be a candidate's.
     """
 
     evaluation: StepResult
@@ -93,7 +93,7 @@ class Judged:
 
 
 class Session:
-    """A plan being run: its home is held, its parent MLflow run is open (`opened`)."""
+    """A plan that is being run: its home directory is locked and its parent MLflow run is open."""
 
     def __init__(self, plan: Plan, workspace: Workspace) -> None:
         self.plan, self.workspace = plan, workspace
@@ -101,7 +101,7 @@ class Session:
         self.table = training_steps(plan)
 
     def run(self, *steps: str) -> dict[str, StepResult]:
-        """Do these steps and what they need; the results so far, by step."""
+        """Do these steps and those they need; returns all results so far, by step."""
         return self.workspace.run(self.table, *steps)
 
     def judge(self) -> Judged:
@@ -122,11 +122,11 @@ class Session:
 
 @contextmanager
 def opened(plan: Plan, reporter: Reporter, *, debug: bool = False) -> Iterator[Session]:
-    """Check the plan if there is work to do, hold its home directory and open a parent run.
+    """Check the plan if there is work to do, lock its home directory and open a parent run.
 
     Raises:
-        TesseraError: as `preflight.check`; the home is held by another run; there is too little
-            disk space.
+        TesseraError: as `preflight.check`; another run holds the home directory; there is too
+            little disk space.
     """
     check_to_do(plan)
     tracker = Tracker(plan.home, plan.recipe.tracking.sinks)
@@ -148,7 +148,7 @@ def opened(plan: Plan, reporter: Reporter, *, debug: bool = False) -> Iterator[S
 
 
 def check_to_do(plan: Plan) -> None:
-    """`preflight.check`, and room on the disk for the steps to do; nothing if all are done.
+    """Check the plan and the disk space, unless every step is done.
 
     Raises:
         TesseraError: the plan cannot be carried out.
@@ -207,7 +207,7 @@ def _promote(
     found: Mapping[str, EvalReport],
     results: Results,
 ) -> tuple[Decision, str]:
-    """Decide, register the candidate, and make it champion if it won; idempotent."""
+    """Decide, register the candidate, and make it champion if it won. Idempotent."""
     plan, parent, champion = session.plan, session.workspace.parent, judged.champion
     name = plan.recipe.promote.model_name
     if champion is not None and bundle_digest(champion.path) == bundle_digest(bundle):
@@ -232,8 +232,8 @@ def _promote(
 
 
 def other_splits(plan: Plan, champion: ResolvedModel | None) -> Iterator[str]:
-    """A sentence for each of base and champion that was trained with another split, which may have
-    seen what is held out here."""
+    """One sentence for the base, and one for the champion, if it was trained with another split and
+    may have seen what is held out here."""
     here = plan.recipe.data.split
     paths = {"base": plan.base, "champion": champion.path if champion else None}
     for name, path in paths.items():
@@ -246,7 +246,7 @@ def other_splits(plan: Plan, champion: ResolvedModel | None) -> Iterator[str]:
 
 
 def plan_statuses(plan: Plan) -> list[StepStatus]:
-    """Of every step, the evaluation included, whether it is done; nothing is done or started."""
+    """Whether each step is done, the evaluation included. Nothing is done or started."""
     table: dict[str, Step] = training_steps(plan)
     found, results = statuses(table, table, plan.home)
     missing = [name for name in evaluation_needs(plan) if name not in results]

@@ -1,4 +1,4 @@
-"""Nested settings set by dotted keys, taken from what was built, and their mistakes explained.
+"""Settings by dotted keys: set in nested mappings, compared with a base's, mistakes explained.
 
 override(values, "generator.train.learning_rate", "3e-4", origin="TESSERA__...")
 explain(validation_error, Recipe)  # "unknown key 'generator.widht'; did you mean 'width'?"
@@ -79,22 +79,24 @@ def explain(error: ValidationError, root: type[BaseModel], inside: tuple[str, ..
 
 
 def stated(config: BaseModel) -> dict[str, Any]:
-    """What is said of a section, as YAML would, settings that are said to be their default too."""
+    """The settings that a section was given, as JSON values, also where they equal the default."""
     return config.model_dump(mode="json", exclude_unset=True)
 
 
 def shaped_like(
     config: BaseModel, built: BaseModel, keys: Iterable[str], *, section: str, whose: str
 ) -> dict[str, Any]:
-    """What `config` sets, and what it leaves open of a network's shape from what was `built`.
+    """The settings of a section, with what it leaves open of a network's shape taken from `built`.
 
     Args:
-        keys: dotted, of the settings that the shape hangs on.
-        section: of the recipe, for the message.
-        whose: the shape is, for the message.
+        config: the recipe's section.
+        built: the section that an existing network was built by.
+        keys: the dotted settings that decide the shape.
+        section: the section's name in the recipe, for the message.
+        whose: whose shape it is, for the message.
 
     Raises:
-        RecipeError: config sets another shape.
+        RecipeError: `config` sets another shape than the existing one.
     """
     values = stated(config)
     for key in keys:
