@@ -1,4 +1,4 @@
-"""Writes README.md's map of the code: every folder and every file in a line, from its docstring.
+"""Writes README.md's map of the code: one line per folder and file, from its docstring.
 
     python -m jobs.file_map    # after a file was added, moved or described anew
 
@@ -25,7 +25,7 @@ FOLDERS = (
     "pipeline/models/decoding", "pipeline/models/networks", "pipeline/bundles",
     "pipeline/evaluation", "pipeline/training", "pipeline/chain", "jobs", "serve",
 )  # fmt: skip
-"""In the order of the floors: a folder's files import those of the folders above it in the list."""
+"""In the order of their layers: files import from folders that come earlier in the list."""
 
 
 def file_map() -> str:

@@ -1,4 +1,4 @@
-"""One model call in the making: a batch whose rows come, leave and are shown between its steps.
+"""One call of the model: a batch whose rows join, leave and are shown between decoding steps.
 
 It runs in the replica's model thread; engine.py holds the queue and starts it. Between two decoding
 steps a request that its client abandoned or whose deadline has passed leaves the batch, and partial

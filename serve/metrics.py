@@ -1,5 +1,5 @@
-"""What Prometheus reads at /metrics: requests as the ingress counts them, and where every image's
-time went, as its replica reports."""
+"""What Prometheus reads at /metrics: requests, and where each image's time went. The ingress counts
+the requests; the replicas report the times."""
 
 from __future__ import annotations
 

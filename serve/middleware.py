@@ -1,4 +1,4 @@
-"""ASGI middleware around the whole application, from the outside in:
+"""ASGI middleware around the whole application. From the outside in:
 
     RequestLogMiddleware     security headers, log, metrics, and a 500 for what nobody foresaw
     OriginGuardMiddleware    refuses browsers that were sent here by pages of other sites

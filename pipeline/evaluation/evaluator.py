@@ -1,4 +1,4 @@
-"""How good is a generator? Any `contracts.ImageGenerator` in, an `EvalReport` out.
+"""Evaluating generators: any `contracts.ImageGenerator` in, an `EvalReport` out.
 
     evaluator = Evaluator(eval_set, aligner=aligner, features=ImageNetFeatures(), encoder=encoder,
                           config=recipe.evaluate)

@@ -1,4 +1,4 @@
-"""Sinks: where a run's settings, metrics and images go beside MLflow.
+"""Sinks: where a run's settings, metrics and images go besides MLflow.
 
 A recipe names them: `tracking: {sinks: [tensorboard, wandb]}`. `runs.RunLogger` opens, feeds
 and closes them.

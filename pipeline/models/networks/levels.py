@@ -1,4 +1,4 @@
-"""What a network derives from its `ModelSpec`."""
+"""The FSQ levels of image tokens, by which networks embed neighbouring codes alike."""
 
 from __future__ import annotations
 
