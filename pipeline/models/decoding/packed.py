@@ -7,9 +7,8 @@ share a product than is without effect, `RowInvariantLinear` multiplies further 
 
 Gain of the packing, one decoding step's products of the small causal model on 2 CPU cores,
 F.linear's time / packed: float32 1.84 / 0.73 ms for 1 row, 3.64 / 1.05 for 8, 6.07 / 2.53 for 32;
-bfloat16 1.15 / 0.61, 1.39 / 0.79, 2.34 / 1.44 (tests/benchmarks/history.md; the whole step:
-`python tests/benchmarks/decoding.py small`). The masked family multiplies hundreds of rows at once
-and gains 0.88 and 0.95 of the time; there the gain is bits that do not depend on the batch.
+bfloat16 1.15 / 0.61, 1.39 / 0.79, 2.34 / 1.44 (tests/benchmarks/history.md, of PyTorch's operators
+alone). What that makes of whole images is in llama.py and packed_masked.py.
 
 Shapes: R rows, I width of the input, O width of the output.
 """

@@ -4,8 +4,11 @@ A copy of the network shares all parameters but those of its widest layers. What
 network's own forward pass; each image's products are its own, so that its bits do not depend on the
 images beside it, and GELU is part of the product before it.
 
-Milliseconds per image on 2 CPU cores, plain and packed: alone 166 to 194 and 150 to 193, in batches
-of 8 63 to 77 and 61 to 72 (tests/benchmarks/history.md, "A picture's bits").
+Gain, the plain network's time over this one's, alone and in batches of 8, on one CPU thread in
+bfloat16 (`OMP_NUM_THREADS=1 python tests/benchmarks/families.py backends`): 1.10 and 1.08 with 8
+steps, 1.16 and 1.15 with 12. The greater gain is the bits: of 40 images that joined a batch on one
+thread 37 were not those generated alone with the plain network, and none is with this one
+(tests/benchmarks/history.md, "A picture's bits").
 """
 
 from __future__ import annotations

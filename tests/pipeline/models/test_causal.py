@@ -16,6 +16,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaModel,
 )  # fmt: skip
 
 from pipeline.config import GeneratorConfig, TrainConfig
@@ -59,11 +60,12 @@ def model(spec: ModelSpec = SPEC) -> causal.CausalTransformer:
     for parameter in made.parameters():  # away from near-equal logits
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.2)
-    return made.eval()
+    made.train(False)
+    return made
 
 
 def generator(made: causal.CausalTransformer, config: GeneratorConfig = CONFIG) -> CausalGenerator:
-    ids = HFCaptionTokenizer(None, config.causal.max_prompt_tokens)
+    ids = HFCaptionTokenizer(None, config.options(CausalConfig).max_prompt_tokens)
     parts = ModelParts(Flat(), None, torch.device("cpu"), ids)  # type: ignore[arg-type]
     return CausalGenerator(made, config, made.spec, parts)
 
@@ -166,7 +168,8 @@ def test_truncated_logits() -> None:
 
 
 def replace_causal(**changes: float) -> GeneratorConfig:
-    return CONFIG.model_copy(update={"causal": CONFIG.causal.model_copy(update=changes)})
+    options = CONFIG.options(CausalConfig).model_copy(update=changes)
+    return CONFIG.model_copy(update={"causal": options})
 
 
 def test_a_model_that_reads_both_ways_is_refused(tmp_path: Path) -> None:
@@ -273,7 +276,9 @@ class Replayed:
 
 def test_rows_of_a_graph_batch_go_on_as_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GraphBatch, "_captured", lambda batch: Replayed(batch))
-    weights = LlamaWeights(model().lm, nn.Linear(32, 50, bias=False), torch.float32)
+    lm = model().lm
+    assert isinstance(lm, LlamaModel)
+    weights = LlamaWeights(lm, nn.Linear(32, 50, bias=False), torch.float32)
     idle: list[GraphBatch] = []
     draws = torch.Generator().manual_seed(0)
     with torch.inference_mode():

@@ -18,11 +18,13 @@ from pipeline.config import AugmentConfig, GeneratorConfig, TrainConfig
 from pipeline.contracts import Canvas, GenerationRequest, ModelParts
 from pipeline.errors import RecipeError, RequestError
 from pipeline.models import load_family
+from pipeline.models.causal import CausalConfig
 from pipeline.models.networks import causal
 from pipeline.models.networks.causal import CausalGenerator
 from pipeline.objective import Objective
 from pipeline.tasks import gives_source
 from pipeline.text.caption_readers import HFCaptionTokenizer
+from pipeline.training.feed import RowWeights
 from pipeline.training.task_dataset import TaskDataset
 
 BOTH = ("text_to_image", "completion")
@@ -34,7 +36,7 @@ token_families = pytest.mark.parametrize("family", TOKEN_FAMILIES)
 class Grids:
     """Eight pictures of 16 tokens."""
 
-    weights = None
+    weights: RowWeights | None = None
 
     def __len__(self) -> int:
         return 8
@@ -101,7 +103,7 @@ def test_the_source_tells_what_belongs_into_the_hole(family: str) -> None:
         torch.manual_seed(step)
         loss = made.losses(batch, "predict")["loss"]
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     made.eval()
     nothing = batch | {"source_given": torch.zeros_like(batch["source_given"])}
@@ -145,7 +147,7 @@ def completing(config: GeneratorConfig) -> CausalGenerator:
     for parameter in made.parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.2)
-    ids = HFCaptionTokenizer(None, config.causal.max_prompt_tokens)
+    ids = HFCaptionTokenizer(None, config.options(CausalConfig).max_prompt_tokens)
     parts = ModelParts(Striped(), None, torch.device("cpu"), ids)  # type: ignore[arg-type]
     return CausalGenerator(made, config, CAUSAL_SPEC, parts)
 
