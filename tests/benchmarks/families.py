@@ -9,7 +9,7 @@ the speed) and the shipped base's tokenizer, captions encoded beforehand; rounds
 alternate. `decode_share` is the tokenizer's part of the time.
 
 `backends` draws the same batches by the optimised and by the plain implementation of each family
-(TESSERA_DECODING=auto and reference, see pipeline/models/decoding/backend.py), in alternating rounds.
+(TESSERA_DECODING=auto and reference, pipeline/models/decoding/backend.py), in alternating rounds.
 `ratio` is the plain one's time over the optimised one's, the median and the range of the rounds.
 
 `steps` evaluates a masked BUNDLE as `tessera evaluate` does, with several numbers of decoding

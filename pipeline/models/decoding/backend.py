@@ -101,11 +101,9 @@ class DecoderFactory:
     @cached_property
     def _weights(self) -> LlamaWeights | None:
         """None where only the reference will do."""
-        if (
-            chosen_backend() == "reference"
-            or not LlamaWeights.supports(self.lm)
-            or has_adapters(self.lm)
-        ):
+        if chosen_backend() == "reference" or has_adapters(self.lm):
+            return None
+        if not LlamaWeights.supports(self.lm):
             return None
         return LlamaWeights(self.lm, self.head, self.dtype)
 

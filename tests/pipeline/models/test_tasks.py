@@ -103,7 +103,7 @@ def test_the_source_tells_what_belongs_into_the_hole(family: str) -> None:
         torch.manual_seed(step)
         loss = made.losses(batch, "predict")["loss"]
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
     made.eval()
     nothing = batch | {"source_given": torch.zeros_like(batch["source_given"])}
