@@ -56,7 +56,7 @@ from pipeline.training.datasets import ImageDataset
 from pipeline.training.feed import training_batch
 
 BATCH = 64
-PICTURE = PreprocessConfig(image_size=64, require_captions=False, max_bad_fraction=1.0)
+PREPROCESS = PreprocessConfig(image_size=64, require_captions=False, max_bad_fraction=1.0)
 DATA = DataConfig(validation_fraction=1e-12, test_fraction=1e-12)  # none is held out
 AUGMENT = AugmentConfig(flip=0.5, random_crop=0.6, color=0.4, rotate=5.0)
 EPOCHS = (1, 3, 10)
@@ -69,7 +69,7 @@ def tars(sets: list[str]) -> list[str]:
 
 
 def encoded(sets: list[str]) -> Iterator[bytes]:
-    """Every picture as it is stored."""
+    """Every image as it is stored."""
     for path in tars(sets):
         with Path(path).open("rb") as stream:
             yield from (s.image for s in read_samples(stream) if s.image is not None)
@@ -79,13 +79,12 @@ def encoded(sets: list[str]) -> Iterator[bytes]:
 
 
 def decode_alone(sets: list[str]) -> tuple[float, int]:
-    """Seconds, and pictures, of decoding on all cores; reading is over before."""
-    cores, pictures = available_cpus(), list(encoded(sets))
+    """Seconds, and number of images, of decoding on all cores; all are read before."""
+    cores, images = available_cpus(), list(encoded(sets))
     context = mp.get_context("fork")
     barrier = context.Barrier(cores + 1)
     workers = [
-        context.Process(target=_decode_all, args=(pictures[i::cores], barrier))
-        for i in range(cores)
+        context.Process(target=_decode_all, args=(images[i::cores], barrier)) for i in range(cores)
     ]
     for worker in workers:
         worker.start()
@@ -93,25 +92,25 @@ def decode_alone(sets: list[str]) -> tuple[float, int]:
     began = time.monotonic()
     for worker in workers:
         worker.join()
-    return time.monotonic() - began, len(pictures)
+    return time.monotonic() - began, len(images)
 
 
-def _decode_all(pictures: list[bytes], barrier: Any) -> None:
+def _decode_all(images: list[bytes], barrier: Any) -> None:
     barrier.wait()
-    for picture in pictures:
+    for image in images:
         try:
-            decode(picture, PICTURE)
+            decode(image, PREPROCESS)
         except BadImage:
             continue
 
 
 def plain_webdataset(sets: list[str]) -> tuple[float, int]:
-    """Seconds, and pictures, of an epoch of augmented batches from a DataLoader."""
+    """Seconds, and number of images, of an epoch of augmented batches from a DataLoader."""
     paths = tars(sets)
     data = (
         webdataset.WebDataset(paths, shardshuffle=len(paths), seed=0, empty_check=False)
         .shuffle(1_000)
-        .map(_picture, handler=webdataset.ignore_and_continue)
+        .map(_decoded, handler=webdataset.ignore_and_continue)
         .batched(BATCH, collation_fn=torch.stack)
         .map(_augmented)
     )
@@ -121,22 +120,23 @@ def plain_webdataset(sets: list[str]) -> tuple[float, int]:
     return time.monotonic() - began, found
 
 
-def _picture(sample: dict[str, Any]) -> torch.Tensor:
+def _decoded(sample: dict[str, Any]) -> torch.Tensor:
     encoded = next(sample[name] for name in IMAGE_EXTENSIONS if name in sample)
-    return torch.from_numpy(decode(encoded, PICTURE))
+    return torch.from_numpy(decode(encoded, PREPROCESS))
 
 
 def _augmented(batch: torch.Tensor) -> torch.Tensor:
     torch.set_num_threads(1)
-    return Augment(AUGMENT)(batch)
+    augmented: torch.Tensor = Augment(AUGMENT)(batch)
+    return augmented
 
 
 def preprocessed(sets: list[str], output: Path) -> tuple[float, int, dict[str, Any]]:
-    """Seconds, pictures promised, and the report, of preprocessing with cold workers."""
+    """Seconds, number of images promised, and the report, of preprocessing with cold workers."""
     start_ray()
     try:
         began = time.monotonic()
-        report = preprocess(sets, output, data=DATA, config=PICTURE)
+        report = preprocess(sets, output, data=DATA, config=PREPROCESS)
         seconds = time.monotonic() - began
     finally:
         ray.shutdown()
@@ -144,7 +144,7 @@ def preprocessed(sets: list[str], output: Path) -> tuple[float, int, dict[str, A
 
 
 def feed_epoch(pixels: Path) -> tuple[float, int]:
-    """Seconds, and pictures, of an epoch of augmented batches, opening the data included."""
+    """Seconds, and number of images, of an epoch of augmented batches; opening the data counts."""
     world = available_cpus()
     context = mp.get_context("fork")
     queue = context.Queue()
@@ -160,7 +160,7 @@ def feed_epoch(pixels: Path) -> tuple[float, int]:
 
 def _rank(pixels: Path, rank: int, world_size: int, queue: Any) -> None:
     torch.set_num_threads(1)
-    data = ImageDataset.from_parquet(pixels, image_size=PICTURE.image_size, split="train")
+    data = ImageDataset.from_parquet(pixels, image_size=PREPROCESS.image_size, split="train")
     augment, found = Augment(AUGMENT), 0
     for step in range(len(data) // (BATCH * world_size)):
         batch = training_batch(
@@ -174,7 +174,7 @@ def _rank(pixels: Path, rank: int, world_size: int, queue: Any) -> None:
 
 
 def speed(sets: list[str], repeats: int, scratch: Path) -> dict[str, Any]:
-    """Rates in pictures a second, and ratios of what ran in one repeat."""
+    """Rates in images per second, and ratios of rates from the same repeat."""
     rounds = []
     for number in range(repeats):
         output = scratch / f"out{number}"
@@ -198,17 +198,17 @@ def speed(sets: list[str], repeats: int, scratch: Path) -> dict[str, Any]:
     middle = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
     spread = {n: [min(r[n] for r in rounds), max(r[n] for r in rounds)] for n in rounds[0]}
     return {
-        "pictures": report["promised"], "accepted": report["accepted"], "repeats": repeats,
+        "images": report["promised"], "accepted": report["accepted"], "repeats": repeats,
         "median": middle, "from_to": spread,
     }  # fmt: skip
 
 
-def _rate(seconds: float, pictures: int) -> float:
-    return pictures / seconds
+def _rate(seconds: float, images: int) -> float:
+    return images / seconds
 
 
 def _over(prepared: float, feeding: float, epochs: int) -> float:
-    """Pictures trained on a second, preprocessing once and feeding so many epochs."""
+    """Images trained on per second, when one preprocessing feeds so many epochs."""
     return epochs / (1 / prepared + epochs / feeding)
 
 
@@ -236,7 +236,7 @@ def memory(sets: list[str], times: int, scratch: Path) -> dict[str, Any]:
         home = scratch / f"x{count}"
         manifest = write_shards(copies(sets, count), home / "set", max_bytes=8_000_000)
         command = [sys.executable, __file__, "once", str(home / "set"), "--out", str(home / "out")]
-        found[count] = {"pictures": manifest.samples} | _peak(command)
+        found[count] = {"images": manifest.samples} | _peak(command)
     ratios = {
         f"{name} ratio": found[times][name] / found[1][name]
         for name in found[1]

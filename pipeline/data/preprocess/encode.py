@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 import torch
+from numpy.typing import NDArray
 
 from pipeline.config import CaptionEncoderConfig, EncodeConfig
 from pipeline.data.preprocess.store import fixed_width, parquet_files
@@ -226,8 +227,22 @@ def encode_captions(
             **_actor_options(),
         )
     output.mkdir(parents=True, exist_ok=True)
-    offsets, done = np.zeros(len(texts) + 1, np.int64), 0
-    with (output / "states.npy").open("wb") as out:
+    offsets = _write_states(encoded, output / "states.npy", texts, on_progress)
+    np.save(output / "offsets.npy", offsets)
+    (output / "captions.json").write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
+    return len(texts)
+
+
+def _write_states(
+    encoded: ray.data.Dataset, path: Path, texts: Sequence[str], on_progress: OnProgress | None
+) -> NDArray[np.int64]:
+    """Write the states of all captions one after another, as they come.
+
+    Returns:
+        int64 (captions + 1,): where each caption's states begin, and where the last ones end.
+    """
+    offsets, done, width = np.zeros(len(texts) + 1, np.int64), 0, 0
+    with path.open("wb") as out:
         batches = encoded.iter_batches(batch_size=None, batch_format="pyarrow")
         for batch in cast(Iterator[pa.Table], batches):
             end = done + batch.num_rows
@@ -237,16 +252,14 @@ def encode_captions(
             rows = batch["states"].to_pylist()
             if not done:
                 width = len(rows[0]) // (2 * int(lengths[0]))
-                _write_header(out, 0, width)
+                _write_header(out, 0, width)  # how many rows there are is known at the end
             out.writelines(rows)
             done = end
             _report(on_progress, done, len(texts))
         assert done == len(texts), f"{done} of {len(texts)} captions came back encoded"
         out.seek(0)
         _write_header(out, int(offsets[-1]), width)
-    np.save(output / "offsets.npy", offsets)
-    (output / "captions.json").write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
-    return len(texts)
+    return offsets
 
 
 def _write_header(out: BinaryIO, rows: int, width: int) -> None:

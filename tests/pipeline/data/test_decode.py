@@ -40,7 +40,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True})])
-def test_lossless_pictures_of_the_right_size_keep_every_pixel(kind: str, options: dict) -> None:
+def test_lossless_images_of_the_right_size_keep_every_pixel(kind: str, options: dict) -> None:
     image = noise(32, 32)
     found = decode(encoded(image, kind, **options), CONFIG)
     assert found.shape == (3, 32, 32) and found.dtype == np.uint8
@@ -87,7 +87,7 @@ def test_padding_is_white_and_cropping_keeps_the_centre() -> None:
 
 @pytest.mark.parametrize("size", [(90, 40), (41, 90), (64, 64), (20, 11)])
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
-def test_bands_give_the_pixels_of_the_whole_picture(
+def test_bands_give_the_pixels_of_the_whole_image(
     size: tuple[int, int], mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = noise(*size)
@@ -105,11 +105,11 @@ def test_bands_give_the_pixels_of_the_whole_picture(
 
 def test_a_random_crop_depends_on_key_and_seed_alone() -> None:
     image = Image.fromarray(np.tile(np.arange(128, dtype=np.uint8)[None, :, None], (32, 1, 3)))
-    picture = encoded(image)
+    file = encoded(image)
 
     def left(key: str, seed: int = 0) -> int:
         config = PreprocessConfig(image_size=32, square="random_crop", crop_seed=seed)
-        found = decode(picture, config, key=key)
+        found = decode(file, config, key=key)
         assert (np.diff(found[0, 0].astype(int)) == 1).all(), "32 neighbouring columns"
         return int(found[0, 0, 0])
 
@@ -156,10 +156,10 @@ def test_shrinking_is_antialiased() -> None:
 
 
 @pytest.mark.parametrize(
-    ("picture", "reason"),
+    ("file", "reason"),
     [
         (b"", "undecodable"),
-        (b"not a picture at all", "undecodable"),
+        (b"not an image at all", "undecodable"),
         (encoded(noise(32, 32), "GIF"), "undecodable"),
         (encoded(noise(32, 32), "BMP"), "undecodable"),
         (encoded(noise(64, 64))[:2000], "truncated"),
@@ -171,20 +171,20 @@ def test_shrinking_is_antialiased() -> None:
         (png_header(60_000, 60_000), "too_many_pixels"),
     ],
 )
-def test_what_cannot_be_used_says_why(picture: bytes, reason: str) -> None:
+def test_what_cannot_be_used_says_why(file: bytes, reason: str) -> None:
     with pytest.raises(BadImage) as caught:
-        decode(picture, CONFIG)
+        decode(file, CONFIG)
     assert caught.value.reason == reason
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(["PNG", "WEBP", "JPEG"]), st.data())
-def test_damaged_pictures_raise_nothing_but_bad_picture(kind: str, data: st.DataObject) -> None:
-    picture = bytearray(encoded(noise(24, 24), kind))
+def test_damaged_images_raise_nothing_but_bad_image(kind: str, data: st.DataObject) -> None:
+    file = bytearray(encoded(noise(24, 24), kind))
     for _ in range(8):
-        picture[data.draw(st.integers(0, len(picture) - 1))] = data.draw(st.integers(0, 255))
+        file[data.draw(st.integers(0, len(file) - 1))] = data.draw(st.integers(0, 255))
     try:
-        assert decode(bytes(picture), CONFIG).shape == (3, 32, 32)
+        assert decode(bytes(file), CONFIG).shape == (3, 32, 32)
     except BadImage as bad:
         assert bad.reason in {
             "undecodable",
@@ -196,7 +196,7 @@ def test_damaged_pictures_raise_nothing_but_bad_picture(kind: str, data: st.Data
 
 
 @pytest.mark.parametrize(("orientation", "corner"), [(1, (0, 0)), (3, (31, 31)), (6, (31, 0))])
-def test_odd_tags_do_not_keep_a_picture_from_being_turned(
+def test_odd_tags_do_not_keep_an_image_from_being_turned(
     orientation: int, corner: tuple[int, int]
 ) -> None:
     entries = struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def pixels(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
-    """150 pictures of 64 pixels per side in three files."""
+    """150 images of 64 pixels per side in three files."""
     folder = tmp_path_factory.mktemp("encode")
     write_shards(map(sample, range(150)), folder / "set", max_bytes=160_000)
     config = CONFIG.model_copy(update={"image_size": 64})

@@ -44,7 +44,7 @@ DATA = DataConfig(validation_fraction=0.1, test_fraction=0.2)
 CONFIG = PreprocessConfig(image_size=16, max_bad_fraction=1.0)
 
 
-def picture(seed: int, side: int = 24) -> bytes:
+def encoded_image(seed: int, side: int = 24) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "WEBP", lossless=True)
@@ -54,7 +54,7 @@ def picture(seed: int, side: int = 24) -> bytes:
 def sample(i: int, style: str = "noto") -> Sample:
     return Sample(
         key=f"{style}-{i:03d}",
-        image=picture(i + (0 if style == "noto" else 1000)),
+        image=encoded_image(i + (0 if style == "noto" else 1000)),
         extension="webp",
         captions=(Caption(f"thing {i}", "en"), Caption(f"东西 {i}", "zh")),
         group=f"g{i:03d}",
@@ -68,7 +68,7 @@ def sample(i: int, style: str = "noto") -> Sample:
 def encoded(**changes: Any) -> dict[str, Any]:
     """A sample as pipeline/data/preprocess/reader.py hands it over."""
     said = record("g") | changes.pop("said", {})
-    row = {"shard": "set/0.tar", "index": 0, "key": "k", "image": picture(0), "problem": None}
+    row = {"shard": "set/0.tar", "index": 0, "key": "k", "image": encoded_image(0), "problem": None}
     return row | {"record": json.dumps(said).encode()} | changes
 
 
@@ -248,8 +248,8 @@ def mixed() -> Iterator[Sample]:
     yield from map(sample, range(40))
     for i in range(40):
         yield sample(i, "twemoji")
-    yield replace(sample(1), key="bad-picture", image=picture(1)[:300])
-    yield replace(sample(2), key="bad-small", image=picture(2, side=8))
+    yield replace(sample(1), key="bad-image", image=encoded_image(1)[:300])
+    yield replace(sample(2), key="bad-small", image=encoded_image(2, side=8))
     yield replace(sample(3), key="bad-caption", captions=(Caption(" ", "en"),))
     yield replace(held_out(), key="leak", group=training_group())
 
@@ -274,7 +274,7 @@ class TestThroughRay:
         assert rows.schema.equals(PIXELS) and len(rows) == 80
         bad = pq.read_table(tmp_path / "a" / "quarantine").to_pylist()
         assert {row["key"]: row["reason"] for row in bad} == {
-            "bad-picture": "truncated",
+            "bad-image": "truncated",
             "bad-small": "too_small",
             "bad-caption": "empty_caption",
             "leak": "held_out_twin",

@@ -28,7 +28,7 @@ from pipeline.training.feed import training_batch
 
 
 def write(directory: Path, rows: int, size: int, files: int = 3) -> np.ndarray:
-    """Random pictures, keys against the order of the files; returns them by key."""
+    """Random images, keys against the order of the files; returns them by key."""
     directory.mkdir(parents=True, exist_ok=True)
     images = np.random.default_rng(0).integers(0, 256, (rows, 3, size, size), dtype=np.uint8)
     order = np.random.default_rng(1).permutation(rows)
@@ -66,7 +66,7 @@ def test_mapped_pixels_are_those_in_memory(tmp_path: Path, monkeypatch: pytest.M
     assert pq.read_table(tmp_path).num_rows == 200, "Parquet readers do not see it"
 
 
-def test_pictures_of_a_group_share_its_weight(tmp_path: Path) -> None:
+def test_images_of_a_group_share_its_weight(tmp_path: Path) -> None:
     write(tmp_path, 40, 8)
     for path in tmp_path.glob("*.parquet"):
         table = pq.read_table(path)
