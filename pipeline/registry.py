@@ -59,12 +59,21 @@ def load(kind: str, name: str) -> ModuleType:
 
     Raises:
         RecipeError: nothing of that name exists; the message lists what does.
-        PluginError: TESSERA_PLUGINS is wrong, or two files have the same name.
+        PluginError: TESSERA_PLUGINS is wrong, two files have the same name, or a plugin cannot be
+            imported.
     """
-    _path(kind, name)
+    path = _path(kind, name)
     package = importlib.import_module(PACKAGES[kind])
     package.__path__ = search_path(package.__name__)
-    return importlib.import_module(f"{package.__name__}.{name}")
+    try:
+        return importlib.import_module(f"{package.__name__}.{name}")
+    except Exception as error:
+        if path.is_relative_to(_ROOT):
+            raise
+        raise PluginError(
+            f"{path} cannot be imported: {type(error).__name__}: {error}. Mend the plugin, or take "
+            f"its directory out of {PLUGINS}"
+        ) from error
 
 
 def part(kind: str, name: str, constant: str) -> Any:

@@ -92,3 +92,14 @@ def test_a_plugin_that_is_not_python_is_named(toys: Path) -> None:
     (toys / "tasks" / "toy.py").write_text("def")
     with pytest.raises(PluginError, match=r"toy\.py is not Python"):
         registry.summary("tasks", "toy")
+
+
+def test_a_plugin_that_cannot_be_imported_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tasks").mkdir()
+    file = tmp_path / "tasks" / "hopeless.py"
+    file.write_text('"""A task that needs what is not there."""\nimport not_a_package\n')
+    monkeypatch.setenv(registry.PLUGINS, str(tmp_path))
+    with pytest.raises(PluginError, match=rf"{file} cannot be imported: ModuleNotFoundError"):
+        registry.load("tasks", "hopeless")

@@ -19,7 +19,7 @@ from pipeline.config.section import Config
 from pipeline.contracts import Family, GenerationRequest, ModelParts, ModelSpec, OnStep
 from pipeline.images.pixels import to_uint8
 from pipeline.models.decoding import sampling
-from pipeline.models.decoding.requests import check_requests
+from pipeline.models.decoding.requests import resolve_requests
 from pipeline.objective import GeneratorNetwork, Objective
 from pipeline.runtime import autocast
 from pipeline.text.caption_encoder import masked_mean
@@ -103,17 +103,17 @@ class IndependentGenerator:
     def generate(
         self, requests: Sequence[GenerationRequest], *, on_step: OnStep | None = None
     ) -> Tensor:
-        settings = check_requests(
+        resolved = resolve_requests(
             requests, self.config, self.styles, fixed_steps=1, guidance_scale=1.0
         )
-        style = torch.tensor([self.model.no_style if s is None else s for s in settings.styles])
-        states, mask = self.read_captions(settings.prompts)
+        styles = [r.style_id for r in resolved]
+        states, mask = self.read_captions([r.prompt for r in resolved])
         device = self.parts.device
         with autocast(device):
-            logits = self.model(*(x.to(device) for x in (states, mask, style))).cpu()
+            logits = self.model(*(x.to(device) for x in (states, mask, torch.tensor(styles)))).cpu()
             tokens = [
-                torch.multinomial(row.softmax(-1), 1, generator=sampling.noise_of(seed))[:, 0]
-                for row, seed in zip(logits, settings.seeds, strict=True)
+                torch.multinomial(row.softmax(-1), 1, generator=sampling.seeded_rng(r.seed))[:, 0]
+                for row, r in zip(logits, resolved, strict=True)
             ]
             drawn = self.parts.tokenizer.decode(torch.stack(tokens).to(device))
         return to_uint8(drawn).cpu()
