@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import corpus
 import numpy as np
@@ -27,6 +27,7 @@ from pipeline.config import DataConfig, PreprocessConfig
 from pipeline.contracts import Caption, Sample
 from pipeline.data.preprocess.decode import decode
 from pipeline.data.preprocess.job import _plan_shards, preprocess
+from pipeline.data.preprocess.reader import EncodedSample
 from pipeline.data.preprocess.report import (
     check_bad_fraction,
     check_counts,
@@ -65,11 +66,18 @@ def sample(i: int, style: str = "noto") -> Sample:
     )
 
 
-def encoded(**changes: Any) -> dict[str, Any]:
+def encoded(**changes: Any) -> EncodedSample:
     """A sample as pipeline/data/preprocess/reader.py hands it over."""
     said = record("g") | changes.pop("said", {})
-    row = {"shard": "set/0.tar", "index": 0, "key": "k", "image": encoded_image(0), "problem": None}
-    return row | {"record": json.dumps(said).encode()} | changes
+    sample: EncodedSample = {
+        "shard": "set/0.tar",
+        "index": 0,
+        "key": "k",
+        "image": encoded_image(0),
+        "record": json.dumps(said).encode(),
+        "problem": None,
+    }
+    return cast(EncodedSample, sample | changes)
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -94,7 +102,7 @@ def files(folder: Path) -> dict[str, str]:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_one_row_never_raises(row: dict[str, Any], outcome: str) -> None:
+def test_one_row_never_raises(row: EncodedSample, outcome: str) -> None:
     found = RowDecoder(frozenset({"g", "x"}), DATA, CONFIG).row(row)
     assert (found["outcome"], found["key"], found["shard"]) == (outcome, "k", "set/0.tar")
     assert ("image" in found) == (outcome == "accepted")
@@ -267,7 +275,7 @@ def training_group() -> str:
 class TestThroughRay:
     def test_pixels_quarantine_and_report(self, tmp_path: Path) -> None:
         write_shards(mixed(), tmp_path / "set", max_bytes=60_000)
-        arguments = {"data": DATA, "config": CONFIG}
+        arguments: dict[str, Any] = {"data": DATA, "config": CONFIG}
         report = preprocess([str(tmp_path / "set")], tmp_path / "a", **arguments)
         assert (report.promised, report.accepted, report.quarantined) == (84, 80, 4)
         rows = pq.read_table(tmp_path / "a" / "pixels")
@@ -287,7 +295,9 @@ class TestThroughRay:
         assert {p.name for p in tmp_path.iterdir()} == {"set", "a", "b"}, "nothing half done stays"
 
     @staticmethod
-    def check_row(rows: pa.Table, splits: dict, split_groups: dict) -> None:
+    def check_row(
+        rows: pa.Table, splits: dict[str, dict[str, int]], split_groups: dict[str, int]
+    ) -> None:
         row = next(row for row in rows.to_pylist() if row["key"] == "noto-007")
         assert len(row["image"]) == 3 * 16 * 16 and row["captions"][1]["text"] == "东西 7"
         by_group: dict[str, set[str]] = {}
@@ -382,7 +392,7 @@ class TestThroughRay:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         write_shards(mixed(), tmp_path / "set", max_bytes=60_000)
-        arguments = {"data": DATA, "config": CONFIG}
+        arguments: dict[str, Any] = {"data": DATA, "config": CONFIG}
         preprocess([str(tmp_path / "set")], tmp_path / "whole", **arguments)
 
         def full(*_: object, **__: object) -> None:

@@ -47,10 +47,14 @@ def write(directory: Path, rows: int, size: int, files: int = 3) -> np.ndarray:
 
 def test_mapped_pixels_are_those_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = write(tmp_path, 200, 8)
-    settings = {"image_size": 8, "split": "train", "image_filter": ImageFilter(styles=("odd",))}
-    here = ImageDataset.from_parquet(tmp_path, **settings)
+
+    def read() -> ImageDataset:
+        odd = ImageFilter(styles=("odd",))
+        return ImageDataset.from_parquet(tmp_path, image_size=8, split="train", image_filter=odd)
+
+    here = read()
     monkeypatch.setattr(store, "IN_MEMORY_BYTES", 0)
-    there = ImageDataset.from_parquet(tmp_path, **settings)
+    there = read()
     assert isinstance(there.images, MappedRows) and isinstance(here.images, np.ndarray)
     wanted = images[[i for i in range(200) if i % 2 and i % 5]]
     np.testing.assert_array_equal(here.images, wanted)
@@ -61,7 +65,7 @@ def test_mapped_pixels_are_those_in_memory(tmp_path: Path, monkeypatch: pytest.M
         ]
         assert torch.equal(*batches)
     before = flat_file(tmp_path, "image").stat().st_mtime_ns
-    ImageDataset.from_parquet(tmp_path, **settings)
+    read()
     assert flat_file(tmp_path, "image").stat().st_mtime_ns == before, "written once"
     assert pq.read_table(tmp_path).num_rows == 200, "Parquet readers do not see it"
 

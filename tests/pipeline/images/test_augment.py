@@ -68,7 +68,8 @@ def test_the_result_does_not_depend_on_the_number_of_workers(
 def test_seeds_come_from_the_global_generator_unless_given(images: Tensor) -> None:
     def drawn(seed: int) -> Tensor:
         torch.manual_seed(seed)
-        return Augment(ALL)(images)
+        found: Tensor = Augment(ALL)(images)
+        return found
 
     assert torch.equal(drawn(1), drawn(1)) and not torch.equal(drawn(1), drawn(2))
 
