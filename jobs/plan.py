@@ -16,7 +16,7 @@ from rich.table import Table
 
 from pipeline.chain.plan import Plan, resolve
 from pipeline.chain.preflight import check, disk_mb
-from pipeline.chain.workflow import plan_statuses
+from pipeline.chain.workflow import plan_statuses, waiting_steps
 from pipeline.config import Recipe
 from pipeline.tracking.steps import StepStatus
 
@@ -42,7 +42,7 @@ def preview(recipe: Recipe, home: Path) -> Preview:
     """
     plan = resolve(recipe, home)
     steps = plan_statuses(plan)
-    waiting = {status.name for status in steps if status.state == "to do"}
+    waiting = waiting_steps(plan)
     if waiting:
         check(plan)
     costs = disk_mb(plan) if waiting else {}

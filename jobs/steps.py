@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.chain.plan import resolve
+from pipeline.chain.plan import Plan, resolve
 from pipeline.chain.table import aligner_of, bundles_of, pixels_of, tokenizer_of
 from pipeline.chain.workflow import Session, opened
 from pipeline.config import Recipe
@@ -43,7 +43,7 @@ def _train(session: Session) -> dict[str, Any]:
         trained = session.run(candidate.step)[candidate.step]
         return {"path": str(trained.bundle), **trained.values}
     judged = session.judge()
-    results = session.run()
+    results = session.results
     winner = results[plan.candidates[judged.winner].step]
     return {
         "path": str(winner.bundle),
@@ -79,5 +79,19 @@ def run_step(
     Raises:
         TesseraError: something the user can mend; finished steps are kept.
     """
-    with opened(resolve(recipe, home), reporter, debug=debug) as session:
+    plan = resolve(recipe, home)
+    with opened(plan, reporter, *targets_of(name, plan), debug=debug) as session:
         return STEPS[name](session)
+
+
+def targets_of(name: str, plan: Plan) -> tuple[str, ...]:
+    """The steps that one of STEPS asks for; none stands for all."""
+    if name == "preprocess":
+        return ("preprocess",)
+    if name == "pretrain" and plan.tokenizer.trains:
+        return ("tokenizer",)
+    if name == "align" and plan.aligner is None:
+        return ("aligner",)
+    if name == "train" and not plan.recipe.candidates:
+        return tuple(candidate.step for candidate in plan.candidates.values())
+    return ()

@@ -171,7 +171,8 @@ class Canvas:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One image to generate. It depends on its own request alone, not on the rest of its batch.
+    """One image to generate. It depends on its own request alone, not on the rest of its batch: on
+    CPUs to the bit (README.md names the exceptions).
 
     Attributes:
         prompt: what the image shows, in any language that the caption encoder reads; it may be
@@ -495,6 +496,7 @@ class Family(Protocol):
         states."""
         return None
 
+    @abstractmethod
     def build(self, config: GeneratorConfig, spec: ModelSpec) -> GeneratorNetwork:
         """The network, freshly initialised.
 
@@ -503,10 +505,12 @@ class Family(Protocol):
         """
         ...
 
+    @abstractmethod
     def objective(self, model: Any, config: GeneratorConfig) -> Objective:
         """The losses that `model`, which `build` made, is trained by."""
         ...
 
+    @abstractmethod
     def generator(
         self, model: Any, config: GeneratorConfig, spec: ModelSpec, parts: ModelParts
     ) -> ImageGenerator:

@@ -11,8 +11,8 @@ makes the table of its steps, `pipeline.chain.workflow` runs them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -100,9 +100,10 @@ class Candidate:
 
     Attributes:
         name: the recipe's name for it; "candidate" where there is only one.
-        section: of the recipe, for messages.
+        section: of the recipe; names it in messages, and its step.
         config: complete, with what it takes from the base.
-        spec: the sizes of its network; its styles are those that the shards promise.
+        spec: the sizes of its network. Its styles are those that the shards promise; training keeps
+            those of them that preprocessing accepted images of (`Plan.spec`).
         language_model: where the pretrained language model lies that its network is built around,
             or the base's text tokenizer.
     """
@@ -174,11 +175,21 @@ class Plan:
         else:
             wanted = load_family(config.family).language_model(config)
             language_model = find_language_model(wanted, cache=self.cache) if wanted else None
-        styles = config.data.kept(self.styles)
-        spec = make_spec(
-            self.tokenizer.shape(), self.encoder.width, styles, self.base, config, language_model
-        )
+        spec = self.spec(config, self.styles, language_model)
         return Candidate(name, section, config, spec, language_model)
+
+    def spec(
+        self, config: GeneratorConfig, styles: Collection[str], language_model: str | None
+    ) -> ModelSpec:
+        """The sizes of a generator that learns those of `styles` which its section keeps.
+
+        Raises:
+            RecipeError: more styles than places.
+        """
+        return make_spec(
+            self.tokenizer.shape(), self.encoder.width, config.data.kept(styles), self.base, config,
+            language_model,
+        )  # fmt: skip
 
 
 def resolve(recipe: Recipe, home: Path) -> Plan:
@@ -212,7 +223,7 @@ def resolve(recipe: Recipe, home: Path) -> Plan:
         )
         for name, config in recipe.generators.items()
     }
-    return Plan(**{**vars(plan), "candidates": candidates})
+    return replace(plan, candidates=candidates)
 
 
 def given_inputs(plan: Plan) -> dict[str, str]:

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 from pipeline.artifacts import bundle_digest, file_digest
 from pipeline.bundles.registry import ResolvedModel
 from pipeline.chain.plan import Candidate, Plan, given_inputs
-from pipeline.chain.shapes import make_spec
 from pipeline.config import PreprocessConfig
 from pipeline.data.preprocess.report import check_bad_fraction
 from pipeline.evaluation import reports
@@ -224,7 +223,8 @@ def generator_step(plan: Plan, candidate: Candidate) -> Step:
 def generator_inputs(plan: Plan, candidate: Candidate) -> tuple[tuple[str, ...], dict[str, str]]:
     """What a generator is trained on: the steps it needs, and digests of what no step makes."""
     reads = "tokens" if candidate.family.reads == "image_tokens" else "preprocess"
-    needs = (reads, *(["tokenizer"] if plan.tokenizer.trains else []), "captions")
+    trained = ["tokenizer"] if plan.tokenizer.trains else []
+    needs = tuple(dict.fromkeys(["preprocess", reads, *trained, "captions"]))
     known = given_inputs(plan)
     if candidate.language_model:
         known["language_model"] = content_digest(candidate.language_model, cache=plan.cache)
@@ -259,10 +259,7 @@ def generator_task(plan: Plan, candidate: Candidate, results: Results) -> Genera
     reads_tokens = candidate.family.reads == "image_tokens"
     return GeneratorTask(
         config=candidate.config,
-        spec=make_spec(
-            plan.tokenizer.shape(), encoder.width, candidate.config.data.kept(found), plan.base,
-            candidate.config, candidate.language_model,
-        ),
+        spec=plan.spec(candidate.config, found, candidate.language_model),
         sample_prompts=KnownCaptions.of(encoder, (*SAMPLE_PROMPTS, "")),
         tokenizer=tokenizer,
         images=results["tokens"].path / "data" if reads_tokens else pixels,

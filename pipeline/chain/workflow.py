@@ -104,6 +104,11 @@ class Session:
         """Do these steps and those they need; returns all results so far, by step."""
         return self.workspace.run(self.table, *steps)
 
+    @property
+    def results(self) -> dict[str, StepResult]:
+        """Of the steps done so far, by step."""
+        return self.run()
+
     def judge(self) -> Judged:
         """Train and evaluate all candidates, and choose the one that goes to the gate."""
         plan, results = self.plan, self.run(*evaluation_needs(self.plan))
@@ -121,14 +126,17 @@ class Session:
 
 
 @contextmanager
-def opened(plan: Plan, reporter: Reporter, *, debug: bool = False) -> Iterator[Session]:
+def opened(plan: Plan, reporter: Reporter, *targets: str, debug: bool = False) -> Iterator[Session]:
     """Check the plan if there is work to do, lock its home directory and open a parent run.
+
+    Args:
+        targets: the steps that will be asked for; none stands for all.
 
     Raises:
         TesseraError: as `preflight.check`; another run holds the home directory; there is too
             little disk space.
     """
-    check_to_do(plan)
+    check_to_do(plan, *targets)
     tracker = Tracker(plan.home, plan.recipe.tracking.sinks)
     with exclusive(plan.home), tracker.run(plan.recipe.name) as parent:
         with RunLogger(parent) as logger:
@@ -147,16 +155,21 @@ def opened(plan: Plan, reporter: Reporter, *, debug: bool = False) -> Iterator[S
             workspace.close()
 
 
-def check_to_do(plan: Plan) -> None:
-    """Check the plan and the disk space, unless every step is done.
+def waiting_steps(plan: Plan, *targets: str) -> list[str]:
+    """The training steps that are not done, of the targets and those they need; without targets of
+    all."""
+    table = training_steps(plan)
+    found, _ = statuses(table, targets or table, plan.home)
+    return [status.name for status in found if status.state == "to do"]
+
+
+def check_to_do(plan: Plan, *targets: str) -> None:
+    """Check the plan, and the disk space that the waiting steps take, if any is waiting.
 
     Raises:
         TesseraError: the plan cannot be carried out.
     """
-    table = training_steps(plan)
-    found, _ = statuses(table, table, plan.home)
-    waiting = [status.name for status in found if status.state == "to do"]
-    if waiting:
+    if waiting := waiting_steps(plan, *targets):
         from pipeline.chain.preflight import check, disk_mb  # builds networks: seconds to import
 
         check(plan)
@@ -172,7 +185,7 @@ def run_steps(
     Raises:
         TesseraError: something the user can mend; finished steps are kept.
     """
-    with opened(plan, reporter, debug=debug) as session:
+    with opened(plan, reporter, *steps, debug=debug) as session:
         return session.run(*steps)
 
 
@@ -184,7 +197,7 @@ def retrain(plan: Plan, reporter: Reporter, *, debug: bool = False) -> Outcome:
     """
     with opened(plan, reporter, debug=debug) as session:
         judged = session.judge()
-        results, parent = session.run(), session.workspace.parent
+        results, parent = session.results, session.workspace.parent
         bundle = results[plan.candidates[judged.winner].step].bundle
         found = dict(judged.reports)
         if plan.recipe.candidates:

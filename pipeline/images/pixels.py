@@ -1,6 +1,7 @@
 """Pixels between their forms: uint8 tensors, float tensors in [-1, 1], Pillow images and PNG files.
 
-The range of pixel values and the filter that resizes are defined here and nowhere else.
+The range of pixel values, and the filter that brings training and evaluation images to a size, are
+defined here and nowhere else (`resize`, `resize_batch`).
 
     floats = to_float(pixels)        # uint8 (B, 3, H, W) -> float32 in [-1, 1]
     pixels = to_uint8(floats)        # and back, rounded

@@ -1,9 +1,9 @@
 """Steps: pure functions of their settings and their inputs' contents, each done once.
 
 A chain is a table of `Step`s. A step's key is the sha256 of its name, its version, its settings and
-its inputs' digests; its results lie in HOME/steps/NAME-KEY. A finished step left a DONE.json and is
-skipped; an interrupted one is run again in the same directory, where a training finds its
-checkpoints and goes on.
+its inputs' digests; its results lie in HOME/steps/NAME-KEY, of the key the first 12 digits. A
+finished step left a DONE.json and is skipped; an interrupted one is run again in the same
+directory, where a training finds its checkpoints and goes on.
 
     table = {step.name: step for step in (preprocess, tokenizer, tokens)}
     results = workspace.run(table, "tokens")      # and what it needs
@@ -55,7 +55,8 @@ class StepResult:
         path: its directory.
         digest: names its content: the digest of the model it made, else its key.
         values: what its work returned, JSON.
-        seconds: how long the work took, whenever it was done.
+        seconds: how long the work took, whenever it was done; of a step that was interrupted, the
+            last attempt alone.
     """
 
     name: str
@@ -223,7 +224,8 @@ class Workspace:
             logger.params(flat({"settings": step.settings, "inputs": inputs}))
             logger.close()  # the step's workers write meanwhile
             report = lambda progress: self.reporter.progress(step.name, progress)  # noqa: E731
-            values = step.work(StepContext(path, handle, report, dict(self._results)))
+            needed = {name: self._results[name] for name in step.needs}
+            values = step.work(StepContext(path, handle, report, needed))
             seconds = time.monotonic() - began
             numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
             logger.metrics(numbers | {"seconds": seconds})

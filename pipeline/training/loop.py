@@ -8,7 +8,7 @@ is a network with its losses, and its data. The loop knows nothing else of what 
 The random numbers of a step are seeded by (seed, step, rank), and its rows by (seed, step). So a
 training that was killed and is started again with the same storage and name continues from its last
 checkpoint as if it had not stopped: to the bit on CPUs, but for roundings on GPUs, which may choose
-other kernels.
+other kernels. With a time limit the schedule follows the clock, and so no two trainings are alike.
 """
 
 from __future__ import annotations
@@ -148,7 +148,8 @@ def fit(
     if config.restore == "best":
         best = result.get_best_checkpoint("validation_loss", "min")
         kept = result.best_checkpoints or ()
-        chosen, metrics = next((c, m) for c, m in kept if best is not None and c.path == best.path)
+        assert best is not None, "a training reports before it ends"
+        chosen, metrics = next((c, m) for c, m in kept if c.path == best.path)
     assert chosen is not None and metrics is not None, "a training reports before it ends"
     return TrainResult(Path(chosen.path), {k: v for k, v in metrics.items() if _is_number(v)})
 
@@ -203,7 +204,8 @@ def _first_cause(error: Exception) -> TesseraError:
         for cause in (failure, getattr(failure, "cause", None)):
             if isinstance(cause, TesseraError):
                 return cause
-    text = "; ".join(str(f).strip().splitlines()[-1] for f in failures.values()) or str(error)
+    lines = [str(failure).strip().splitlines()[-1:] for failure in failures.values()]
+    text = "; ".join(line for last in lines for line in last) or str(error)
     if "out of memory" in text.lower():
         return TrainingError(
             f"a worker ran out of memory: {text}. Lower train.batch_size, or raise "

@@ -88,7 +88,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
 def measure(session: Session) -> dict[str, dict[str, Any]]:
     """What training and evaluation found, by candidate."""
     found = {}
-    judged, results = session.judge(), session.run()
+    judged, results = session.judge(), session.results
     for name, report in judged.reports.items():
         if name not in session.plan.candidates:
             print(json.dumps({"floor": name, **_metrics(report)}), flush=True)

@@ -122,7 +122,8 @@ def _norm(x: Tensor) -> Tensor:
 
 
 class MaskedTransformer(GeneratorNetwork):
-    """Image tokens with holes, a caption and a style -> logits of the hidden tokens."""
+    """Image tokens with holes, a caption and a style -> features of all tokens, and `logits` of
+    those that are asked for."""
 
     def __init__(self, config: GeneratorConfig, spec: ModelSpec) -> None:
         super().__init__()
@@ -285,7 +286,7 @@ class MaskedGenerator:
     """contracts.SteppedGenerator: parallel decoding with classifier-free guidance.
 
     Args:
-        model: the network; later changes to it are not seen once an image is decoded.
+        model: the network; do not change its weights once an image is decoded.
         config: its section of the recipe.
         spec: its sizes.
         parts: the tokenizer, the caption encoder and the device.
