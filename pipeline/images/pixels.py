@@ -1,4 +1,4 @@
-"""Pixels between their forms: uint8 tensors, float tensors in [-1, 1], Pillow images and PNG files.
+"""Pixels between their forms (uint8, float in [-1, 1], Pillow, PNG), and how images are resized.
 
 The range of pixel values, and the filter that brings training and evaluation images to a size, are
 defined here and nowhere else (`resize`, `resize_batch`).

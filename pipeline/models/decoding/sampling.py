@@ -22,7 +22,9 @@ GREEDY = 1e-4
 def cosine_mask_ratio(progress: Tensor) -> Tensor:
     """The share of tokens still masked at `progress` in [0, 1]: 1 at 0, 0 at 1.
 
-    Chang et al. 2022, MaskGIT (arXiv 2202.04200), sec. 3.3: gamma(r) = cos(pi r / 2).
+    Chang et al. 2022, MaskGIT (arXiv 2202.04200), sec. 3.3: gamma(r) = cos(pi r / 2). Training's
+    masks (`random_masks`) and parallel decoding (`parallel._num_hidden`) both follow it; another
+    schedule belongs beside it, with a setting of `models/masked.py` to choose.
     """
     return torch.cos(progress * math.pi / 2)
 
