@@ -153,8 +153,8 @@ class MaskedTransformer(GeneratorNetwork):
             for _ in range(config.caption_depth)
         ]
         self.caption_blocks = nn.ModuleList(layer)
-        modulation = nn.Linear(width, 6 * width)
-        self.condition = nn.Sequential(nn.Linear(width, width), nn.SiLU(), modulation)
+        hidden, modulation = nn.Linear(width, width), nn.Linear(width, 6 * width)
+        self.condition = nn.Sequential(hidden, nn.SiLU(), modulation)
         nn.init.zeros_(modulation.weight)
         self.blocks = nn.ModuleList(
             Block(width, config.heads, config.dropout) for _ in range(config.depth)
