@@ -15,13 +15,15 @@ def _on_a_file_system(home: Path) -> Path:
     """The home directory, which must not be a URI: Path would take that for a relative directory.
 
     Raises:
-        ResourceError: `home` is a URI.
+        ResourceError: `home` is a URI or a file.
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(home)):
         raise ResourceError(
             f"--home={home}: the home directory must lie on a file system (on a cluster a shared "
             "one, mounted on every node); object stores are for shards alone"
         )
+    if home.exists() and not home.is_dir():
+        raise ResourceError(f"--home={home} is a file: name a directory, which need not exist yet")
     return home
 
 

@@ -137,13 +137,13 @@ class GeneratorConfig(ChoiceConfig):
     @field_validator("family")
     @classmethod
     def _family_exists(cls, family: str) -> str:
-        registry.load("models", family)
+        registry.part("models", family, "FAMILY")
         return family
 
     @classmethod
     def section_of(cls, name: str) -> type[Config]:
         """See `contracts.Family.options`."""
-        options: type[Config] = registry.load("models", name).FAMILY.options
+        options: type[Config] = registry.part("models", name, "FAMILY").options
         return options
 
 
@@ -280,7 +280,7 @@ class Recipe(Config):
                 f"generator.train.max_steps={steps}: no trial could ever be stopped"
             )
         section = {"generator": stated(self.generator)}
-        unsearchable = registry.load("models", self.generator.family).FAMILY.unsearchable
+        unsearchable = registry.part("models", self.generator.family, "FAMILY").unsearchable
         for key, space in self.tune.space.items():
             if reason := unsearchable.get(key.removeprefix("generator.")):
                 raise ValueError(f"tune.space: {key!r} cannot be searched: {reason}")

@@ -79,7 +79,7 @@ class TokenizerConfig(ChoiceConfig):
     @classmethod
     def section_of(cls, name: str) -> type[Config]:
         """See `contracts.TokenizerKind.options`."""
-        options: type[Config] = registry.load("tokenizers", name).TOKENIZER.options
+        options: type[Config] = registry.part("tokenizers", name, "TOKENIZER").options
         return options
 
     @field_validator("name")

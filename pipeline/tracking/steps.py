@@ -28,7 +28,7 @@ from typing import Any, Literal, Protocol
 
 from pipeline.artifacts import bundle_digest, publishing
 from pipeline.config.section import Config
-from pipeline.errors import ResourceError
+from pipeline.errors import BundleError, ResourceError
 from pipeline.progress import OnProgress, Progress
 from pipeline.tracking.runs import RunHandle, RunLogger, Tracker
 
@@ -134,9 +134,9 @@ class Step:
         """What it left when it was done before with these settings and inputs; None if it was
         not."""
         path = self.path(home, results)
-        if not (path / DONE).is_file():
+        record = _record(path / DONE)
+        if record is None or not _is_whole(path, record):
             return None
-        record = json.loads((path / DONE).read_text())
         return self._result(path, results, record["values"], record["seconds"])
 
     def _result(
@@ -230,13 +230,15 @@ class Workspace:
             numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
             logger.metrics(numbers | {"seconds": seconds})
             logger.close()
+        result = step._result(path, self._results, values, seconds)
         record = {
             "key": step.key(self._results), "seconds": seconds, "values": values,
             "version": step.version, "settings": step.settings, "inputs": inputs,
+            "bundle": result.digest if result.bundle.is_dir() else None,
         }  # fmt: skip
         with publishing(path / DONE) as file:
             file.write_text(json.dumps(record, indent=2))
-        return step._result(path, self._results, values, seconds)
+        return result
 
 
 def in_order(table: Mapping[str, Step], targets: Iterable[str]) -> list[str]:
@@ -295,11 +297,31 @@ def _status(step: Step, results: Results, home: Path) -> StepStatus:
         known = {name: results[name].digest for name in step.needs if name in results}
         return StepStatus(step.name, "to do", why, None, {**step.inputs, **known})
     path, inputs = step.path(home, results), step.all_inputs(results)
+    if result := step.finished(home, results):
+        return StepStatus(step.name, "done", f"in {result.seconds:.0f} s", path, inputs)
     if (path / DONE).is_file():
-        seconds = json.loads((path / DONE).read_text())["seconds"]
-        return StepStatus(step.name, "done", f"in {seconds:.0f} s", path, inputs)
-    why = "was interrupted and goes on" if path.is_dir() else _changes(step, inputs, home)
+        why = "was done, but its result was removed or altered"
+    else:
+        why = "was interrupted and goes on" if path.is_dir() else _changes(step, inputs, home)
     return StepStatus(step.name, "to do", why, path, inputs)
+
+
+def _record(file: Path) -> dict[str, Any] | None:
+    """What a finished step left; None if there is nothing, or nothing that can be read."""
+    try:
+        record = json.loads(file.read_text())
+        return record if record["values"] is not None and record["seconds"] >= 0 else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_whole(path: Path, record: Mapping[str, Any]) -> bool:
+    """Whether the model that the step made is there as it was made."""
+    wanted = record.get("bundle")
+    try:
+        return wanted is None or bundle_digest(path / BUNDLE) == wanted
+    except BundleError:
+        return False
 
 
 def _changes(step: Step, inputs: Mapping[str, str], home: Path) -> str:
@@ -310,8 +332,8 @@ def _changes(step: Step, inputs: Mapping[str, str], home: Path) -> str:
     )
     if not records:
         return "was never done"
-    record = json.loads(records[-1].read_text())
-    if "settings" not in record:  # left by a version of Tessera whose keys were others
+    record = _record(records[-1])
+    if record is None or "settings" not in record:  # versions of Tessera with other keys left none
         return "was done by an earlier version of Tessera"
     before = flat({"settings": record["settings"], "input": record["inputs"]})
     now = flat({"settings": json.loads(json.dumps(step.settings)), "input": inputs})

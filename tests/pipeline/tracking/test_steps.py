@@ -150,3 +150,30 @@ def test_settings_at_their_defaults_stay_out_of_keys() -> None:
     assert step_settings(elsewhere) != step_settings(in_place)
     stated = GeneratorConfig.model_validate({"gan": {}, "causal": {"top_k": 5}})
     assert step_settings(stated.completed()) == step_settings(GeneratorConfig().completed())
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]", '{"values": null, "seconds": null}'])
+def test_a_damaged_record_is_work_to_do(run: Callable[..., Any], tmp_path: Path, text: str) -> None:
+    results, _, _ = run(table())
+    (results["numbers"].path / DONE).write_text(text)
+    assert "removed or altered" in why(table(), tmp_path)["numbers"]
+    _, skipped, _ = run(table())
+    assert skipped == {"numbers": False, "total": True}
+
+
+def test_a_model_that_was_removed_or_altered_is_made_again(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    def train(context: StepContext) -> dict[str, Any]:
+        (context.path / "bundle").mkdir(exist_ok=True)
+        (context.path / "bundle" / "config.json").write_text("{}")
+        return {}
+
+    steps = {"total": Step("total", train, settings={})}
+    results, _, _ = run(steps)
+    config = results["total"].bundle / "config.json"
+    for damage in (lambda: config.write_text("{ }"), lambda: config.unlink()):
+        assert run(steps)[1] == {"total": True}
+        damage()
+        assert "removed or altered" in why(steps, tmp_path)["total"]
+        assert run(steps)[1] == {"total": False}
