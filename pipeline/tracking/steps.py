@@ -135,9 +135,13 @@ class Step:
         not."""
         path = self.path(home, results)
         record = _record(path / DONE)
-        if record is None or not _is_whole(path, record):
+        if record is None:
             return None
-        return self._result(path, results, record["values"], record["seconds"])
+        try:
+            result = self._result(path, results, record["values"], record["seconds"])
+        except BundleError:  # its model was removed
+            return None
+        return result if record.get("bundle") in (None, result.digest) else None
 
     def _result(
         self, path: Path, results: Results, values: dict[str, Any], seconds: float
@@ -281,29 +285,28 @@ def statuses(
     results: dict[str, StepResult] = {}
     found = []
     for name in in_order(table, targets):
-        status = _status(table[name], results, home)
+        status, result = _status(table[name], results, home)
         found.append(status)
-        if status.state == "done":
-            result = table[name].finished(home, results)
-            assert result is not None
+        if result is not None:
             results[name] = result
     return found, results
 
 
-def _status(step: Step, results: Results, home: Path) -> StepStatus:
+def _status(step: Step, results: Results, home: Path) -> tuple[StepStatus, StepResult | None]:
+    """A step's status, and its result if it is done."""
     missing = [name for name in step.needs if name not in results]
     if missing:
         why = f"needs {', '.join(missing)}"
         known = {name: results[name].digest for name in step.needs if name in results}
-        return StepStatus(step.name, "to do", why, None, {**step.inputs, **known})
+        return StepStatus(step.name, "to do", why, None, {**step.inputs, **known}), None
     path, inputs = step.path(home, results), step.all_inputs(results)
     if result := step.finished(home, results):
-        return StepStatus(step.name, "done", f"in {result.seconds:.0f} s", path, inputs)
+        return StepStatus(step.name, "done", f"in {result.seconds:.0f} s", path, inputs), result
     if (path / DONE).is_file():
         why = "was done, but its result was removed or altered"
     else:
         why = "was interrupted and goes on" if path.is_dir() else _changes(step, inputs, home)
-    return StepStatus(step.name, "to do", why, path, inputs)
+    return StepStatus(step.name, "to do", why, path, inputs), None
 
 
 def _record(file: Path) -> dict[str, Any] | None:
@@ -313,15 +316,6 @@ def _record(file: Path) -> dict[str, Any] | None:
         return record if record["values"] is not None and record["seconds"] >= 0 else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _is_whole(path: Path, record: Mapping[str, Any]) -> bool:
-    """Whether the model that the step made is there as it was made."""
-    wanted = record.get("bundle")
-    try:
-        return wanted is None or bundle_digest(path / BUNDLE) == wanted
-    except BundleError:
-        return False
 
 
 def _changes(step: Step, inputs: Mapping[str, str], home: Path) -> str:
