@@ -555,13 +555,45 @@ class EvalReport:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What one rule of the promotion gate says of a candidate.
+
+    Attributes:
+        rule: the kind of rule; "judges": whether any judge is valid, "chance": that a model without
+            a predecessor is better than shuffled captions.
+        metric: what the rule is about; empty for "judges".
+        outcome: "skipped" rules neither help nor refuse.
+        reason: one sentence, numbers included.
+        before, after: the metric of what the candidate must beat, and of the candidate.
+        gain: of the candidate, above zero where it is better, with the interval of probability
+            `level` that the rule was tested by.
+        level: of the gain's interval, in (0, 1), corrected for the number of rules.
+        needed: what the gain is compared with; in a limit, what `after` is compared with.
+        images: how many the metric is of.
+    """
+
+    rule: Literal["judges", "chance", "improve", "keep", "limit", "slice"]
+    metric: str
+    outcome: Literal["yes", "no", "skipped"]
+    reason: str
+    before: float | None = None
+    after: float | None = None
+    gain: Interval | None = None
+    level: float | None = None
+    needed: float | None = None
+    images: int = 0
+
+
+@dataclass(frozen=True)
 class Decision:
     """Whether the candidate becomes champion, and why.
 
     Attributes:
         promoted: True if the candidate becomes champion.
-        reasons: one sentence per rule, numbers included.
+        reasons: a summary, then one sentence per rule, numbers included.
+        verdicts: one per rule and slice.
     """
 
     promoted: bool
     reasons: tuple[str, ...]
+    verdicts: tuple[Verdict, ...] = ()

@@ -18,7 +18,7 @@ from pipeline.artifacts import bundle_digest
 from pipeline.bundles.bundle import read_bundle
 from pipeline.bundles.registry import ModelRegistry, ResolvedModel
 from pipeline.chain.plan import Plan
-from pipeline.chain.promotion import choose, decide
+from pipeline.chain.report_gate import choose, decide
 from pipeline.chain.table import (
     champion_subject,
     evaluation_needs,

@@ -8,6 +8,7 @@ pipeline/models and pipeline/tokenizers.
 """
 
 from pipeline.config.data import AugmentConfig, DataConfig, ImageFilter, PreprocessConfig
+from pipeline.config.promote import PromoteConfig
 from pipeline.config.recipe import (
     MAX_GUIDANCE,
     MAX_STEPS,
@@ -17,7 +18,6 @@ from pipeline.config.recipe import (
     EncodeConfig,
     EvaluateConfig,
     GeneratorConfig,
-    PromoteConfig,
     Recipe,
     TrackingConfig,
     load_recipe,

@@ -31,6 +31,7 @@ from pipeline.config.data import (
     check_unmixed,
 )
 from pipeline.config.overrides import explain, override, set_key, stated
+from pipeline.config.promote import PromoteConfig
 from pipeline.config.section import ChoiceConfig, Config, merged
 from pipeline.config.serve import ServeConfig
 from pipeline.config.tokenizer import TokenizerConfig
@@ -187,24 +188,6 @@ class EvaluateConfig(Config):
     bootstrap: int = Field(1_000, ge=100, description="resamples per interval")
     seed: int = Field(0, ge=0, description="seed of the choice of images, requests and resamples")
     batch_size: int = Field(50, ge=1, description="images generated together")
-
-
-class PromoteConfig(Config):
-    """The rule by which a candidate is better than the champion (pipeline/chain/promotion.py)."""
-
-    model_name: str = Field(
-        "tessera", pattern=r"^[^/:@']+$", description="name in the model registry"
-    )
-    min_kid_gain: float = Field(0.0, description="KID must fall by more than this")
-    min_retrieval_gain: float = Field(
-        0.0, description="retrieval must rise by at least this; below 0 it allows a fall"
-    )
-    max_forgetting: float = Field(
-        0.15, ge=0, description="largest fall of retrieval allowed on each other style"
-    )
-    choose_by: Literal["kid_unseen", "retrieval"] = Field(
-        "kid_unseen", description="metric by which the best of several candidates is chosen"
-    )
 
 
 class TrackingConfig(Config):

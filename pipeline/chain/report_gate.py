@@ -1,4 +1,4 @@
-"""The promotion gate: what "better" means, by the recipe's rule.
+"""The promotion gate by reports alone, until the chain evaluates with measurements per image.
 
     best, reasons = choose({"masked": ..., "gan": ...}, champion_report, recipe.promote)
     decision = decide(candidate_report, champion_report, recipe.promote)
@@ -25,6 +25,7 @@ from pipeline.errors import DataError
 
 KID = "kid_unseen"
 RETRIEVAL = "retrieval"
+MIN_KID_GAIN, MIN_RETRIEVAL_GAIN, MAX_FORGETTING = 0.0, 0.0, 0.15
 
 
 def decide(candidate: EvalReport, champion: EvalReport | None, config: PromoteConfig) -> Decision:
@@ -77,7 +78,7 @@ def choose(
     Raises:
         DataError: the reports are of different images, or no candidate's metric is a number.
     """
-    metric, sign = config.choose_by, -1 if config.choose_by == RETRIEVAL else 1
+    metric, sign = (KID, 1) if config.choose_by.startswith("kid") else (RETRIEVAL, -1)
     passes = {
         name: decide(report, champion, config).promoted for name, report in candidates.items()
     }
@@ -106,9 +107,9 @@ def _kid_rule(
     gain = candidate.metrics[f"over_{champion.subject}/{KID}"]
     reason = (
         f"KID on unseen captions went from {_show(old)} to {_show(new)}: a gain of {_show(gain)}, "
-        f"{_beyond_chance(gain)}; more than {config.min_kid_gain} is needed"
+        f"{_beyond_chance(gain)}; more than {MIN_KID_GAIN} is needed"
     )
-    return gain.value > config.min_kid_gain, reason
+    return gain.value > MIN_KID_GAIN, reason
 
 
 def _retrieval_rule(
@@ -118,9 +119,9 @@ def _retrieval_rule(
     reason = (
         f"retrieval went from {_show(champion.metrics[RETRIEVAL])} to "
         f"{_show(candidate.metrics[RETRIEVAL])}: a gain of {_show(gain)}, "
-        f"{_beyond_chance(gain)}; at least {config.min_retrieval_gain} is needed"
+        f"{_beyond_chance(gain)}; at least {MIN_RETRIEVAL_GAIN} is needed"
     )
-    return gain.value >= config.min_retrieval_gain, reason
+    return gain.value >= MIN_RETRIEVAL_GAIN, reason
 
 
 def _forgetting_rule(
@@ -131,9 +132,9 @@ def _forgetting_rule(
     reason = (
         f"on {style} retrieval went from {_show(champion.metrics[metric])} to "
         f"{_show(candidate.metrics[metric])}: a change of {_show(gain)}, {_beyond_chance(gain)}; "
-        f"a fall of at most {config.max_forgetting} is allowed"
+        f"a fall of at most {MAX_FORGETTING} is allowed"
     )
-    return -gain.value <= config.max_forgetting, reason
+    return -gain.value <= MAX_FORGETTING, reason
 
 
 def _beyond_chance(gain: Interval) -> str:
