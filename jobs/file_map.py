@@ -19,9 +19,9 @@ README = ROOT / "README.md"
 COMMAND = "python -m jobs.file_map"
 BEGIN, END = f"<!-- map: written by `{COMMAND}` -->", "<!-- end of the map -->"
 FOLDERS = (
-    "pipeline", "pipeline/config", "pipeline/tracking", "pipeline/tasks", "pipeline/text",
-    "pipeline/tokenizers", "pipeline/images", "pipeline/data", "pipeline/data/shards",
-    "pipeline/data/sources", "pipeline/data/preprocess", "pipeline/models",
+    "pipeline", "pipeline/config", "pipeline/metrics", "pipeline/tracking", "pipeline/tasks",
+    "pipeline/text", "pipeline/tokenizers", "pipeline/images", "pipeline/data",
+    "pipeline/data/shards", "pipeline/data/sources", "pipeline/data/preprocess", "pipeline/models",
     "pipeline/models/decoding", "pipeline/models/networks", "pipeline/bundles",
     "pipeline/evaluation", "pipeline/training", "pipeline/chain", "serve", "jobs",
 )  # fmt: skip
