@@ -12,6 +12,7 @@ Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", section 1
 from __future__ import annotations
 
 from collections.abc import Sized
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +23,13 @@ Array = NDArray[np.float64]
 LEVEL = 0.95
 
 
+@lru_cache(maxsize=8)  # an evaluation asks hundreds of times for the same few
 def resample(n: int, *, bootstrap: int, seed: int) -> Array:
-    """How often each of n images occurs in each resample: (R, n), whose rows sum to n."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), bootstrap).astype(float)
+    """How often each of n images occurs in each resample: (R, n), read-only; rows sum to n."""
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(n, np.full(n, 1 / n), bootstrap).astype(float)
+    counts.flags.writeable = False
+    return counts
 
 
 def interval(value: float, resampled: Array, *, level: float = LEVEL) -> Interval:
