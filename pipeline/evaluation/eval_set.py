@@ -59,11 +59,13 @@ class EvalSet:
     Attributes:
         sets: two per style, seen and unseen.
         training: the training split's images by style, uint8 (T, 3, S, S), to find copies of.
+        training_keys: their names, in the same order.
         languages: of the captions; the promotion gate reads the first.
     """
 
     sets: tuple[ImageSet, ...]
     training: Mapping[str, Tensor]
+    training_keys: Mapping[str, tuple[str, ...]]
     languages: tuple[str, ...]
 
     @property
@@ -105,7 +107,8 @@ class EvalSet:
                 picker = _Picker(languages, enough, rng)
                 sets.append(_choose(tables[style, split], others, name, picker, image_size))
         training = {style: _pixels(tables[style, SPLITS["seen"]], image_size) for style in styles}
-        return cls(tuple(sets), training, languages)
+        names = {s: tuple(tables[s, SPLITS["seen"]]["key"].to_pylist()) for s in styles}
+        return cls(tuple(sets), training, names, languages)
 
 
 def _styles(directory: Path) -> tuple[str, ...]:
