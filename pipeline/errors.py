@@ -49,6 +49,10 @@ class TrainingError(TesseraError, RuntimeError):
     """Training cannot continue, for example because a loss is not a number."""
 
 
+class PromotionError(TesseraError, RuntimeError):
+    """A version that may not become champion: refused, overtaken by another, or not servable."""
+
+
 class RequestError(TesseraError, ValueError):
     """A generation request outside what the model can do.
 

@@ -1,32 +1,53 @@
 """The model registry: every bundle that stood for promotion, and which of them is the champion.
 
 A registered model's versions are bundles, logged with the MLflow run that made them and told apart
-by their digests. The alias `champion` names the version that is served.
+by their digests. Aliases say what they are: `candidate` stood for promotion last, `champion` is
+served, `previous` was served before it.
 
     registry = ModelRegistry(home)
     version = registry.register(bundle, model_name="tessera", handle=run)
-    registry.set_champion("tessera", version)
+    registry.promote("tessera", version, Verdict(True, over=None, reasons=("it is the first",)))
+    registry.rollback("tessera", "it forgot Chinese")
     resolve_model("models:/tessera@champion", home=home).path  # the bundle, on this disk
+
+A champion changes in two steps: the decision is written to the log (decisions.py), where of two
+jobs only one can win, then the aliases are set as the last valid decision says. A process that
+dies in between leaves the old champion in its place; the next one that asks for the champion, or
+decides, sets the aliases. A process that was stopped while it set them looks again afterwards, and
+sets right what it overwrote. An alias that somebody moved in MLflow itself is respected, and noted
+in the log.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from pipeline import __version__
 from pipeline.artifacts import bundle_digest, publish_once, resolve_path
-from pipeline.errors import BundleError, ResourceError
+from pipeline.bundles.decisions import DecisionLog, Entry, Verdict, registry_answers
+from pipeline.config import Recipe
+from pipeline.config.overrides import stated
+from pipeline.errors import BundleError, PromotionError
+from pipeline.runtime import code_commit
 from pipeline.tracking.runs import RunHandle, RunLogger, connect, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-CHAMPION = "champion"
+CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 SCHEME = "models:/"
+DECISION = "decision"
+"""The tag of a version that holds its latest `Verdict`."""
+_TAG_CHARS = 100_000  # of a tag's value, at most, says MLflow
+_ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
 @dataclass(frozen=True)
@@ -38,6 +59,24 @@ class ResolvedModel:
     version: str
 
 
+@dataclass(frozen=True)
+class Standing:
+    """A registered model at a moment.
+
+    Attributes:
+        aliases: the version of each alias.
+        last: the decision that made the champion what it is; decisions.NOTHING before the first.
+    """
+
+    aliases: Mapping[str, str]
+    last: Entry
+
+    @property
+    def champion(self) -> str | None:
+        """The champion's version; None while there is none."""
+        return self.aliases.get(CHAMPION)
+
+
 class ModelRegistry:
     """The registered models of the tracking server that `home` uses.
 
@@ -46,72 +85,91 @@ class ModelRegistry:
         client: one that is connected already.
 
     Raises:
-        ResourceError: nothing answers at the tracking URI.
+        ResourceError: nothing answers at the tracking URI. So does every method if the registry
+            stops answering.
     """
 
     def __init__(self, home: Path, client: MlflowClient | None = None) -> None:
         self.home = home
         self.client = client or connect(home)
 
-    def register(self, bundle: Path, *, model_name: str, handle: RunHandle) -> str:
-        """Log a bundle with its run and make it a version of the registered model, once.
+    # ---- Versions --------------------------------------------------------------------------------
+
+    def register(
+        self,
+        bundle: Path,
+        *,
+        model_name: str,
+        handle: RunHandle,
+        tags: Mapping[str, str] | None = None,
+    ) -> str:
+        """Log a bundle with its run, make it a version of the registered model, once, and give it
+        the alias `candidate`.
+
+        Args:
+            tags: of a version that is made; see `lineage`.
 
         Returns:
             The version; the known one if the same bundle was registered before.
         """
         digest = bundle_digest(bundle)
         same = f"name = '{model_name}' and tags.digest = '{digest}'"
-        known = self.client.search_model_versions(same)
+        with registry_answers(f"whether {bundle} is a version of {model_name}"):
+            known = self.client.search_model_versions(same)
         if known:
-            return str(known[0].version)
+            version = str(known[0].version)
+        else:
+            version = self._create(bundle, model_name, handle, {**(tags or {}), "digest": digest})
+        self._set_alias(model_name, CANDIDATE, version)
+        return version
+
+    def _create(self, bundle: Path, name: str, handle: RunHandle, tags: Mapping[str, str]) -> str:
         from mlflow import MlflowException
 
         with contextlib.suppress(MlflowException):  # it exists already
-            self.client.create_registered_model(model_name)
+            self.client.create_registered_model(name)
         RunLogger(handle).files(bundle, folder="bundle")
-        source = f"{self.client.get_run(handle.run_id).info.artifact_uri}/bundle"
-        created = self.client.create_model_version(
-            model_name, source, handle.run_id, tags={"digest": digest}
-        )
-        return str(created.version)
+        with registry_answers(f"whether {bundle} was made a version of {name}"):
+            source = f"{self.client.get_run(handle.run_id).info.artifact_uri}/bundle"
+            made = self.client.create_model_version(name, source, handle.run_id, tags=dict(tags))
+        return str(made.version)
 
-    def champion(self, model_name: str) -> ResolvedModel | None:
-        """The current champion's bundle, or None while there is none.
+    def record(self, name: str, version: str, verdict: Verdict) -> None:
+        """Note with a version how it was judged, for `tessera promote` to read."""
+        tags = {DECISION: verdict.to_json(), "evaluation": verdict.evaluation}
+        with registry_answers(f"whether the verdict on version {version} was noted"):
+            for key, value in tags.items():
+                self.client.set_model_version_tag(name, version, key, value)
 
-        Raises:
-            BundleError: it cannot be downloaded.
-            ResourceError: the registry does not say; without this error a registry that is down
-                would let any candidate pass.
-        """
-        version = self.version(model_name, alias=CHAMPION)
-        return None if version is None else self.download(version)
-
-    def set_champion(self, model_name: str, version: str) -> None:
-        """Move the alias `champion` to a version."""
-        self.client.set_registered_model_alias(model_name, CHAMPION, version)
+    def versions(self, name: str) -> list[ModelVersion]:
+        """All versions of a registered model, the newest first; none if there is no such model."""
+        found: list[ModelVersion] = []
+        token = None
+        with registry_answers(f"which versions {name} has"):
+            while True:
+                page = self.client.search_model_versions(
+                    f"name = '{name}'", order_by=["version_number DESC"], page_token=token
+                )
+                found += page
+                if not (token := page.token):
+                    return found
 
     def version(
         self, name: str, *, alias: str | None = None, number: str = ""
     ) -> ModelVersion | None:
-        """The version with an alias or a number; None if the registry says that there is none.
-
-        Raises:
-            ResourceError: it does not say.
-        """
+        """The version with an alias or a number; None if the registry says that there is none."""
         from mlflow import MlflowException
 
-        try:
-            if alias is not None:
-                return self.client.get_model_version_by_alias(name, alias)
-            return self.client.get_model_version(name, number)
-        except MlflowException as error:
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                return None
-            wanted = f"is the {alias}" if alias is not None else f"is number {number}"
-            raise ResourceError(
-                f"the registry does not say which version of {name} {wanted} ({error.message}); "
-                "run the same command again to go on from here"
-            ) from error
+        wanted = f"is the {alias}" if alias is not None else f"is number {number}"
+        with registry_answers(f"which version of {name} {wanted}"):
+            try:
+                if alias is not None:
+                    return self.client.get_model_version_by_alias(name, alias)
+                return self.client.get_model_version(name, number)
+            except MlflowException as error:
+                if error.error_code in _ABSENT:
+                    return None
+                raise
 
     def download(self, version: ModelVersion) -> ResolvedModel:
         """A version's bundle in the home directory, downloaded once.
@@ -140,6 +198,136 @@ class ModelRegistry:
         fetched = self.client.download_artifacts(run_id, "bundle", str(path.parent))
         Path(fetched).rename(path)
 
+    # ---- The champion ----------------------------------------------------------------------------
+
+    def champion(self, model_name: str) -> ResolvedModel | None:
+        """The current champion's bundle, or None while there is none.
+
+        Raises:
+            BundleError: it cannot be downloaded.
+            ResourceError: the registry does not say; without this error a registry that is down
+                would let any candidate pass.
+        """
+        self.standing(model_name)
+        version = self.version(model_name, alias=CHAMPION)
+        return None if version is None else self.download(version)
+
+    def standing(self, name: str) -> Standing:
+        """The aliases and the last decision, once the aliases are what the decision says."""
+        log, applied = DecisionLog(self.client, name), 0
+        while True:
+            last = log.last()  # before the aliases: a decision taken in between then wins below
+            aliases = self._aliases(name)
+            if not last.applied or applied not in (0, last.number):
+                self._apply(name, last)
+                log.mark_applied(last)
+                applied = last.number
+            elif (champion := aliases.get(CHAMPION)) not in (None, last.version):
+                over = last.version or None
+                moved = Verdict(True, over, ("the alias was set in MLflow",))
+                log.append("moved", champion, moved, follows=last.number)
+            else:
+                return Standing(aliases, last)
+
+    def promote(self, name: str, version: str, verdict: Verdict) -> None:
+        """Make a version the champion, which nobody else may have done since it was judged.
+
+        Args:
+            verdict: passed, over the version that must still be the champion.
+
+        Raises:
+            PromotionError: the champion is another one by now.
+        """
+        assert verdict.passed, verdict
+        standing = self.standing(name)
+        if standing.champion == version:
+            return
+        if standing.champion != verdict.over:
+            raise _overtaken(standing)
+        self._decide("promote", name, version, verdict, standing)
+
+    def refuse(self, name: str, version: str, verdict: Verdict) -> None:
+        """Note in the log that a version was not promoted, and why."""
+        log = DecisionLog(self.client, name)
+        log.append("refuse", version, verdict, follows=log.last().number)
+
+    def rollback(self, name: str, reason: str) -> Standing:
+        """Make the previous champion champion again; the one it replaces is then the previous.
+
+        Returns:
+            How the model stands afterwards.
+
+        Raises:
+            PromotionError: there is no previous one, or another job changed the champion meanwhile.
+        """
+        standing = self.standing(name)
+        previous = standing.aliases.get(PREVIOUS)
+        if previous in (None, standing.champion):
+            raise PromotionError(
+                f"{name} has no previous champion to go back to; `tessera models {name}` lists its "
+                "versions, and `tessera promote` makes one of them champion"
+            )
+        verdict = Verdict(True, standing.champion, (reason,))
+        return self._decide("rollback", name, previous, verdict, standing)
+
+    def _decide(
+        self, kind: Literal["promote", "rollback"], name: str, version: str, verdict: Verdict,
+        seen: Standing,
+    ) -> Standing:  # fmt: skip
+        log = DecisionLog(self.client, name)
+        decision = log.append(kind, version, verdict, follows=seen.last.number)
+        holds = log.holds(decision)
+        standing = self.standing(name)
+        if not holds:
+            raise _overtaken(standing)
+        return standing
+
+    def _apply(self, name: str, decision: Entry) -> None:
+        """Set the aliases as a decision says; those of versions that were deleted stay unset."""
+        if decision.over is not None and self.version(name, number=decision.over) is not None:
+            self._set_alias(name, PREVIOUS, decision.over)
+        if self.version(name, number=decision.version) is not None:
+            self._set_alias(name, CHAMPION, decision.version)
+
+    def _set_alias(self, name: str, alias: str, version: str) -> None:
+        with registry_answers(f"whether version {version} of {name} is the {alias}"):
+            self.client.set_registered_model_alias(name, alias, version)
+
+    def _aliases(self, name: str) -> dict[str, str]:
+        from mlflow import MlflowException
+
+        with registry_answers(f"which aliases {name} has"):
+            try:
+                return {
+                    alias: str(version)
+                    for alias, version in self.client.get_registered_model(name).aliases.items()
+                }
+            except MlflowException as error:
+                if error.error_code in _ABSENT:
+                    return {}
+                raise
+
+
+def lineage(recipe: Recipe, data: Mapping[str, str]) -> dict[str, str]:
+    """Tags for `register`: what a version was made from.
+
+    Args:
+        data: digest of each shard set by its URI.
+
+    Returns:
+        recipe (its name), settings (those that it states, as JSON; left out if they are longer
+        than a tag may be), data_digest (of several sets the sha256 of their digests), code_version.
+    """
+    digests = sorted(data.values())
+    joined = hashlib.sha256("".join(digests).encode()).hexdigest()
+    tags = {
+        "recipe": recipe.name,
+        "data_digest": digests[0] if len(digests) == 1 else joined,
+        "code_version": f"{__version__} {code_commit()}".strip(),
+    }
+    settings = json.dumps(stated(recipe), ensure_ascii=False)
+    return tags | ({"settings": settings} if len(settings) <= _TAG_CHARS else {})
+
 
 def resolve_model(model: str, *, home: Path) -> ResolvedModel:
     """A bundle directory, asset:NAME, or models:/NAME@ALIAS or models:/NAME/VERSION.
@@ -152,6 +340,15 @@ def resolve_model(model: str, *, home: Path) -> ResolvedModel:
         path = resolve_path(model).absolute()
         return ResolvedModel(path, name=path.name, version=bundle_digest(path)[:12])
     registry = ModelRegistry(home)
+    return registry.download(find_version(registry, model))
+
+
+def find_version(registry: ModelRegistry, model: str) -> ModelVersion:
+    """The version that models:/NAME@ALIAS or models:/NAME/VERSION names.
+
+    Raises:
+        BundleError: there is none.
+    """
     reference = model.removeprefix(SCHEME)
     if "@" in reference:
         name, alias = reference.split("@", 1)
@@ -161,10 +358,10 @@ def resolve_model(model: str, *, home: Path) -> ResolvedModel:
         version = registry.version(name, number=number)
     if version is None:
         raise BundleError(
-            f"{model} is not in the registry at {tracking_uri(home)}; "
+            f"{model} is not in the registry at {tracking_uri(registry.home)}; "
             "`tessera retrain RECIPE` or `tessera demo` makes a champion"
         )
-    return registry.download(version)
+    return version
 
 
 def has_champion(home: Path, model_name: str) -> bool:
@@ -174,6 +371,16 @@ def has_champion(home: Path, model_name: str) -> bool:
         ResourceError: nothing answers at the tracking URI.
     """
     return ModelRegistry(home).version(model_name, alias=CHAMPION) is not None
+
+
+def _overtaken(standing: Standing) -> PromotionError:
+    if standing.champion is None:
+        now = "the champion was removed"
+    else:
+        now = f"another job promoted version {standing.champion}"
+    return PromotionError(
+        f"{now} meanwhile: run the same command again to be judged against what is champion now"
+    )
 
 
 def _is_bundle(path: Path) -> bool:

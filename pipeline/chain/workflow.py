@@ -16,7 +16,8 @@ from pathlib import Path
 
 from pipeline.artifacts import bundle_digest
 from pipeline.bundles.bundle import read_bundle
-from pipeline.bundles.registry import ModelRegistry, ResolvedModel
+from pipeline.bundles.decisions import Verdict
+from pipeline.bundles.registry import ModelRegistry, ResolvedModel, lineage
 from pipeline.chain.plan import Plan
 from pipeline.chain.report_gate import choose, decide
 from pipeline.chain.table import (
@@ -234,13 +235,23 @@ def _promote(
         bundle, plan.recipe, found, list(plan.shards.values()),
         pixels=pixels_of(results), seconds=session.workspace.cost,
     )  # fmt: skip
-    version = session.models.register(bundle, model_name=name, handle=parent)
+    made_from = lineage(plan.recipe, {uri: m.digest for uri, m in plan.shards.items()})
+    version = session.models.register(bundle, model_name=name, handle=parent, tags=made_from)
+    verdict = Verdict(
+        decision.promoted,
+        champion.version if champion else None,
+        decision.reasons,
+        evaluation=f"runs:/{parent.run_id}",
+    )
+    session.models.record(name, version, verdict)
     record = {"promoted": decision.promoted, "reasons": decision.reasons, "version": version}
     if judged.choice:
         record["choice"] = judged.choice
     session.workspace.tracker.log_decision(parent, record)
     if decision.promoted:
-        session.models.set_champion(name, version)
+        session.models.promote(name, version, verdict)
+    else:
+        session.models.refuse(name, version, verdict)
     return decision, version
 
 

@@ -50,6 +50,7 @@ from ray.serve import Application
 from jobs.bench import Load, Result, bench
 from pipeline.artifacts import resolve_path
 from pipeline.bundles.bundle import load_generator
+from pipeline.bundles.decisions import Verdict
 from pipeline.bundles.registry import ModelRegistry
 from pipeline.config import ServeConfig
 from pipeline.contracts import GenerationRequest
@@ -301,7 +302,9 @@ def swap(args: argparse.Namespace) -> None:
     with tracker.run("made") as handle:
         first = registry.register(resolve_path(BUNDLE), model_name="swapped", handle=handle)
         second = registry.register(_copy(args.home), model_name="swapped", handle=handle)
-    registry.set_champion("swapped", first)
+    registry.promote("swapped", first, Verdict(True, None, ("the first",)))
+    registry.promote("swapped", second, Verdict(True, first, ("the second",)))
+    registry.rollback("swapped", "the first is served first")
     with served(
         args.home, split(args.replicas), model="models:/swapped@champion", watch_every_s=1
     ) as server:
@@ -309,7 +312,7 @@ def swap(args: argparse.Namespace) -> None:
         for turn in range(args.rounds):
             quiet = load_on(server.url, args.duration_s, 2 * turn, args.users)
             target = second if turn % 2 == 0 else first
-            threading.Timer(2.0, registry.set_champion, ("swapped", target)).start()
+            threading.Timer(2.0, registry.rollback, ("swapped", "a swap")).start()
             swapped = load_on(server.url, args.duration_s, 2 * turn + 1, args.users)
             now = json.load(urllib.request.urlopen(f"{server.url}/readyz"))["model_version"]
             assert now == target, f"version {now} is served, not {target}"

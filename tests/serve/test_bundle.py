@@ -23,6 +23,7 @@ from ray import serve
 from served import free_port
 from test_features import mask, png, source
 
+from pipeline.bundles.decisions import Verdict
 from pipeline.bundles.registry import ModelRegistry
 from pipeline.tracking.runs import Tracker
 from serve.app import build_app
@@ -39,9 +40,12 @@ class Served:
     registry: ModelRegistry
     url: str
 
-    def register(self, bundle: Path) -> str:
+    def promote(self, bundle: Path) -> None:
+        """Register a bundle and make it champion."""
         with self.tracker.run("made") as handle:
-            return self.registry.register(bundle, model_name="tiny", handle=handle)
+            version = self.registry.register(bundle, model_name="tiny", handle=handle)
+        over = self.registry.standing("tiny").champion
+        self.registry.promote("tiny", version, Verdict(True, over, ("it is newer",)))
 
     def until(self, said: Callable[[dict[str, Any]], bool]) -> None:
         deadline = time.monotonic() + 120
@@ -63,7 +67,7 @@ def served(
     address = Address("127.0.0.1", free_port())
     client = OpenAI(base_url=f"{address.url}/v1", api_key="none", max_retries=0, timeout=120)
     served = Served(client, Tracker(home), ModelRegistry(home), address.url)
-    served.registry.set_champion("tiny", served.register(tiny_bundles["masked"]))
+    served.promote(tiny_bundles["masked"])
     service = settings(watch_every_s=0.5)
     app = build_app("models:/tiny@champion", service, home=str(home), listen=address)
     deploy(app, name="bundle", route_prefix="/bundle")
@@ -122,7 +126,7 @@ def test_a_moved_champion_is_followed_and_a_bad_bundle_refused(
     with ThreadPoolExecutor(1) as users:
         drawing = users.submit(user)
         try:
-            served.registry.set_champion("tiny", served.register(tiny_bundles["gan"]))
+            served.promote(tiny_bundles["gan"])
             served.until(lambda ready: ready.get("model_version") == "2")
             served.until(lambda ready: drawing.done() or versions[-1:] == ["2"])
         finally:
@@ -136,7 +140,7 @@ def test_a_moved_champion_is_followed_and_a_bad_bundle_refused(
         (damaged / file.relative_to(tiny_bundles["masked"])).write_bytes(file.read_bytes())
     weights = damaged / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    served.registry.set_champion("tiny", served.register(damaged))
+    served.promote(damaged)
     served.until(lambda ready: "version 3 is refused" in ready.get("notice", ""))
     assert served.client.images.generate(prompt="a cat").model_version == "2"
     with pytest.raises(openai.BadRequestError) as caught:  # the gan draws, and that is all
