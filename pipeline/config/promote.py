@@ -19,7 +19,6 @@ pipeline/chain/promotion.py says how each kind of rule is tested.
 from __future__ import annotations
 
 import difflib
-import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -31,17 +30,19 @@ JUDGES = ("aligner", "imagenet")
 OF_JUDGES = ("r1", "r5", "alignment")
 MEASURES = (
     *(f"{judge}_{name}" for judge in JUDGES for name in OF_JUDGES),
-    "style_match", "guidance_gain", "kid", "fid", "precision", "recall", "density", "coverage",
-    "diversity", "sharpness", "psnr", "ssim", "nearest", "copies",
+    "style_match", "composition", "guidance_gain", "kid", "fid", "precision", "recall", "density",
+    "coverage", "diversity", "sharpness", "psnr", "ssim", "nearest", "copies",
 )  # fmt: skip
 """Measures of images (pipeline/evaluation/scores.py describes them)."""
 SCALARS = ("latency_s", "images_per_s", "size_mb", "validation_loss")
 """Numbers of the whole model."""
 WITHOUT_DIRECTION = ("nearest",)
 WITHOUT_INTERVAL = ("latency_s", "images_per_s", "validation_loss", "fid")
-SLICES = ("all", "seen", "unseen")
+SLICES = ("all", "seen", "unseen", "compositions")
 Dimension = Literal["language", "style", "topic", "words"]
 DIMENSIONS: tuple[Dimension, ...] = ("language", "style", "topic", "words")
+OTHER_DIMENSIONS = ("guidance", "compositions", "kind")
+"""Of compositions, "compositions:zh" is a language and "kind:colour" a kind."""
 
 
 def _measure(name: str) -> str:
@@ -57,17 +58,20 @@ def _measure(name: str) -> str:
 
 def _metric(name: str) -> str:
     measure, slash, of = name.partition("/")
+    dimension, colon, value = of.partition(":")
+    dimensions = (*DIMENSIONS, *OTHER_DIMENSIONS)
+    known = of in SLICES or (colon and value and dimension in dimensions)
     _measure(measure)
     if not slash and measure not in SCALARS:
         raise ValueError(f"{name!r} does not say of which images: write '{name}/all', for example")
     if slash and measure in SCALARS:
         raise ValueError(f"{measure!r} is a number of the whole model: write it without '/{of}'")
-    if slash and of not in SLICES and not re.fullmatch(rf"({'|'.join(DIMENSIONS)}):.+", of):
+    if slash and not known:
         close = difflib.get_close_matches(of, SLICES, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "for example 'style:noto'"
         raise ValueError(
             f"there is no slice {of!r}: a slice is {', '.join(SLICES)} or one of "
-            f"{', '.join(f'{name}:VALUE' for name in DIMENSIONS)}; {hint}"
+            f"{', '.join(f'{name}:VALUE' for name in dimensions)}; {hint}"
         )
     return name
 

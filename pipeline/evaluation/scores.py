@@ -135,17 +135,23 @@ def scores(
             if len(values):
                 found[f"{measure}/{name}"] = metrics.mean_interval(values, level=level, **how)
     for name in _feature_slices(measured):
-        ours, theirs = measured.features_of(name), real.features_of(name)
-        if len(ours) < 2 or measured.subject == real.subject:
-            continue
-        pair = torch.from_numpy(theirs), torch.from_numpy(ours)
-        found[f"kid/{name}"] = metrics.kid_interval(
-            *pair, bootstrap=bootstrap, seed=seed, level=level
-        )
-        if name == "all" and len(ours) >= FEWEST_FOR_FID:
-            found[f"fid/{name}"] = Interval(*[metrics.fid(*pair)] * 3)
+        found |= _distances(measured, real, name, level=level, **how)
     found |= {name: Interval(*[value] * 3) for name, value in measured.scalars.items()}
     return found
+
+
+def _distances(
+    measured: Measured, real: Measured, name: str, *, bootstrap: int, seed: int, level: float
+) -> dict[str, Interval]:
+    """The distances of a slice to the real images, where it has enough images with features."""
+    ours, theirs = measured.features_of(name), real.features_of(name)
+    if len(ours) < 2 or measured.subject == real.subject:
+        return {}
+    pair = torch.from_numpy(theirs), torch.from_numpy(ours)
+    kid = metrics.kid_interval(*pair, bootstrap=bootstrap, seed=seed, level=level)
+    if name != "all" or len(ours) < FEWEST_FOR_FID:
+        return {f"kid/{name}": kid}
+    return {f"kid/{name}": kid, f"fid/{name}": Interval(*[metrics.fid(*pair)] * 3)}
 
 
 def _feature_slices(measured: Measured) -> list[str]:
@@ -172,6 +178,7 @@ class Comparison:
         self.subjects = {"before": before, "after": after}
         self.before, self.after, self.real = before, after, real
         self.bootstrap, self.seed = bootstrap, seed
+        self._known_distances: dict[tuple[str, str], dict[str, Interval]] = {}
 
     def gain(self, metric: str, level: float = 0.95) -> Interval:
         """By how much `after` is better than `before`, whatever the metric's direction.
@@ -207,8 +214,8 @@ class Comparison:
         measure, _, name = metric.partition("/")
         if not name and metric in subject.scalars:
             return Interval(*[subject.scalars[metric]] * 3)
-        if name in subject.slices and measure in SET_MEASURES:
-            found = self._scores[which]
+        if name in _feature_slices(subject) and measure in SET_MEASURES:
+            found = self._distances(which, name)
             if metric in found:
                 return found[metric]
         if name in subject.slices and measure in subject.measures:
@@ -246,6 +253,14 @@ class Comparison:
             for metric in self._scores["after"]
             if metric in common and measure_of(metric).better is not None
         }
+
+    def _distances(self, which: Literal["before", "after"], name: str) -> dict[str, Interval]:
+        if (which, name) not in self._known_distances:
+            self._known_distances[which, name] = _distances(
+                self.subjects[which], self.real, name,
+                bootstrap=self.bootstrap, seed=self.seed, level=0.95,
+            )  # fmt: skip
+        return self._known_distances[which, name]
 
     @cached_property
     def _scores(self) -> dict[str, dict[str, Interval]]:
