@@ -2,7 +2,17 @@
 
 A message names the offending value, the limit that it broke and what to do next; the command line
 prints it without a traceback. Invariants of this code, which no user can break, are `assert`ed.
+
+    if told := user_error(error):  # what a worker raised, wherever Ray keeps it
+        raise told from error
 """
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 
 class TesseraError(Exception):
@@ -39,6 +49,11 @@ class MissingExtraError(TesseraError, ImportError):
 
     def __init__(self, part: str, extra: str) -> None:
         super().__init__(f"{part} needs more packages: pip install 'tessera[{extra}]'")
+        self._made_of = part, extra
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A worker's error comes back pickled, and pickle knows the message alone."""
+        return type(self), self._made_of
 
 
 class ResourceError(TesseraError, RuntimeError):
@@ -63,3 +78,35 @@ class RequestError(TesseraError, ValueError):
     def __init__(self, message: str, *, param: str) -> None:
         super().__init__(message)
         self.param = param
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A replica's error comes back pickled, and pickle knows no named arguments."""
+        return partial(type(self), param=self.param), self.args
+
+
+def user_error(error: BaseException) -> TesseraError | None:
+    """What a user can correct of an error, if anything: the first `TesseraError` among the error
+    and its causes, or a full disk as a ResourceError.
+
+    Causes are what an error was raised from, what Ray keeps in an error of a task (`cause`), and
+    what it keeps of each worker of a training (`worker_failures`).
+    """
+    for cause in _causes(error):
+        if isinstance(cause, TesseraError):
+            return cause
+        if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+            return ResourceError("no space is left on the disk; free some, or move --home")
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and its causes, the innermost of Ray's first: its own class may pose as theirs, with
+    a traceback for a message."""
+    while error is not None:
+        for failure in getattr(error, "worker_failures", {}).values():
+            yield from _causes(failure)
+        inner = getattr(error, "cause", None)
+        if isinstance(inner, BaseException):
+            yield from _causes(inner)
+        yield error
+        error = error.__cause__

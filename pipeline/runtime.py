@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import logging
 import os
 import platform
@@ -35,6 +36,11 @@ if TYPE_CHECKING:
 LOCAL_LOGICAL_CPUS = 8
 """Fewest logical CPUs of a local Ray, however few the machine has: data tasks, two training workers
 and a replica must fit beside each other on two cores without waiting for each other forever."""
+
+STDERR = 2
+HARMLESS = "core_worker.*has constructor arguments in the object store"
+"""An error, so called, that Ray logs of every actor of Ray Data's: they take what they do from the
+object store, whose owner is this process, and it lives as long as they do."""
 
 ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -84,7 +90,7 @@ def start_ray(*, object_store_mb: int = 600, debug: bool = False) -> bool:
         return False
     address = os.environ.get("RAY_ADDRESS")
     level = logging.INFO if debug else logging.ERROR
-    for library in ("ray.data", "ray.train", "ray.tune"):
+    for library in ("ray.train", "ray.tune"):
         logging.getLogger(library).setLevel(level)
     options: dict[str, object] = {"log_to_driver": debug, "logging_level": level}
     if not address:
@@ -105,6 +111,48 @@ def start_ray(*, object_store_mb: int = 600, debug: bool = False) -> bool:
     return not address
 
 
+def quiet_ray_data() -> None:
+    """Keep Ray Data's log off the terminal; its session's directory has all of it.
+
+    It announces every data set, and logs what ends one before it raises the same.
+    """
+    importlib.import_module("ray.data")  # which sets its logger up
+    for handler in logging.getLogger("ray.data").handlers:
+        if handler.name == "console":
+            handler.setLevel(logging.CRITICAL)
+
+
+@contextlib.contextmanager
+def quiet_actors() -> Iterator[None]:
+    """Keep off the terminal what Ray logs of every actor of Ray Data's (see HARMLESS).
+
+    Ray's C++ writes it past Python, so it is taken out of the file descriptor: by a process of its
+    own, which passes on all other lines, this process' last words in a crash too.
+    """
+    if shutil.which("grep") is None:
+        yield
+        return
+    terminal = os.dup(STDERR)
+    grep = subprocess.Popen(  # in a session of its own, since Ctrl-C is not meant for it
+        ["grep", "--line-buffered", "-v", HARMLESS],
+        stdin=subprocess.PIPE, stdout=terminal, start_new_session=True,
+    )  # fmt: skip
+    assert grep.stdin is not None
+    os.dup2(grep.stdin.fileno(), STDERR)
+    try:
+        with (
+            os.fdopen(os.dup(terminal), "w", buffering=1) as own,
+            contextlib.redirect_stderr(own),  # a progress bar has no whole lines
+        ):
+            yield
+    finally:
+        os.dup2(terminal, STDERR)
+        os.close(terminal)
+        grep.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a child of ours writes to it still
+            grep.wait(timeout=5)
+
+
 @contextlib.contextmanager
 def ray_runtime(*, debug: bool = False) -> Iterator[None]:
     """Ray for the duration of a job; a local one that this call started is shut down after.
@@ -115,6 +163,8 @@ def ray_runtime(*, debug: bool = False) -> Iterator[None]:
 
     with contextlib.redirect_stdout(sys.stderr):
         started = start_ray(debug=debug)
+        if not debug:
+            quiet_ray_data()
         try:
             yield
         finally:

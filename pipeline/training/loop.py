@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import TrainConfig
-from pipeline.errors import DataError, ResourceError, TesseraError, TrainingError
+from pipeline.errors import DataError, ResourceError, TrainingError, user_error
 from pipeline.images.augment import Augment
 from pipeline.objective import Objective
 from pipeline.progress import OnProgress, Progress, watch
@@ -143,7 +143,7 @@ def fit(
             with _ctrl_c_interrupts():
                 result = trainer.fit()
         except ray.train.TrainingFailedError as error:
-            raise _first_cause(error) from error
+            raise user_error(error) or _summed_up(error) from error
     chosen, metrics = result.checkpoint, result.metrics
     if config.restore == "best":
         best = result.get_best_checkpoint("validation_loss", "min")
@@ -197,13 +197,9 @@ def scaling_for(num_workers: int, resources: Mapping[str, float]) -> ScalingConf
     )
 
 
-def _first_cause(error: Exception) -> TesseraError:
-    """The TesseraError that a worker raised, else one that sums up what the workers said."""
+def _summed_up(error: Exception) -> TrainingError:
+    """What the workers said, in one line."""
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
-    for failure in failures.values():
-        for cause in (failure, getattr(failure, "cause", None)):
-            if isinstance(cause, TesseraError):
-                return cause
     lines = [str(failure).strip().splitlines()[-1:] for failure in failures.values()]
     text = "; ".join(line for last in lines for line in last) or str(error)
     if "out of memory" in text.lower():

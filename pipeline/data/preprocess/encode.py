@@ -33,12 +33,19 @@ from numpy.typing import NDArray
 
 from pipeline.config import CaptionEncoderConfig, EncodeConfig
 from pipeline.data.preprocess.store import fixed_width, parquet_files
+from pipeline.data.preprocess.workers import TellingActor, worker_errors
 from pipeline.errors import DataError
 from pipeline.images.augment import Augment
 from pipeline.images.mirror import may_mirror
 from pipeline.images.pixels import to_float
 from pipeline.progress import OnProgress, Progress
-from pipeline.runtime import autocast, choose_device, cluster_resources, task_slots
+from pipeline.runtime import (
+    autocast,
+    choose_device,
+    cluster_resources,
+    quiet_actors,
+    task_slots,
+)
 from pipeline.text.caption_encoder import load_caption_encoder
 from pipeline.tokenizers._saved import load_tokenizer
 
@@ -134,6 +141,8 @@ def _in_order() -> Iterator[None]:
         yield
 
 
+@worker_errors()
+@quiet_actors()
 def encode_images(
     pixels: Path,
     tokenizer: Path,
@@ -157,13 +166,16 @@ def encode_images(
 
     Returns:
         How many images were encoded.
+
+    Raises:
+        TesseraError: what a worker met that a user can correct, such as a damaged tokenizer.
     """
     total = sum(pq.read_metadata(path).num_rows for path in parquet_files(pixels))
     with _in_order():
         data = ray.data.read_parquet(str(pixels), columns=[*COPIED_COLUMNS, "image"])
         encoded = data.map_batches(
-            _ImageEncoder,
-            fn_constructor_args=(str(tokenizer), config, image_size, seed),
+            TellingActor,
+            fn_constructor_args=(_ImageEncoder, str(tokenizer), config, image_size, seed),
             batch_format="pyarrow",
             batch_size=config.batch_size,
             **_actor_options(),
@@ -185,6 +197,8 @@ def encode_images(
     return done
 
 
+@worker_errors()
+@quiet_actors()
 def encode_captions(
     pixels: Path,
     output: Path,
@@ -207,6 +221,7 @@ def encode_captions(
 
     Raises:
         DataError: no image has a caption.
+        TesseraError: what a worker met that a user can correct.
     """
     # by length, so that captions of about the same length share a batch
     texts = sorted(_distinct_texts(pixels), key=lambda text: (len(text), text))
@@ -220,8 +235,8 @@ def encode_captions(
             [pa.table({"text": texts[i : i + 1024]}) for i in range(0, len(texts), 1024)]
         )
         encoded = data.map_batches(
-            _CaptionEncoder,
-            fn_constructor_args=(config, str(cache)),
+            TellingActor,
+            fn_constructor_args=(_CaptionEncoder, config, str(cache)),
             batch_format="pyarrow",
             batch_size=CAPTIONS_PER_CALL,
             **_actor_options(),

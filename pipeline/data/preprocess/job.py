@@ -21,7 +21,6 @@ the output, shard by shard, until the job is done (pipeline/data/preprocess/stag
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import logging
 import shutil
@@ -36,8 +35,6 @@ from typing import cast
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs
-import ray
-import ray.data
 
 from pipeline.artifacts import publishing, replace_directory
 from pipeline.config import DataConfig, PreprocessConfig
@@ -60,6 +57,7 @@ from pipeline.data.preprocess.staging import (
     staged_outcomes,
     write_tables,
 )
+from pipeline.data.preprocess.workers import worker_errors
 from pipeline.data.shards.manifest import (
     Problem,
     check_one_file_system,
@@ -69,7 +67,7 @@ from pipeline.data.shards.manifest import (
     verify,
 )
 from pipeline.data.shards.splits import hash_fraction
-from pipeline.errors import DataError, ResourceError, TesseraError
+from pipeline.errors import DataError
 from pipeline.progress import OnProgress, Progress
 from pipeline.runtime import task_slots
 
@@ -134,17 +132,12 @@ def preprocess(
     output = output.resolve()
     staging = output.with_name(f".{output.name}.partial")
     _prepare(staging, plan, data, config)
-    try:
+    with worker_errors():
         report = _run(plan, staging, data, config, on_progress)
         text = json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False)
         (staging / FINAL / "report.json").write_text(text + "\n", encoding="utf-8")
         replace_directory(staging / FINAL, output)
         shutil.rmtree(staging)
-    except (ray.exceptions.RayError, OSError) as error:
-        user_error = _user_error(error)
-        if user_error is None:
-            raise
-        raise user_error from error
     return report
 
 
@@ -169,18 +162,6 @@ def _prepare(staging: Path, plan: _ShardPlan, data: DataConfig, config: Preproce
     (staging / STAGED_ROWS).mkdir(parents=True)
     with publishing(record) as new:
         new.write_text(text, encoding="utf-8")
-
-
-def _user_error(error: BaseException) -> TesseraError | None:
-    """The error to show if a worker or this process met one that the user can mend, else None."""
-    cause: BaseException | None = getattr(error, "cause", error)
-    while cause is not None:
-        if isinstance(cause, TesseraError):
-            return cause
-        if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
-            return ResourceError("no space is left on the output's disk; free some, or move --home")
-        cause = cause.__cause__
-    return None
 
 
 # ---- Which shards are read -----------------------------------------------------------------------

@@ -147,15 +147,17 @@ def map_samples(
 
     Returns:
         The blocks, lazily. While it is read, a damaged shard raises DataError in its task, and one
-        that cannot be reached OSError.
+        that cannot be reached OSError (`workers.worker_errors` raises them here).
     """
     import ray.data
+
+    from pipeline.data.preprocess.workers import Telling
 
     reader = _PartReader(filesystem, {shard.label: shard for shard in shards}, work)
     parts = [pa.Table.from_pylist([part]) for part in parts_of(shards, tasks)]
     dataset = ray.data.from_arrow(parts)
     return dataset.map_batches(
-        reader,
+        Telling(reader),
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.TaskPoolStrategy(size=tasks),

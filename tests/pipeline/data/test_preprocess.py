@@ -289,7 +289,7 @@ class TestThroughRay:
         }
         self.check_row(rows, report.splits, report.split_groups)
         saved = json.loads((tmp_path / "a" / "report.json").read_text())
-        assert saved["reasons"] == report.reasons and "_PartReader" in saved["stats"]
+        assert saved["reasons"] == report.reasons and "MapBatches" in saved["stats"]
         preprocess([str(tmp_path / "set")], tmp_path / "b", **arguments)
         assert files(tmp_path / "a") == files(tmp_path / "b"), "the same bytes again"
         assert {p.name for p in tmp_path.iterdir()} == {"set", "a", "b"}, "nothing half done stays"
