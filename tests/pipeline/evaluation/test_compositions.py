@@ -15,6 +15,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
+from torch import Tensor
 
 from pipeline.artifacts import ASSETS
 from pipeline.config import PreprocessConfig
@@ -33,6 +34,7 @@ from pipeline.evaluation.compositions import (
     score_composition,
     score_compositions,
 )
+from pipeline.images.pixels import resize, to_pil
 
 EXPECTED = {"colour": Colours, "pair": Colours, "count": Count, "relation": Relation}
 DRAWN = {
@@ -242,6 +244,19 @@ def test_colours_of_real_emoji_are_those_of_their_names(shipped: list[dict[str, 
     assert len(right) + len(wrong) > 100
     assert len(right) >= 0.9 * (len(right) + len(wrong)), wrong
     assert {"red apple (noto)", "green apple (twemoji)", "blue heart (noto)"} <= {*right}
+
+
+def test_real_emoji_side_by_side_are_counted(icon_images: Tensor) -> None:
+    small = np.stack([np.asarray(resize(to_pil(icon), (18, 18))) for icon in icon_images])
+    for number in (1, 3, 6):
+        found = []
+        for icon in small:
+            image = np.full((64, 64, 3), 255, np.uint8)
+            for i in range(number):
+                top, left = 10 + 24 * (i // 3), 2 + 21 * (i % 3)
+                image[top : top + 18, left : left + 18] = icon
+            found.append(score_composition(entry("count", count=number), image.transpose(2, 0, 1)))
+        assert np.mean(found) > 0.9, number
 
 
 def test_scores_come_by_kind_in_the_order_of_entries() -> None:
