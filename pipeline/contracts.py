@@ -469,6 +469,12 @@ class Family(Protocol):
         """
         return
 
+    def pretrained_features(self, config: GeneratorConfig) -> Mapping[str, str]:
+        """The pretrained image features that its losses look through, sha256 of the weights by
+        name. A bundle records them, and no judge that sees through the same evaluates it. The
+        default is none."""
+        return {}
+
     def language_model(self, config: GeneratorConfig) -> str | None:
         """The pretrained language model that the network is built around: a hub id, a path or
         package:NAME. The default is none."""

@@ -55,6 +55,11 @@ class BundleManifest(Config):
     caption_encoder: CaptionEncoderConfig
     encoder_identity: dict[str, Any] = Field(description="EncoderIdentity")
     split: str | None = Field(None, description="DataConfig.split that it was trained with")
+    pretrained_features: dict[str, str] = Field(
+        {},
+        description="the pretrained image features that the generator's training used, sha256 by "
+        "name; its tokenizer's are in the tokenizer's own manifest",
+    )
     files: dict[str, str] = Field(description="sha256 by file name")
 
     @property
@@ -97,6 +102,7 @@ def save_bundle(
     identity: EncoderIdentity,
     text_tokenizer: str | None = None,
     split: str | None = None,
+    pretrained_features: Mapping[str, str] | None = None,
 ) -> None:
     """Write a bundle's directory.
 
@@ -109,6 +115,7 @@ def save_bundle(
         identity: of the caption encoder.
         text_tokenizer: where the text tokenizer of a pretrained language model lies; it is copied.
         split: DataConfig.split of the training.
+        pretrained_features: the pretrained image features that the training used, sha256 by name.
     """
     directory.mkdir(parents=True, exist_ok=True)
     copy_tokenizer(tokenizer, directory / "tokenizer")
@@ -127,6 +134,7 @@ def save_bundle(
         caption_encoder=caption_encoder,
         encoder_identity=asdict(identity),
         split=split,
+        pretrained_features=dict(pretrained_features or {}),
         files=files,
     )
     write_manifest(directory, manifest)

@@ -8,12 +8,12 @@ pipeline/models and pipeline/tokenizers.
 """
 
 from pipeline.config.data import AugmentConfig, DataConfig, ImageFilter, PreprocessConfig
+from pipeline.config.judges import AlignerConfig, ImageNetJudgeConfig
 from pipeline.config.promote import PromoteConfig
 from pipeline.config.recipe import (
     MAX_GUIDANCE,
     MAX_STEPS,
     MAX_TEMPERATURE,
-    AlignerConfig,
     CaptionEncoderConfig,
     EncodeConfig,
     EvaluateConfig,
@@ -43,6 +43,7 @@ __all__ = [
     "EvaluateConfig",
     "GeneratorConfig",
     "ImageFilter",
+    "ImageNetJudgeConfig",
     "PreprocessConfig",
     "PromoteConfig",
     "Recipe",

@@ -30,6 +30,13 @@ from pipeline.config.data import (
     PreprocessConfig,
     check_unmixed,
 )
+from pipeline.config.judges import (
+    AlignerConfig,
+    FeaturesName,
+    ImageNetJudgeConfig,
+    JudgeName,
+    check_judges,
+)
 from pipeline.config.overrides import explain, override, set_key, stated
 from pipeline.config.promote import PromoteConfig
 from pipeline.config.section import ChoiceConfig, Config, merged
@@ -148,22 +155,6 @@ class GeneratorConfig(ChoiceConfig):
         return options
 
 
-class AlignerConfig(Config):
-    """The contrastive image-caption model that evaluation retrieves captions with."""
-
-    source: str | None = Field(
-        None, description="a trained aligner: a directory or asset:aligner; None trains one"
-    )
-    embedding: int = Field(256, ge=8, description="dimensions of the shared space")
-    widths: tuple[int, int, int] = Field((96, 192, 384), description="channels of the three stages")
-    depths: tuple[int, int, int] = Field((2, 2, 2), description="residual blocks of the stages")
-    label_smoothing: float = Field(0.1, ge=0, lt=1, description="while training")
-    train: TrainConfig = TrainConfig(
-        batch_size=256,
-        augment=AugmentConfig(zoom=0.1, shift=6, color=0.3, blur=0.5, noise=0.1, flip=0.5),
-    )
-
-
 class EvaluateConfig(Config):
     """What is measured, and on how many images."""
 
@@ -188,6 +179,22 @@ class EvaluateConfig(Config):
     bootstrap: int = Field(1_000, ge=100, description="resamples per interval")
     seed: int = Field(0, ge=0, description="seed of the choice of images, requests and resamples")
     batch_size: int = Field(50, ge=1, description="images generated together")
+    judges: tuple[JudgeName, ...] = Field(
+        ("aligner", "imagenet"),
+        min_length=1,
+        description="what tells how well an image fits a caption: aligner, imagenet, clip:ID and "
+        "siglip:ID, where ID is a hub id or a directory",
+    )
+    features: FeaturesName = Field(
+        "imagenet",
+        description="what distances between sets of images are measured in: imagenet, "
+        "dinov2:ID or inception",
+    )
+
+    @field_validator("judges")
+    @classmethod
+    def _judges_differ(cls, judges: tuple[str, ...]) -> tuple[str, ...]:
+        return check_judges(judges)
 
 
 class TrackingConfig(Config):
@@ -220,6 +227,7 @@ class Recipe(Config):
         "`generator`; the best by promote.choose_by is the candidate for promotion",
     )
     aligner: AlignerConfig = AlignerConfig()
+    imagenet_judge: ImageNetJudgeConfig = ImageNetJudgeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     promote: PromoteConfig = PromoteConfig()
     serve: ServeConfig = ServeConfig()

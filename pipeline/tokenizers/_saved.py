@@ -45,7 +45,20 @@ class TokenizerManifest(Config):
     format: int = FORMAT
     image_size: int
     tokenizer: TokenizerConfig
+    pretrained_features: dict[str, str] | None = Field(
+        None,
+        description="the pretrained image features that its training used, sha256 by name; None: "
+        "of a version that did not record them",
+    )
     files: dict[str, str] = Field(description="sha256 by file name")
+
+    @property
+    def trained_on(self) -> dict[str, str]:
+        """The pretrained features that its training used; where they were not recorded, those of
+        its settings, without a sha256."""
+        if self.pretrained_features is not None:
+            return self.pretrained_features
+        return {self.tokenizer.perceptual_features: ""} if self.tokenizer.perceptual_weight else {}
 
 
 def resolve_tokenizer(source: str | Path) -> Path:
@@ -111,13 +124,28 @@ def tokenizer_shape_of_source(config: TokenizerConfig, source: Path | None) -> T
 
 
 def save_tokenizer(
-    directory: Path, weights: Mapping[str, Tensor], config: TokenizerConfig, image_size: int
+    directory: Path,
+    weights: Mapping[str, Tensor],
+    config: TokenizerConfig,
+    image_size: int,
+    *,
+    pretrained_features: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a tokenizer's directory. It does not say what its training started from."""
+    """Write a tokenizer's directory. It does not say what its training started from.
+
+    Args:
+        pretrained_features: the pretrained image features that its training used, sha256 by name;
+            None if that is not known.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     config = config.model_copy(update={"source": None, "freeze": False})
     files = {WEIGHTS: save_weights(directory, weights)}
-    manifest = TokenizerManifest(image_size=image_size, tokenizer=config, files=files)
+    manifest = TokenizerManifest(
+        image_size=image_size,
+        tokenizer=config,
+        pretrained_features=None if pretrained_features is None else dict(pretrained_features),
+        files=files,
+    )
     write_manifest(directory, manifest)
 
 

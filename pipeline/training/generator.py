@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from pipeline.bundles.bundle import load_bundle, save_bundle
+from pipeline.bundles.bundle import load_bundle, read_bundle, save_bundle
 from pipeline.config import CaptionEncoderConfig, GeneratorConfig
 from pipeline.contracts import (
     CaptionTokenizer,
@@ -172,6 +172,10 @@ def train_generator(
         identity=identify(encoder),
         text_tokenizer=task.language_model,
         split=split,
+        pretrained_features={
+            **(read_bundle(task.base).pretrained_features if task.base is not None else {}),
+            **task.family.pretrained_features(config),
+        },
     )
     return result.metrics
 

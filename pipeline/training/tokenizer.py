@@ -18,17 +18,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
+from pipeline.artifacts import file_digest
 from pipeline.config import TokenizerConfig
 from pipeline.images.grid import grid
 from pipeline.images.pixels import gradient_l1, to_float, to_uint8
 from pipeline.objective import Objective, TokenizerNetwork
 from pipeline.tokenizers import build_tokenizer
-from pipeline.tokenizers._saved import load_tokenizer, save_tokenizer
+from pipeline.tokenizers._saved import (
+    TokenizerManifest,
+    load_tokenizer,
+    read_manifest,
+    save_tokenizer,
+)
 from pipeline.tracking.steps import StepContext
 from pipeline.training.checkpoint import best_weights
 from pipeline.training.datasets import ImageDataset
 from pipeline.training.loop import Training, fit
 from pipeline.training.perceptual import PerceptualLoss
+from pipeline.training.vgg import find_vgg
 
 
 class PatchDiscriminator(nn.Module):
@@ -210,8 +217,27 @@ def train_tokenizer(
         run=context.run,
         on_progress=context.on_progress,
     )
-    save_tokenizer(context.path / "bundle", best_weights(result.checkpoint), config, image_size)
+    save_tokenizer(
+        context.path / "bundle", best_weights(result.checkpoint), config, image_size,
+        pretrained_features=features_used(config, cache=cache, source=source),
+    )  # fmt: skip
     return result.metrics
+
+
+def features_used(
+    config: TokenizerConfig, *, cache: Path, source: Path | None = None
+) -> dict[str, str]:
+    """The pretrained image features that a training sees through, sha256 by name: its perceptual
+    loss', and those of the tokenizer that it goes on from.
+
+    Raises:
+        TesseraError: the features or the source cannot be read.
+    """
+    used = {} if source is None else dict(read_manifest(source, TokenizerManifest).trained_on)
+    if config.perceptual_weight:
+        file = find_vgg(config.perceptual_features, cache=cache)
+        used[config.perceptual_features] = file_digest(file)
+    return used
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ class _ImageEncoder:
     """
 
     def __init__(self, tokenizer: str, config: EncodeConfig, image_size: int, seed: int) -> None:
-        _use_one_thread()
+        use_one_thread()
         self.device = choose_device()
         self.tokenizer = load_tokenizer(Path(tokenizer)).to(self.device)
         self.config, self.image_size, self.seed = config, image_size, seed
@@ -80,7 +80,7 @@ class _ImageEncoder:
         flippable = torch.tensor([may_mirror(captions) for captions in texts])
         views = [self._encode(images)]
         for view in range(1, self.config.num_views):
-            seeds = torch.tensor([_view_seed(key, view, self.seed) for key in keys])
+            seeds = torch.tensor([view_seed(key, view, self.seed) for key in keys])
             changed = self.augment(images, seeds=seeds, flippable=flippable)
             views.append(self._encode(changed))
         tokens = torch.stack(views, 1).cpu().numpy().astype(np.uint16)  # (B, views, N)
@@ -98,7 +98,7 @@ class _CaptionEncoder:
     """Ray Data actor: captions -> the language model's states, float16 (tokens, width) each."""
 
     def __init__(self, config: CaptionEncoderConfig, cache: str) -> None:
-        _use_one_thread()
+        use_one_thread()
         self.encoder = load_caption_encoder(config, cache=Path(cache), device=str(choose_device()))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -114,18 +114,18 @@ class _CaptionEncoder:
         )
 
 
-def _use_one_thread() -> None:
+def use_one_thread() -> None:
     """One actor runs per CPU: threads within them would only compete for it."""
     torch.set_num_threads(1)
 
 
-def _view_seed(key: str, view: int, seed: int) -> int:
+def view_seed(key: str, view: int, seed: int) -> int:
     """The seed of one view of one image, whatever batch it is in and however many actors run."""
     digest = hashlib.sha256(f"view:{seed}:{view}:{key}".encode()).digest()
     return int.from_bytes(digest[:7], "big")
 
 
-def _actor_options() -> dict[str, Any]:
+def actor_options() -> dict[str, Any]:
     """As many actors at most as CPU-bound tasks truly run at once; with GPUs, one per GPU."""
     if gpus := int(cluster_resources().get("GPU", 0)):
         return {"num_gpus": 1, "compute": ray.data.ActorPoolStrategy(min_size=1, max_size=gpus)}
@@ -133,7 +133,7 @@ def _actor_options() -> dict[str, Any]:
 
 
 @contextmanager
-def _in_order() -> Iterator[None]:
+def in_order() -> Iterator[None]:
     """Data sets that are made in this block give their results in the order of their inputs."""
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
@@ -171,14 +171,14 @@ def encode_images(
         TesseraError: what a worker met that a user can correct, such as a damaged tokenizer.
     """
     total = sum(pq.read_metadata(path).num_rows for path in parquet_files(pixels))
-    with _in_order():
+    with in_order():
         data = ray.data.read_parquet(str(pixels), columns=[*COPIED_COLUMNS, "image"])
         encoded = data.map_batches(
             TellingActor,
             fn_constructor_args=(_ImageEncoder, str(tokenizer), config, image_size, seed),
             batch_format="pyarrow",
             batch_size=config.batch_size,
-            **_actor_options(),
+            **actor_options(),
         )
     output.mkdir(parents=True, exist_ok=True)
     done, writer = 0, None
@@ -230,7 +230,7 @@ def encode_captions(
             f"none of the pictures in {pixels} has a caption, and a generator needs some"
         )
     load_caption_encoder(config, cache=cache)  # converts or downloads once, not in every actor
-    with _in_order():
+    with in_order():
         data = ray.data.from_arrow(
             [pa.table({"text": texts[i : i + 1024]}) for i in range(0, len(texts), 1024)]
         )
@@ -239,7 +239,7 @@ def encode_captions(
             fn_constructor_args=(_CaptionEncoder, config, str(cache)),
             batch_format="pyarrow",
             batch_size=CAPTIONS_PER_CALL,
-            **_actor_options(),
+            **actor_options(),
         )
     output.mkdir(parents=True, exist_ok=True)
     offsets = _write_states(encoded, output / "states.npy", texts, on_progress)
