@@ -21,6 +21,7 @@ from rich.markup import escape
 from jobs.console import ConsoleReporter, time_table, trial_table
 from jobs.data_cli import data_app
 from jobs.ingest_cli import ingest_app
+from jobs.models_cli import models, promote, rollback
 from jobs.options import DEFAULT_HOME, AsJson, Debug, Home, Overrides, RecipeName
 from jobs.serving_cli import bench_app, key
 from pipeline.errors import TesseraError
@@ -352,6 +353,9 @@ def _serve(model: str, service: ServiceConfig, home: Path, host: str, port: int)
 
 
 app.command()(key)
+app.command()(models)
+app.command()(promote)
+app.command()(rollback)
 
 
 @app.command()

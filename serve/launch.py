@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 APP_NAME = "tessera"
 _PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
 """Serve kills a proxy that takes 3 x 5 s to start, as it may on two cores that also train."""
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """This machine is asked itself, whatever proxy the environment names."""
 
 
@@ -220,7 +220,7 @@ def _wait_until_ready(url: str, timeout_s: float) -> None:
 def _not_ready(url: str) -> str | None:
     """None if /readyz says 200, else why not."""
     try:
-        with _DIRECT.open(f"{url}/readyz", timeout=30):
+        with DIRECT.open(f"{url}/readyz", timeout=30):
             return None
     except urllib.error.HTTPError as error:
         body = error.read()

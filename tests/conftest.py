@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from pipeline.text.caption_encoder import HFCaptionEncoder, load_caption_encoder
 from pipeline.text.encoder_identity import identify
 from pipeline.tokenizers import build_tokenizer
 from pipeline.tokenizers._saved import save_tokenizer
+from pipeline.tracking.runs import connect
 
 settings.register_profile("shared-machine", deadline=None, max_examples=50)
 settings.load_profile("shared-machine")
@@ -104,3 +106,20 @@ def tiny_bundles(
 def tiny_bundle(tiny_bundles: dict[str, Path]) -> Path:
     """That of the masked family."""
     return tiny_bundles["masked"]
+
+
+@pytest.fixture(scope="session")
+def new_home(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function that makes a home directory whose database has its tables, which MLflow takes
+    seconds to make."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("MLFLOW_TRACKING_URI", raising=False)
+        made = tmp_path_factory.mktemp("made")
+        connect(made)
+
+    def copy(name: str) -> Path:
+        home = tmp_path_factory.mktemp(name)
+        shutil.copy(made / "mlflow.db", home)
+        return home
+
+    return copy

@@ -22,7 +22,7 @@ import json
 import os
 import socket
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -113,6 +113,12 @@ def valid(entries: Iterable[Entry]) -> list[Entry]:
         if entry.kind != "refuse" and entry.follows == last:
             chain.append(entry)
     return chain
+
+
+def effective(entries: Sequence[Entry]) -> list[Entry]:
+    """The valid decisions and the refusals, in order: all but those that came too late."""
+    chain = {entry.number for entry in valid(entries)}
+    return [entry for entry in entries if entry.kind == "refuse" or entry.number in chain]
 
 
 class DecisionLog:

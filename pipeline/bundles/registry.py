@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pipeline import __version__
 from pipeline.artifacts import bundle_digest, publish_once, resolve_path
-from pipeline.bundles.decisions import DecisionLog, Entry, Verdict, registry_answers
+from pipeline.bundles.decisions import SUFFIX, DecisionLog, Entry, Verdict, registry_answers
 from pipeline.config import Recipe
 from pipeline.config.overrides import stated
 from pipeline.errors import BundleError, PromotionError
@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 SCHEME = "models:/"
 DECISION = "decision"
-"""The tag of a version that holds its latest `Verdict`."""
+METRICS = "metrics"
+"""The tags of a version that hold its latest `Verdict` and the numbers behind it, as JSON."""
 _TAG_CHARS = 100_000  # of a tag's value, at most, says MLflow
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
@@ -134,12 +135,37 @@ class ModelRegistry:
             made = self.client.create_model_version(name, source, handle.run_id, tags=dict(tags))
         return str(made.version)
 
-    def record(self, name: str, version: str, verdict: Verdict) -> None:
-        """Note with a version how it was judged, for `tessera promote` to read."""
-        tags = {DECISION: verdict.to_json(), "evaluation": verdict.evaluation}
+    def record(
+        self,
+        name: str,
+        version: str,
+        verdict: Verdict,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Note with a version how it was judged, for `tessera promote` and `tessera models`.
+
+        Args:
+            metrics: the few that tell it from others, the most important first.
+        """
+        tags = {
+            DECISION: verdict.to_json(),
+            METRICS: json.dumps(dict(metrics or {})),
+            "evaluation": verdict.evaluation,
+        }
         with registry_answers(f"whether the verdict on version {version} was noted"):
             for key, value in tags.items():
                 self.client.set_model_version_tag(name, version, key, value)
+
+    def names(self) -> list[str]:
+        """The registered models, without their decision logs, by name."""
+        found: list[str] = []
+        token = None
+        with registry_answers("which models are registered"):
+            while True:
+                page = self.client.search_registered_models(page_token=token)
+                found += [model.name for model in page if not model.name.endswith(SUFFIX)]
+                if not (token := page.token):
+                    return sorted(found)
 
     def versions(self, name: str) -> list[ModelVersion]:
         """All versions of a registered model, the newest first; none if there is no such model."""

@@ -9,7 +9,7 @@ pipeline/models and pipeline/tokenizers.
 
 from pipeline.config.data import AugmentConfig, DataConfig, ImageFilter, PreprocessConfig
 from pipeline.config.judges import AlignerConfig, ImageNetJudgeConfig
-from pipeline.config.promote import PromoteConfig
+from pipeline.config.promote import CanaryConfig, PromoteConfig
 from pipeline.config.recipe import (
     MAX_GUIDANCE,
     MAX_STEPS,
@@ -36,6 +36,7 @@ __all__ = [
     "MAX_TEMPERATURE",
     "AlignerConfig",
     "AugmentConfig",
+    "CanaryConfig",
     "CaptionEncoderConfig",
     "Config",
     "DataConfig",

@@ -157,6 +157,22 @@ class SliceRule(Config):
         return self
 
 
+class CanaryConfig(Config):
+    """What a model must do in the real service before it becomes champion (serve/canary.py)."""
+
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        ("a red apple", "a smiling cat", "three blue stars", "一个红苹果", "一只猫", "太阳"),
+        min_length=1,
+        description="what is drawn, in the default style; and one image in every style",
+    )
+    max_latency_s: float = Field(
+        30.0, gt=0, description="seconds within which 95 % of the images must come, one at a time"
+    )
+    timeout_s: float = Field(
+        600.0, gt=0, description="seconds that the whole check may take, the start included"
+    )
+
+
 class PromoteConfig(Config):
     """The rules by which a candidate becomes champion (pipeline/chain/promotion.py)."""
 
@@ -204,6 +220,7 @@ class PromoteConfig(Config):
         ge=2,
         description="images that a rule of `improve` or `keep` needs at least; with fewer it fails",
     )
+    canary: CanaryConfig = CanaryConfig()
     unjudged: bool = Field(
         False,
         description="promote whatever the rules say; to try out the plumbing, never for a model "
