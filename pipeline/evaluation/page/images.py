@@ -20,6 +20,7 @@ from pipeline.evaluation.measured import Measured
 from pipeline.evaluation.page.report import Report
 
 IMAGE_BYTES = 8_000
+SPLITS = ("seen", "unseen")
 REDUCTIONS = ((128, 90), (128, 70), (96, 70), (64, 60))
 """Longest side in pixels and WebP quality, tried one by one until an image is small enough."""
 
@@ -118,11 +119,11 @@ class Album:
 
 
 def _rows(measured: Measured) -> Iterator[Row]:
-    """At the model's own guidance scale."""
+    """Those of real images' captions, at the model's own guidance scale."""
     names: Sequence[str] = ("set", "key", "split", "style", "language", "caption")
     own = pc.is_null(measured.rows["guidance"]).to_pylist()
     for number, values in enumerate(measured.rows.select(names).to_pylist()):
-        if own[number]:
+        if own[number] and values["split"] in SPLITS:
             yield Row(number, **values)
 
 

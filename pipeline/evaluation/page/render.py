@@ -8,6 +8,7 @@ there. The page's content security policy forbids it to load anything.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,8 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from pipeline.contracts import Interval, Verdict
-from pipeline.evaluation.measured import DIMENSIONS
 from pipeline.evaluation.page import charts, words
-from pipeline.evaluation.page.images import Album, Row, data_uri
+from pipeline.evaluation.page.images import SPLITS, Album, Row, data_uri
 from pipeline.evaluation.page.report import Composed, Report
 from pipeline.evaluation.scores import Measure
 
@@ -31,15 +31,18 @@ GATED_ROWS, OTHER_ROWS = 6, 2
 MOST_OTHER_GROUPS = 6
 EXTREMES, NEIGHBOURS = 8, 8
 MOST_COMPOSITIONS = 80
-GLANCE = ("{second}_r1/all", "{first}_r1/all", "kid/all", "sharpness/all", "copies/unseen",
-          "latency_s")  # fmt: skip
+GLANCE = (
+    "{second}_r1/all", "{first}_r1/all", "kid/all", "coverage/all", "sharpness/all",
+    "composition/compositions", "copies/unseen", "latency_s",
+)  # fmt: skip
 """Metrics that are drawn beside their floors at the top."""
 OPEN_PANELS = 4
 """Slices of as many measures are shown without a click."""
-MAIN_SLICES = ("all", "seen", "unseen")
+MAIN_SLICES = ("all", "seen", "unseen", "compositions")
 DIMENSION_NAMES = {
     "split": "Seen in training?", "language": "Language", "style": "Style", "topic": "Topic",
     "words": "Length of the caption", "guidance": "Guidance scale",
+    "compositions": "Language of the prompt", "kind": "Kind of composition",
 }  # fmt: skip
 
 
@@ -226,8 +229,8 @@ def _slices(report: Report) -> list[charts.Panel]:
         groups: dict[str, dict[str, tuple[charts.Numbers, int]]] = {}
         for metric in own:
             name, _, of = metric.partition("/")
-            dimension = "split" if of in ("seen", "unseen") else of.partition(":")[0]
-            if name != measure or dimension not in DIMENSIONS:
+            dimension, colon, _ = ("split", ":", of) if of in SPLITS else of.partition(":")
+            if name != measure or not colon or dimension not in DIMENSION_NAMES:
                 continue
             numbers = {
                 subject: report.metrics[subject][metric]
@@ -348,10 +351,17 @@ class _Compositions:
 
 
 def _compositions(report: Report) -> _Compositions:
+    """If there are more than MOST_COMPOSITIONS, every n-th is shown in each language, beginning
+    with another one in each, so that all kinds and languages are among them."""
     every = -(-len(report.compositions) // MOST_COMPOSITIONS) or 1
+    groups: dict[tuple[str, str], list[Composed]] = {}
+    for composed in report.compositions:
+        groups.setdefault((composed.kind, composed.language), []).append(composed)
+    languages = list(dict.fromkeys(language for _, language in groups))
     shown: dict[str, list[Composed]] = {}
-    for composed in report.compositions[::every]:
-        shown.setdefault(composed.kind, []).append(composed)
+    for (kind, language), prompts in groups.items():
+        first = languages.index(language) % every
+        shown.setdefault(kind, []).extend(prompts[first::every])
     scores: dict[str, dict[str, list[float]]] = {}
     for composed in report.compositions:
         for subject, score in composed.scores.items():
@@ -408,6 +418,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
         elif isinstance(value, (list, tuple)):
-            yield f"{prefix}{name}", ", ".join(map(str, value))
+            simple = all(isinstance(item, (str, int, float)) for item in value)
+            text = ", ".join(map(str, value)) if simple else json.dumps(value, default=str)
+            yield f"{prefix}{name}", text
         else:
             yield f"{prefix}{name}", str(value)

@@ -31,8 +31,9 @@ FLOORS = ("real", "tokenizer", "blurred", "shuffled")
 
 MEASURE_NAMES = {
     "r1": "Recall@1", "r5": "Recall@5", "alignment": "Alignment", "kid": "KID", "fid": "FID",
-    "style_match": "Style recognised", "guidance_gain": "Gain by guidance", "psnr": "PSNR",
-    "ssim": "SSIM", "nearest": "Distance to training images", "copies": "Copies",
+    "style_match": "Style recognised", "composition": "Compositions",
+    "guidance_gain": "Gain by guidance", "psnr": "PSNR", "ssim": "SSIM",
+    "nearest": "Distance to training images", "copies": "Copies",
     "latency_s": "Latency", "images_per_s": "Images per second", "size_mb": "Size",
 }  # fmt: skip
 
@@ -57,6 +58,9 @@ RULES = {
               "few images are no evidence and are skipped."),
 }  # fmt: skip
 """Titles and explanations of the gate's kinds of rules (`Verdict.rule`), in their order."""
+
+
+MINUS = "\N{MINUS SIGN}"
 
 
 def subject_name(subject: str) -> str:
@@ -84,33 +88,39 @@ def measure_name(measure: str) -> str:
 
 def slice_name(name: str) -> str:
     """A slice's name for people."""
-    dimension, _, value = name.rpartition(":")
+    dimension, _, value = name.partition(":")
     if dimension == "words":
         return f"{value} word" if value == "1" else f"{value} words"
-    return value or name
+    return value or dimension
 
 
 def metric_name(metric: str) -> str:
     """A metric's name for people: measure, judge, slice."""
     measure, _, of = metric.partition("/")
-    return measure_name(measure) + (f", {slice_name(of)}" if of not in ("", "all") else "")
+    return measure_name(measure) + (
+        f", {slice_name(of)}" if of not in ("", "all", "compositions") else ""
+    )
 
 
 def number(value: float | None) -> str:
-    """A number, three digits after the point below 10."""
+    """A number, three digits after the point below 10; very small ones with one digit."""
     if value is None:
         return ""
     if math.isnan(value):
         return "not a number"
     if math.isinf(value):
         return "infinite"
-    digits = 3 if abs(value) < 10 else 1 if abs(value) < 100 else 0
-    return f"{value:,.{digits}f}".replace("-", "\N{MINUS SIGN}")
+    size = abs(value)
+    if 1e-4 <= size < 1e-3:
+        return f"{value:.1g}".replace("-", MINUS)
+    text = f"{value:,.{3 if size < 10 else 1 if size < 100 else 0}f}"
+    return text.replace("-", MINUS if text.strip("-0.") else "")
 
 
 def signed(value: float) -> str:
     """A number with its sign."""
-    return f"+{number(value)}" if value > 0 else number(value)
+    text = number(value)
+    return f"+{text}" if value > 0 and text.strip("0.") else text
 
 
 def interval(found: Interval) -> str:
@@ -133,9 +143,13 @@ def tone(gain: Interval) -> str:
 
 
 TONES = {
-    "better": "better", "worse": "worse", "level": "within chance", "once": "measured once",
-    "broken": "not a number",
-}  # fmt: skip
+    "better": ("\N{BLACK UP-POINTING TRIANGLE}", "better beyond chance"),
+    "worse": ("\N{BLACK DOWN-POINTING TRIANGLE}", "worse beyond chance"),
+    "level": ("\N{ALMOST EQUAL TO}", "within chance"),
+    "once": ("", "measured once"),
+    "broken": ("", "not a number"),
+}
+"""A sign and a meaning for each tone."""
 
 
 def direction(measure: Measure) -> str:
@@ -143,7 +157,7 @@ def direction(measure: Measure) -> str:
     return {"higher": "higher is better", "lower": "lower is better", None: ""}[measure.better]
 
 
-HEADLINES = ("kid", "sharpness", "coverage", "style_match", "diversity", "copies")
+HEADLINES = ("kid", "sharpness", "coverage", "style_match", "composition", "diversity", "copies")
 """Measures that the headline names, beside each judge's Recall@1."""
 
 
@@ -210,7 +224,12 @@ def _compared(report: Report, before: str) -> str:
     for metric, gain in report.gains[report.candidate][before].items():
         measure, _, of = metric.partition("/")
         named = measure in HEADLINES or measure.endswith("_r1")
-        if named and of == "all" and report.is_valid(metric) and tone(gain) in moved:
+        if (
+            named
+            and of in ("all", "compositions")
+            and report.is_valid(metric)
+            and tone(gain) in moved
+        ):
             moved[tone(gain)].append(measure_name(measure))
     if not any(moved.values()):
         return ""

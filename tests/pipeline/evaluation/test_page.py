@@ -57,6 +57,8 @@ def measured(number: int, subject: str, image: Callable[[int], bytes]) -> Measur
         for language in languages
         for i in range(8)
     ]  # fmt: skip
+    composed = {"set": "compositions", "split": "compositions", "caption": "composed of nothing"}
+    rows.insert(0, {**rows[0], **composed})
     extra = [name for name in rows[0] if name not in COLUMNS]
     schema = pa.schema([*COLUMNS.items(), *((name, pa.float64()) for name in extra)])
     scalars = {"latency_s": 0.2 + number, "size_mb": 1234.5} if subject in MODELS else {}
@@ -271,6 +273,29 @@ def test_a_measure_that_the_page_does_not_know_is_shown(report: Report) -> None:
     assert "Brand new" in text and "0.123" in text
 
 
+def test_compositions_are_not_among_the_captions(elements: Elements) -> None:
+    assert "composed of nothing" not in elements.text
+
+
+def test_of_many_compositions_every_kind_and_language_is_shown(report: Report) -> None:
+    one = report.compositions[0]
+    many = [
+        replace(one, kind=kind, language=language, prompt=f"{kind} {language} {number}")
+        for kind in ("colour", "count")
+        for number in range(40)
+        for language in ("en", "zh")
+    ]
+    text = Elements(render(replace(report, compositions=many))).text
+    shown = {c.prompt for c in many if f"{c.prompt}\n" in text}
+    assert len(shown) == 80 and "80 more prompts were drawn" in text
+    assert {prompt.rpartition(" ")[0] for prompt in shown} == {
+        "colour en", "colour zh", "count en", "count zh"
+    }  # fmt: skip
+    assert {prompt.replace("zh", "en") for prompt in shown} == {
+        c.prompt for c in many if c.language == "en"
+    }
+
+
 def test_images_that_are_missing_leave_a_gap(report: Report) -> None:
     champion = report.measured["champion"]
     fewer = replace(champion, rows=champion.rows.slice(0, 4))
@@ -334,6 +359,28 @@ def test_json_holds_the_numbers_and_no_images(report: Report) -> None:
     assert values["compositions"][1]["scores"] == {"champion": None}
     assert values["settings"]["judges"] == {"aligner": "cd" * 32}
     assert "image" not in json.dumps(list(values))
+
+
+# ---- Words ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.1234, "0.123"), (-0.5, "−0.500"), (-1e-9, "0.000"), (3e-4, "0.0003"), (12.34, "12.3"),
+        (1234.5, "1,234"), (math.nan, "not a number"), (-math.inf, "infinite"), (0.9999, "1.000"),
+    ],
+)  # fmt: skip
+def test_numbers_are_short(value: float, text: str) -> None:
+    assert words.number(value) == text
+
+
+def test_metrics_have_names_for_people() -> None:
+    assert words.metric_name("imagenet_r1/all") == "Recall@1 (imagenet)"
+    assert words.metric_name("clip_alignment/language:zh") == "Alignment (clip), zh"
+    assert words.metric_name("kid/words:1") == "KID, 1 word"
+    assert words.metric_name("latency_s") == "Latency"
+    assert words.metric_name("brand_new/topic:a: b") == "Brand new, a: b"
 
 
 # ---- Charts --------------------------------------------------------------------------------------
