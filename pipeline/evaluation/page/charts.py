@@ -106,17 +106,24 @@ Numbers = Mapping[str, Interval]
 """By subject."""
 
 
-def panel(metric: str, groups: Mapping[str, Mapping[str, tuple[Numbers, int]]]) -> Panel:
+def panel(
+    metric: str,
+    groups: Mapping[str, Mapping[str, tuple[Numbers, int]]],
+    *,
+    from_zero: bool = False,
+) -> Panel:
     """Place all numbers on one axis.
 
     Args:
         groups: by heading, by the lane's label: the numbers and how many images they are of.
+        from_zero: whether the axis holds zero in any case.
     """
     numbers = [
         number for lanes in groups.values() for found, _ in lanes.values()
         for number in found.values()
     ]  # fmt: skip
-    scale = Scale.of(end for number in numbers for end in (number.value, number.low, number.high))
+    ends = [end for number in numbers for end in (number.value, number.low, number.high)]
+    scale = Scale.of([*ends, 0.0] if from_zero else ends)
     placed = {
         heading: [
             Lane(label, tuple(_mark(name, found[name], scale) for name in found), images)

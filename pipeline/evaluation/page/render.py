@@ -137,7 +137,7 @@ def _glance(report: Report) -> list[charts.Panel]:
             if metric in report.metrics.get(subject, {})
         }
         if lanes:
-            found.append(charts.panel(metric, {"": lanes}))
+            found.append(charts.panel(metric, {"": lanes}, from_zero="/" not in metric))
     return found
 
 

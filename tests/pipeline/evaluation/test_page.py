@@ -394,6 +394,12 @@ def test_axes_hold_their_values_and_have_ticks(values: tuple[float, ...]) -> Non
     assert all(0 <= scale.percent(tick) <= 100 for tick in scale.ticks)
 
 
+def test_costs_are_drawn_from_zero() -> None:
+    lanes = {"": {"candidate": ({"candidate": Interval(0.28, 0.28, 0.28)}, 0)}}
+    assert charts.panel("latency_s", lanes, from_zero=True).scale.low < 0
+    assert charts.panel("sharpness/all", lanes).scale.low > 0
+
+
 def test_long_curves_keep_their_ends() -> None:
     (plot,) = charts.plots({"loss": [(i, i) for i in range(10_000)], "validation_loss": [(0, 1)]})
     assert [line.name for line in plot.lines] == ["loss", "validation_loss"]
