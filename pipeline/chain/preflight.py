@@ -18,6 +18,7 @@ from pipeline.bundles.bundle import read_bundle
 from pipeline.chain.idle import idle_settings
 from pipeline.chain.plan import Candidate, Plan
 from pipeline.config import ImageFilter, Recipe
+from pipeline.config.promote import judge_of
 from pipeline.config.train import TrainConfig
 from pipeline.data.shards.manifest import check_one_file_system, open_shards
 from pipeline.errors import RecipeError
@@ -34,7 +35,8 @@ def check(plan: Plan) -> None:
     """Everything that can be known to fail, before any work; settings without effect are logged.
 
     Raises:
-        RecipeError: a style that no image has, or sizes, a policy or an optimiser that do not fit.
+        RecipeError: a style that no image has, a rule about what is not evaluated, or sizes, a
+            policy or an optimiser that do not fit.
         DataError: shard sets on several file systems.
         BundleError: the base, or a given aligner, read captions through another encoder.
         MissingExtraError: the perceptual loss, or LoRA, without its packages.
@@ -43,6 +45,7 @@ def check(plan: Plan) -> None:
     for idle in idle_settings(plan.recipe):
         logger.warning(str(idle))
     check_data(plan)
+    check_rules(plan)
     for candidate in plan.candidates.values():
         check_candidate(candidate)
     check_encoders(plan)
@@ -72,6 +75,39 @@ def check_data(plan: Plan) -> None:
             )
     systems = [open_shards(uri, manifest)[0] for uri, manifest in plan.shards.items()]
     check_one_file_system(systems, plan.shards)
+
+
+def check_rules(plan: Plan) -> None:
+    """The gate's rules are about what the evaluation measures.
+
+    A warning is logged if the evaluation has too few images for any candidate to be promoted.
+
+    Raises:
+        RecipeError: a rule about a judge, a style or a language that is not evaluated.
+    """
+    promote, evaluate = plan.recipe.promote, plan.recipe.evaluate
+    if promote.unjudged or not plan.candidates:
+        return
+    judges = [name.partition(":")[0] for name in evaluate.judges]
+    there = {"style": evaluate.styles or plan.styles, "language": evaluate.languages}
+    for rule, metric in promote.metrics:
+        judge = judge_of(metric)
+        if judge is not None and judge not in judges:
+            raise RecipeError(
+                f"promote.{rule}: {metric} asks the judge {judge!r}, and evaluate.judges lists "
+                f"{', '.join(judges)}: add it there, or give other rules"
+            )
+        dimension, _, value = metric.partition("/")[2].partition(":")
+        if dimension in there and value not in there[dimension]:
+            raise RecipeError(
+                f"promote.{rule}: {metric} is of no {dimension} that is evaluated; these are "
+                f"{', '.join(there[dimension])} (evaluate.{dimension}s)"
+            )
+    if 2 * evaluate.num_images < promote.min_images:
+        logger.warning(
+            f"nothing can be promoted: evaluate.num_images={evaluate.num_images} of two sets are "
+            f"fewer than promote.min_images={promote.min_images}"
+        )
 
 
 def check_candidate(candidate: Candidate) -> None:

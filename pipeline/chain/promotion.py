@@ -41,7 +41,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from pipeline.config import PromoteConfig
-from pipeline.config.promote import OF_JUDGES, ImproveRule, KeepRule, LimitRule, SliceRule
+from pipeline.config.promote import ImproveRule, KeepRule, LimitRule, SliceRule, judge_of
 from pipeline.contracts import Decision, Interval, Verdict
 from pipeline.errors import DataError
 
@@ -193,11 +193,7 @@ class _Gate:
 
     def first_model(self) -> list[Verdict]:
         """Against shuffled captions: by every valid judge that a rule names, and the limits."""
-        config = self.config
-        rules: Sequence[ImproveRule | KeepRule | SliceRule] = [
-            *config.improve, *config.keep, *config.slices
-        ]  # fmt: skip
-        judges = filter(None, (_judge_and_measure(rule.metric)[0] for rule in rules))
+        judges = filter(None, (judge_of(metric) for _, metric in self.config.metrics))
         return [
             *self._judges(),
             *(self._chance(f"{judge}_r1/all") for judge in dict.fromkeys(judges)),
@@ -342,8 +338,8 @@ class _Gate:
         return self._why_invalid(judge) if judge else ""
 
     def _judge_of(self, metric: str) -> str | None:
-        judge, measure = _judge_and_measure(metric)
-        return judge or (measure if measure in self.validity else None)
+        measure = metric.partition("/")[0]
+        return judge_of(metric) or (measure if measure in self.validity else None)
 
     def _why_invalid(self, judge: str) -> str:
         found = self.validity.get(judge)
@@ -372,13 +368,6 @@ class _Gate:
         of = f" of {images} images" if images else ""
         moved = f"{metric}{of} went from {before:.3f} to {after:.3f}, a gain of {gain.value:.3f}, "
         return moved if math.isfinite(gain.value) else moved + "which is no number, "
-
-
-def _judge_and_measure(metric: str) -> tuple[str | None, str]:
-    """The judge of a metric, where it compares images with captions, and the metric's measure."""
-    measure = metric.partition("/")[0]
-    judge, _, kind = measure.rpartition("_")
-    return (judge if kind in OF_JUDGES else None), measure
 
 
 def _broken(verdict: Verdict) -> bool:

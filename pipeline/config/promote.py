@@ -23,13 +23,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from pipeline.config.judges import HUB_JUDGES, TRAINED_JUDGES
 from pipeline.config.section import Config
 
-JUDGES = ("aligner", "imagenet")
-"""The judges that every evaluation has; a recipe may add others, whose measures begin alike."""
 OF_JUDGES = ("r1", "r5", "alignment")
 MEASURES = (
-    *(f"{judge}_{name}" for judge in JUDGES for name in OF_JUDGES),
+    *(f"{judge}_{name}" for judge in (*TRAINED_JUDGES, *HUB_JUDGES) for name in OF_JUDGES),
     "style_match", "composition", "guidance_gain", "kid", "fid", "precision", "recall", "density",
     "coverage", "diversity", "sharpness", "psnr", "ssim", "nearest", "copies",
 )  # fmt: skip
@@ -45,13 +44,17 @@ OTHER_DIMENSIONS = ("guidance", "compositions", "kind")
 """Of compositions, "compositions:zh" is a language and "kind:colour" a kind."""
 
 
+def judge_of(metric: str) -> str | None:
+    """The judge whose comparison of images with captions a metric is; None for other metrics."""
+    judge, _, kind = metric.partition("/")[0].rpartition("_")
+    return judge if kind in OF_JUDGES else None
+
+
 def _measure(name: str) -> str:
-    judge, _, kind = name.rpartition("_")
-    close = difflib.get_close_matches(name, (*MEASURES, *SCALARS), n=1)
-    near_judge = difflib.get_close_matches(judge, JUDGES, n=1, cutoff=0.75)
-    of_another_judge = judge and kind in OF_JUDGES and not near_judge
-    if name not in (*MEASURES, *SCALARS) and not of_another_judge:
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(MEASURES)}"
+    known = (*MEASURES, *SCALARS)
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
         raise ValueError(f"there is no measure {name!r}; {hint}")
     return name
 
@@ -226,6 +229,16 @@ class PromoteConfig(Config):
         description="promote whatever the rules say; to try out the plumbing, never for a model "
         "that is used",
     )
+
+    @property
+    def metrics(self) -> list[tuple[str, str]]:
+        """What every rule is about: its list and its metric, or, of slices, its measure."""
+        return [
+            *(("improve", rule.metric) for rule in self.improve),
+            *(("keep", rule.metric) for rule in self.keep),
+            *(("limits", rule.metric) for rule in self.limits),
+            *(("slices", rule.metric) for rule in self.slices),
+        ]
 
     @model_validator(mode="after")
     def _no_rule_twice(self) -> Self:

@@ -44,6 +44,17 @@ def home(tmp_path_factory: pytest.TempPathFactory, pretrained_cache: Path) -> Pa
         ("smoke", "generator.num_styles=1", r"2 styles \(noto, twemoji\) do not fit"),
         ("smoke", "generator.width=65", "generator.width=65 must be a multiple of .*heads=2"),
         ("emoji-families", "candidates.causal.width=65", "candidates.causal.width=65 must be"),
+        ("smoke", "evaluate.judges=[aligner]", "promote.improve: imagenet_r1/all asks the judge"),
+        (
+            "smoke",
+            "promote.limits=[{metric: kid/style:noto, at_most: 1}]",
+            "promote.limits: kid/style:noto is of no style that is evaluated; these are twemoji",
+        ),
+        (
+            "smoke",
+            "promote.keep=[{metric: aligner_r1/language:fr, margin: 1}]",
+            r"of no language that is evaluated; these are en, zh \(evaluate.languages\)",
+        ),
         ("smoke", "tokenizer.train.optimizer=muon", "QuantizedAutoencoder has nothing for muon"),
     ],
 )
@@ -133,3 +144,12 @@ def test_the_decoder_of_the_bases_tokenizer_is_trained(
     assert "source is without effect because the decoder of base=asset:base trains" in caplog.text
     taken = checked("emoji-demo", "tokenizer.train.policy=full", home=home)
     assert not taken.tokenizer.trains and taken.tokenizer.source == made.tokenizer.source
+
+
+def test_an_evaluation_too_small_to_promote_anything_is_told(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checked("smoke", "promote.unjudged=true", "evaluate.judges=[aligner]", home=home)
+    assert "nothing can be promoted" not in caplog.text
+    checked("smoke", home=home)
+    assert "nothing can be promoted: evaluate.num_images=8 of two sets" in caplog.text

@@ -27,11 +27,11 @@ def test_a_recipe_that_says_nothing_is_judged_by_every_kind_of_rule() -> None:
 
 def test_rules_are_read_from_a_recipe_and_replace_the_defaults() -> None:
     rules = promote(
-        "improve=[{metric: clip_r1/unseen, by: 0.02}, {metric: size_mb, by: 5}]",
+        "improve=[{metric: imagenet_r5/unseen, by: 0.02}, {metric: size_mb, by: 5}]",
         "limits=[{metric: latency_s, at_most: 2}, {metric: 'kid/style:noto', at_most: 0.1}]",
         "slices=[{metric: kid, of: [style], margin: 0.02}]",
     )
-    assert [rule.metric for rule in rules.improve] == ["clip_r1/unseen", "size_mb"]
+    assert [rule.metric for rule in rules.improve] == ["imagenet_r5/unseen", "size_mb"]
     assert rules.improve[0].by == 0.02 and rules.limits[0].at_most == 2.0
     assert rules.slices[0].of == ("style",) and len(rules.keep) == len(promote().keep)
 
