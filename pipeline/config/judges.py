@@ -75,14 +75,18 @@ class ImageNetJudgeConfig(Config):
 
     resolution: int = Field(192, ge=128, le=320, description="pixels per side that it looks at")
     num_views: int = Field(
-        2,
+        1,
         ge=1,
         description="variants of each image to train on; the first is the image as it is, the "
-        "others are shifted by whole pixels and, where the caption allows, mirrored",
+        "others are shifted by whole pixels and, where the caption allows, mirrored; each costs as "
+        "much as the first",
     )
     shift: int = Field(4, ge=0, le=64, description="largest shift in pixels")
+    dropout: float = Field(
+        0.3, ge=0, lt=1, description="probability of dropping a feature, while training"
+    )
     embedding: int = Field(256, ge=8, description="dimensions of the shared space")
-    steps: int = Field(600, ge=1, description="optimiser steps of the heads")
+    steps: int = Field(300, ge=1, description="optimiser steps of the heads")
     batch_size: int = Field(512, ge=8, description="images per step")
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate (AdamW, cosine)")
     weight_decay: float = Field(0.05, ge=0, description="of the heads' matrices")

@@ -236,12 +236,16 @@ def fit_heads(data: JudgeData, rows: NDArray[np.int64], config: ImageNetJudgeCon
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        heads = JudgeHeads(
-            config,
-            width=data.features.shape[2],
-            caption_width=data.means.shape[1],
-            num_styles=len(data.styles),
-        )
+        return _fit_heads(data, rows, config)
+
+
+def _fit_heads(data: JudgeData, rows: NDArray[np.int64], config: ImageNetJudgeConfig) -> JudgeHeads:
+    heads = JudgeHeads(
+        config,
+        width=data.features.shape[2],
+        caption_width=data.means.shape[1],
+        num_styles=len(data.styles),
+    )
     known = np.unique(np.concatenate([data.caption_ids[row] for row in rows]))
     heads.image_norm.fit(data.features_of(_spread(rows), 0))
     heads.caption_norm.fit(data.means[_spread(known)])
@@ -266,9 +270,10 @@ def fit_heads(data: JudgeData, rows: NDArray[np.int64], config: ImageNetJudgeCon
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    heads.eval()
     if len(data.styles) > 1:
         _fit_styles(heads, data, rows)
-    return heads.eval()
+    return heads
 
 
 def measure_held_out(data: JudgeData, config: ImageNetJudgeConfig) -> dict[str, float]:

@@ -97,6 +97,7 @@ class JudgeHeads(nn.Module):
         super().__init__()
         E = config.embedding
         self.image_norm, self.caption_norm = Standardised(width), Standardised(caption_width)
+        self.dropout = nn.Dropout(config.dropout)
         self.image_head = nn.Linear(width, E)
         self.caption_head = nn.Sequential(
             nn.Linear(caption_width, 2 * E), nn.GELU(), nn.Linear(2 * E, E)
@@ -105,7 +106,7 @@ class JudgeHeads(nn.Module):
 
     def images_to_embeddings(self, features: Tensor) -> Tensor:
         """float (N, D) -> (N, E), l2-normalised."""
-        return F.normalize(self.image_head(self.image_norm(features)), dim=-1)
+        return F.normalize(self.image_head(self.dropout(self.image_norm(features))), dim=-1)
 
     def captions_to_embeddings(self, means: Tensor) -> Tensor:
         """Mean states of captions, float (M, C) -> (M, E), l2-normalised."""
