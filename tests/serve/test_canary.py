@@ -79,7 +79,9 @@ def test_a_truncated_file_of_weights_is_found(
         target.write_bytes(file.read_bytes())
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    with pytest.raises(PromotionError, match=r"broken cannot be served: the model did not load: B"):
+    with pytest.raises(
+        PromotionError, match=r"broken cannot be served: the model did not load: .*BundleError"
+    ):
         check_servable(broken, home, CanaryConfig())
 
 
@@ -130,7 +132,7 @@ def test_slow_images_failures_and_wrong_sizes_are_problems(
     manifest = read_bundle(tiny_bundle)
     slow = drawn(server, manifest, "slow cat", max_latency_s=SLOW_S / 2)
     assert len(slow.problems) == 1 and slow.p95_s >= SLOW_S
-    assert "95 % of the images took up to 0.4" in slow.problems[0]
+    assert "95 % of the images took up to " in slow.problems[0]
     failed = drawn(server, manifest, "a cat", "explode")
     assert [problem[:40] for problem in failed.problems] == [
         "'explode': the service answered 500: {\"e"
