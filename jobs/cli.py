@@ -24,7 +24,7 @@ from jobs.ingest_cli import ingest_app
 from jobs.models_cli import models, promote, rollback
 from jobs.options import DEFAULT_HOME, AsJson, Debug, Home, Overrides, RecipeName
 from jobs.serving_cli import bench_app, key
-from pipeline.errors import TesseraError
+from pipeline.errors import RecipeError, TesseraError
 from pipeline.runtime import set_environment
 
 if TYPE_CHECKING:
@@ -63,13 +63,13 @@ def demo(
 
     Reads the emoji pictures and the base that ship with Tessera; writes everything below --home.
     Prints the path of a picture grid: before, after and real pictures, side by side. The decision
-    with its reasons goes to standard error. Takes at most 15 minutes on 2 CPU cores. Interrupted,
-    the same command goes on where it stopped.
+    with its reasons, the numbers before and after, and the report's path go to standard error.
+    Takes at most 15 minutes on 2 CPU cores. Interrupted, the same command goes on where it stopped.
     """
     from pipeline.config import load_recipe
 
     loaded = load_recipe(recipe)  # a mistake is told before anything heavy is imported
-    from jobs.demo import first_grid
+    from jobs.demo import before_and_after, first_grid
     from jobs.retrain import retrain as run
     from serve.launch import check_port
     from serve.settings import resolve_service
@@ -80,6 +80,9 @@ def demo(
         outcome = run(loaded, home, reporter, debug=debug)
     console.print(time_table(outcome.seconds))
     _print_decision(outcome, loaded.promote.model_name)
+    if outcome.page is not None:
+        console.print(before_and_after(outcome))
+        console.print(f"report: {outcome.page}", highlight=False, markup=False, soft_wrap=True)
     typer.echo(first_grid(loaded, outcome, home))
     if serve:
         champion = f"models:/{loaded.promote.model_name}@champion"
@@ -144,8 +147,11 @@ def retrain(
         return
     from pipeline.evaluation.reports import markdown_table
 
-    typer.echo(markdown_table(list(outcome.reports.values())))
+    if outcome.reports:
+        typer.echo(markdown_table(outcome.reports.values()))
     _print_decision(outcome, loaded.promote.model_name)
+    if outcome.page is not None:
+        console.print(f"report: {outcome.page}", highlight=False, markup=False, soft_wrap=True)
     typer.echo(outcome.bundle)
 
 
@@ -242,16 +248,94 @@ _step_command(
     printed; why it is the best goes to standard error.
     """,
 )
-_step_command(
-    "evaluate",
-    """Evaluate a recipe's generator beside the champion and the untuned base.
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        help="Shard set to evaluate models on: a directory, URI, asset:NAME or home:NAME; may be "
+        "repeated.",
+    ),
+]
 
-    Trains it first if that was not done before. Real pictures and the tokenizer's reconstructions
-    are measured beside them, as floors. Writes report.md (metrics with bootstrap intervals) and
-    grids/ (pictures) and prints report.md's path; with --json the metrics as well. Nothing is
-    promoted: `tessera retrain` does that.
-    """,
-)
+
+@app.command()
+def evaluate(
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="A recipe (its name or a YAML file), or with --data a model: a bundle's "
+            "directory, asset:base, models:/NAME@ALIAS or models:/NAME/VERSION."
+        ),
+    ],
+    overrides: Overrides = None,
+    data: Data = None,
+    home: Home = DEFAULT_HOME,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Evaluate a recipe's generator, or any model on any captioned pictures.
+
+    A recipe's generator is trained first if that was not done before, and measured beside the
+    champion and the untuned base. Real pictures, blurred ones, the tokenizer's reconstructions and
+    shuffled captions are measured beside every model, as floors. Prints the path of report.html, a
+    self-contained page; report.json beside it holds the same. Nothing is promoted: `tessera
+    retrain` does that.
+    """
+    from jobs.evaluate import is_model
+
+    if not is_model(target):
+        if data:
+            raise RecipeError(
+                f"--data is for models, and {target!r} is a recipe: write data.shards=[...] instead"
+            )
+        _run_step("evaluate", target, overrides or [], home, as_json, debug)
+        return
+    _evaluate_models({"candidate": target}, overrides, data, home, as_json, debug)
+
+
+@app.command()
+def compare(
+    before: Annotated[str, typer.Argument(help="A model, as `tessera evaluate` takes it.")],
+    after: Annotated[str, typer.Argument(help="The model that is compared with it.")],
+    overrides: Overrides = None,
+    data: Data = None,
+    home: Home = DEFAULT_HOME,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Evaluate two models on the same pictures and report what the second gains over the first.
+
+    Prints the path of report.html: every metric of both with intervals, the gains resampled
+    together, and their pictures side by side. Nothing is promoted.
+    """
+    models = {"before": before, "after": after}
+    _evaluate_models(models, overrides, data, home, as_json, debug)
+
+
+def _evaluate_models(
+    models: dict[str, str],
+    overrides: list[str] | None,
+    data: list[str] | None,
+    home: Path,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    if not data:
+        raise RecipeError(
+            "say with --data which captioned pictures to evaluate on, for example "
+            "--data asset:emoji"
+        )
+    from jobs.evaluate import evaluate_models, gain_table
+
+    with ConsoleReporter(console) as reporter:
+        found = evaluate_models(
+            models, data, home, reporter, overrides=overrides or (), debug=debug
+        )
+    if as_json:
+        typer.echo(found.page.with_suffix(".json").read_text(encoding="utf-8"))
+        return
+    console.print(gain_table(found))
+    typer.echo(found.page)
 
 
 @app.command(name="tune")

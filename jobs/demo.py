@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
 from pipeline.bundles.bundle import load_generator
@@ -20,8 +21,25 @@ from pipeline.config import Recipe
 from pipeline.contracts import GenerationRequest
 from pipeline.evaluation.eval_set import EvalSet, ImageSet
 from pipeline.evaluation.samples import comparison_grid
+from pipeline.evaluation.scores import measure_of
 
 IMAGES_PER_SET = 8  # in the grid, of the seen and of the held-out concepts each
+
+
+MEASURES = ("imagenet_r1", "aligner_r1", "style_match", "kid", "sharpness")
+
+
+def before_and_after(outcome: Outcome) -> Table:
+    """What fine-tuning changed: of all images of the gated style, base, candidate and real ones."""
+    shown = [name for name in ("untuned", "candidate", "real") if name in outcome.reports]
+    table = Table("metric", "better", *shown)
+    for measure in MEASURES:
+        metric = f"{measure}/all"
+        numbers = [outcome.reports[name].metrics.get(metric) for name in shown]
+        if any(numbers):
+            cells = (f"{n.value:.3f} [{n.low:.3f}, {n.high:.3f}]" if n else "" for n in numbers)
+            table.add_row(metric, measure_of(metric).better, *cells)
+    return table
 
 
 def first_grid(recipe: Recipe, outcome: Outcome, home: Path) -> Path:

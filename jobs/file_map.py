@@ -23,8 +23,8 @@ FOLDERS = (
     "pipeline/text", "pipeline/tokenizers", "pipeline/images", "pipeline/data",
     "pipeline/data/shards", "pipeline/data/sources", "pipeline/data/preprocess", "pipeline/models",
     "pipeline/models/decoding", "pipeline/models/networks", "pipeline/bundles",
-    "pipeline/evaluation", "pipeline/evaluation/page", "pipeline/training", "pipeline/chain",
-    "pipeline/evaluation", "pipeline/evaluation/judges", "pipeline/training", "pipeline/chain",
+    "pipeline/evaluation", "pipeline/evaluation/judges", "pipeline/evaluation/page",
+    "pipeline/training", "pipeline/chain",
     "serve", "jobs",
 )  # fmt: skip
 """In the order of their layers: files import from folders that come earlier in the list."""

@@ -6,15 +6,17 @@ tessera retrain my-recipe.yaml generator.train.max_steps=500
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.chain import workflow
 from pipeline.chain.plan import resolve
 from pipeline.chain.workflow import Outcome
-from pipeline.config import Recipe
+from pipeline.config import CanaryConfig, Recipe
 from pipeline.evaluation.reports import metric_values
 from pipeline.tracking.steps import Reporter
+from serve.canary import check_servable
 
 
 def retrain(recipe: Recipe, home: Path, reporter: Reporter, *, debug: bool = False) -> Outcome:
@@ -23,7 +25,13 @@ def retrain(recipe: Recipe, home: Path, reporter: Reporter, *, debug: bool = Fal
     Raises:
         TesseraError: something the user can mend; finished steps are kept.
     """
-    return workflow.retrain(resolve(recipe, home), reporter, debug=debug)
+    plan = resolve(recipe, home)
+    check = partial(_check_servable, home=home, config=recipe.promote.canary)
+    return workflow.retrain(plan, reporter, check_servable=check, debug=debug)
+
+
+def _check_servable(bundle: Path, *, home: Path, config: CanaryConfig) -> None:
+    check_servable(bundle, home, config)
 
 
 def summary(outcome: Outcome) -> dict[str, Any]:
@@ -37,5 +45,6 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "run_id": outcome.run.run_id,
         "tracking_uri": outcome.run.tracking_uri,
         "seconds": outcome.seconds,
+        "report": str(outcome.page) if outcome.page else None,
         "metrics": {name: metric_values(report) for name, report in outcome.reports.items()},
     }

@@ -17,6 +17,7 @@ from pipeline.chain.plan import Plan, resolve
 from pipeline.chain.table import aligner_of, bundles_of, pixels_of, tokenizer_of
 from pipeline.chain.workflow import Session, opened
 from pipeline.config import Recipe
+from pipeline.evaluation.reports import metric_values
 from pipeline.tracking.steps import Reporter
 
 
@@ -42,21 +43,22 @@ def _train(session: Session) -> dict[str, Any]:
         (candidate,) = plan.candidates.values()
         trained = session.run(candidate.step)[candidate.step]
         return {"path": str(trained.bundle), **trained.values}
-    judged = session.judge()
+    ruling = session.judge().ruling
     results = session.results
-    winner = results[plan.candidates[judged.winner].step]
+    winner = results[plan.candidates[ruling.winner].step]
     return {
         "path": str(winner.bundle),
         **winner.values,
-        "candidate": judged.winner,
-        "choice": list(judged.choice),
+        "candidate": ruling.winner,
+        "choice": list(ruling.choice),
         "candidates": {name: str(path) for name, path in bundles_of(plan, results).items()},
     }
 
 
 def _evaluate(session: Session) -> dict[str, Any]:
-    evaluation = session.judge().evaluation
-    return {"path": str(evaluation.path / "report.md"), **evaluation.values}
+    judged = session.judge()
+    metrics = {name: metric_values(r) for name, r in judged.evaluation.reports.items()}
+    return {"path": str(judged.ruling.page), "metrics": metrics}
 
 
 STEPS: dict[str, Callable[[Session], dict[str, Any]]] = {

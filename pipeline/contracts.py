@@ -548,16 +548,14 @@ class EvalReport:
     Attributes:
         subject: what was evaluated: "candidate", "champion", "untuned" (the base), "tokenizer"
             (reconstructions), "real", or the name of one of several candidates.
-        metrics: by name, for example "kid", "retrieval_seen", "validation_loss";
-            pipeline/evaluation/evaluator.py lists them.
+        metrics: by name, for example "kid/unseen", "imagenet_r1/all", "latency_s";
+            pipeline/evaluation/scores.py lists them.
         details: which images it was measured on: the evaluation set's digest, its style, counts.
-        grids: paths of image grids (PNG) by title.
     """
 
     subject: str
     metrics: Mapping[str, Interval]
     details: Mapping[str, Any] = field(default_factory=dict)
-    grids: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

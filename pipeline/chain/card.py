@@ -6,7 +6,6 @@ write_card(bundle, recipe, reports, manifests, pixels=pixels, seconds=seconds)
 from __future__ import annotations
 
 import platform
-import shutil
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,10 +19,10 @@ import yaml
 
 from pipeline import __version__
 from pipeline.config import Recipe
-from pipeline.contracts import EvalReport
 from pipeline.data.preprocess.store import parquet_files
 from pipeline.data.shards.manifest import Manifest
-from pipeline.evaluation.reports import markdown_table
+from pipeline.evaluation.reports import Evaluation, markdown_table
+from pipeline.evaluation.samples import samples_image
 from pipeline.runtime import available_cpus, code_commit
 
 TEMPLATE = """# {name}
@@ -78,23 +77,27 @@ CREDITS, CREDITS_SHOWN = "CREDITS.csv", 20
 def write_card(
     bundle: Path,
     recipe: Recipe,
-    reports: Mapping[str, EvalReport],
+    evaluation: Evaluation,
+    candidate: str,
     manifests: Sequence[Manifest],
     *,
     pixels: Path,
     seconds: Mapping[str, float],
 ) -> None:
-    """Write README.md, CREDITS.csv and the candidate's first grid as samples.png into the bundle.
+    """Write README.md, CREDITS.csv and the candidate's first images as samples.png into the bundle.
 
     Args:
-        reports: by subject; "candidate" is the bundle's own.
+        evaluation: of the candidate beside others.
+        candidate: the bundle's subject in it.
         manifests: of the shard sets.
         pixels: the preprocessed images, which name their source, licence and author.
         seconds: of each step of the chain.
     """
     credits = credits_of(pixels)
     pa.csv.write_csv(credits, bundle / CREDITS)
-    shutil.copyfile(next(iter(reports["candidate"].grids.values())), bundle / "samples.png")
+    columns = {"real": "real", "reconstructed": "tokenizer", "drawn": candidate}
+    measured = {title: evaluation.measured(subject) for title, subject in columns.items()}
+    samples_image(measured, "seen").save(bundle / "samples.png")
     data = "\n".join(
         f"| {m.digest[:16]} | {sum(s.samples for s in m.shards)} | {_counts(m.licenses)} "
         f"| {_counts(m.styles)} |"
@@ -118,7 +121,7 @@ def write_card(
         base=BASE.format(base=recipe.base) if recipe.base else "",
         encoder=recipe.caption_encoder.model,
         styles=", ".join(recipe.evaluate.styles) or "all styles",
-        table=markdown_table(list(reports.values())),
+        table=markdown_table(evaluation.reports.values()),
         size=recipe.preprocess.image_size,
         recipe=yaml.safe_dump(
             recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False,

@@ -6,7 +6,9 @@
     captions      pixels -> the caption encoder's states of every distinct caption
     generator     image tokens or pixels, captions, base -> a candidate (one step per candidate)
     aligner       pixels, captions -> a trained aligner (not where one is taken as it is)
-    evaluate      candidates, champion and untuned base on the same images -> reports
+    judge         pixels, captions -> the second judge, trained on the real images
+
+pipeline/chain/judging.py has the two steps that follow, evaluation and gate.
 
 Each step's work is one function of the plan and its context; `pipeline.tracking.steps` runs the
 table. A step imports what it works with (the training stacks of PyTorch and Ray, metrics: seconds
@@ -15,24 +17,25 @@ each) when it works: most scheduled retrains find every step done.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import bundle_digest, file_digest
-from pipeline.bundles.registry import ResolvedModel
 from pipeline.chain.plan import Candidate, Plan, given_inputs
 from pipeline.config import PreprocessConfig
 from pipeline.data.preprocess.report import check_bad_fraction
-from pipeline.evaluation import reports
 from pipeline.text.pretrained import content_digest
 from pipeline.tracking.runs import RunLogger
-from pipeline.tracking.steps import Results, Step, StepContext, StepResult, step_settings
+from pipeline.tracking.steps import Results, Step, StepContext, step_settings
 
 if TYPE_CHECKING:
     from pipeline.training.generator import GeneratorTask
+
+
+JUDGE = "judge"
+"""The step that trains the judge over ImageNet features."""
 
 
 def training_steps(plan: Plan) -> dict[str, Step]:
@@ -44,6 +47,7 @@ def training_steps(plan: Plan) -> dict[str, Step]:
         _captions_step(plan),
         *(generator_step(plan, candidate) for candidate in plan.candidates.values()),
         *([_aligner_step(plan)] if plan.aligner is None else []),
+        _judge_step(plan),
     ]
     return {step.name: step for step in steps}
 
@@ -208,6 +212,27 @@ def _aligner(plan: Plan, context: StepContext) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def _judge_step(plan: Plan) -> Step:
+    return Step(
+        JUDGE,
+        partial(_judge, plan),
+        settings={"imagenet_judge": step_settings(plan.recipe.imagenet_judge)},
+        needs=("preprocess", "captions"),
+    )
+
+
+def _judge(plan: Plan, context: StepContext) -> dict[str, Any]:
+    from pipeline.evaluation.judges.imagenet_training import train_imagenet_judge
+
+    return dict(
+        train_imagenet_judge(
+            context, pixels_of(context.results), context.results["captions"].path / "data",
+            plan.recipe.imagenet_judge, image_size=plan.recipe.preprocess.image_size,
+            encoder=plan.encoder.load(),
+        )
+    )  # fmt: skip
+
+
 def generator_step(plan: Plan, candidate: Candidate) -> Step:
     """The step that trains a candidate and leaves its bundle."""
     needs, inputs = generator_inputs(plan, candidate)
@@ -267,95 +292,3 @@ def generator_task(plan: Plan, candidate: Candidate, results: Results) -> Genera
         base=plan.base,
         language_model=candidate.language_model,
     )  # fmt: skip
-
-
-# ---- Evaluation ----------------------------------------------------------------------------------
-
-
-def evaluation_step(plan: Plan, results: Results, champion: ResolvedModel | None) -> Step:
-    """Candidates, champion and untuned base on the same images, the floors beside them.
-
-    Args:
-        results: of the candidates' steps: a champion that is one of them is judged once.
-    """
-    champion_is = champion_subject(plan, results, champion)
-    others: dict[str, Path] = {}
-    if plan.base is not None:
-        others["untuned"] = plan.base
-    if champion is not None and champion_is == "champion":
-        others["champion"] = champion.path
-    inputs = {name: bundle_digest(path) for name, path in others.items()}
-    if plan.aligner is not None:
-        inputs["aligner"] = bundle_digest(plan.aligner)
-    if champion_is is not None and plan.recipe.candidates and champion_is in plan.candidates:
-        inputs["champion_is"] = champion_is  # gains are told over that one of the candidates
-    return Step(
-        "evaluate",
-        partial(_evaluate, plan, others, champion_is),
-        settings=step_settings(plan.recipe.evaluate),
-        needs=evaluation_needs(plan),
-        inputs=inputs,
-        version=reports.FORMAT,
-    )
-
-
-def evaluation_needs(plan: Plan) -> tuple[str, ...]:
-    """The steps that the evaluation needs."""
-    candidates = [candidate.step for candidate in plan.candidates.values()]
-    trained = ["aligner"] if plan.aligner is None else []
-    return ("preprocess", *(["tokenizer"] if plan.tokenizer.trains else []), *candidates, *trained)
-
-
-def champion_subject(plan: Plan, results: Results, champion: ResolvedModel | None) -> str | None:
-    """The evaluation's name for the champion: that of a candidate which is the same bundle, else
-    "champion"; None while there is no champion."""
-    if champion is None:
-        return None
-    digest = bundle_digest(champion.path)
-    for name, candidate in plan.candidates.items():
-        if results[candidate.step].digest == digest:
-            return name
-    return "champion"
-
-
-def _evaluate(
-    plan: Plan, others: Mapping[str, Path], champion_is: str | None, context: StepContext
-) -> dict[str, Any]:
-    from pipeline.evaluation.aligner import Aligner
-    from pipeline.evaluation.eval_set import EvalSet
-    from pipeline.evaluation.evaluator import Evaluator
-    from pipeline.evaluation.features import ImageNetFeatures
-    from pipeline.runtime import choose_device
-    from pipeline.tokenizers._saved import load_tokenizer
-
-    recipe, results = plan.recipe, context.results
-    pixels = pixels_of(results)
-    subjects = {**bundles_of(plan, results), **others}
-    evaluator = Evaluator(
-        EvalSet.from_parquet(pixels, recipe.evaluate, image_size=recipe.preprocess.image_size),
-        aligner=Aligner.load(aligner_of(plan, results), device=choose_device()),
-        features=ImageNetFeatures(device=choose_device()),
-        encoder=plan.encoder.load(),
-        config=recipe.evaluate,
-    )
-    (context.path / "grids").mkdir(exist_ok=True)
-    losses = {n: results[c.step].values["validation_loss"] for n, c in plan.candidates.items()}
-    found = evaluator.evaluate_bundles(
-        subjects,
-        tokenizer=load_tokenizer(tokenizer_of(plan, results)),
-        candidates=losses,
-        before=[name for name in ("untuned", champion_is) if name is not None and name in subjects],
-        grids=context.path / "grids",
-        pretrained_cache=plan.cache,
-    )
-    (context.path / "report.md").write_text(reports.markdown_table(found))
-    logger = RunLogger(context.run)
-    logger.files(context.path / "grids", folder="grids")
-    logger.files(context.path / "report.md", folder="")
-    return {"reports": {report.subject: reports.to_dict(report) for report in found}}
-
-
-def reports_of(evaluation: StepResult) -> dict[str, Any]:
-    """What the evaluation says, by subject: EvalReport."""
-    values = evaluation.values["reports"]
-    return {name: reports.from_dict(report) for name, report in values.items()}

@@ -9,7 +9,7 @@ Ray is started when the first step has work to do; with nothing to do it is not 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,18 +18,20 @@ from pipeline.artifacts import bundle_digest
 from pipeline.bundles.bundle import read_bundle
 from pipeline.bundles.decisions import Verdict
 from pipeline.bundles.registry import ModelRegistry, ResolvedModel, lineage
-from pipeline.chain.plan import Plan
-from pipeline.chain.report_gate import choose, decide
-from pipeline.chain.table import (
-    champion_subject,
+from pipeline.chain.judging import (
+    Ruling,
+    contest,
     evaluation_needs,
+    evaluation_of,
     evaluation_step,
-    pixels_of,
-    reports_of,
-    training_steps,
-)  # fmt: skip
+    gate_step,
+    ruling_of,
+)
+from pipeline.chain.plan import Plan
+from pipeline.chain.table import pixels_of, training_steps
 from pipeline.contracts import Decision, EvalReport
-from pipeline.evaluation import reports
+from pipeline.errors import TesseraError
+from pipeline.evaluation.reports import Evaluation, metric_values
 from pipeline.runtime import check_disk, ray_runtime
 from pipeline.tracking.runs import RunHandle, RunLogger, Tracker
 from pipeline.tracking.steps import (
@@ -53,14 +55,16 @@ class Outcome:
 
     Attributes:
         bundle: the candidate's directory.
-        reports: by subject: candidate, real and tokenizer; untuned and champion where they exist;
-            of several candidates the others by their names.
+        reports: by subject: the candidate, the floors, untuned and champion where they exist; of
+            several candidates the others by their names. Empty if the candidate is the champion.
         decision: whether the candidate was promoted, and why.
         choice: why this candidate was chosen, one sentence per candidate; empty if there was one.
         version: the candidate's version in the model registry.
         seconds: of each step; 0 for steps that were done before.
         run: the parent MLflow run.
         pixels: the preprocessed images, to compare with.
+        evaluation: all that was measured; None if the candidate is the champion.
+        page: the report, one self-contained HTML file.
     """
 
     bundle: Path
@@ -71,26 +75,23 @@ class Outcome:
     run: RunHandle
     pixels: Path
     choice: tuple[str, ...] = ()
+    evaluation: Evaluation | None = None
+    page: Path | None = None
 
 
 @dataclass(frozen=True)
 class Judged:
-    """The candidates after evaluation.
+    """The candidates after the gate.
 
     Attributes:
-        reports: by subject.
-        winner: the name of the candidate that goes to the gate.
-        choice: why it was chosen, one sentence per candidate; empty if there is only one.
-        champion: what it is compared with, if there is one.
-        champion_report: the champion's report, which may be a candidate's.
+        evaluation: numbers of candidates, champion, untuned base and floors.
+        ruling: which candidate was chosen, and the decision about it.
+        champion: what it was compared with, if there is one.
     """
 
-    evaluation: StepResult
-    reports: dict[str, EvalReport]
-    winner: str
-    choice: tuple[str, ...]
+    evaluation: Evaluation
+    ruling: Ruling
     champion: ResolvedModel | None
-    champion_report: EvalReport | None
 
 
 class Session:
@@ -111,19 +112,23 @@ class Session:
         return self.run()
 
     def judge(self) -> Judged:
-        """Train and evaluate all candidates, and choose the one that goes to the gate."""
+        """Train and evaluate all candidates, choose one, and decide whether it is promoted."""
         plan, results = self.plan, self.run(*evaluation_needs(self.plan))
         champion = self.models.champion(plan.recipe.promote.model_name)
-        step = evaluation_step(plan, results, champion)
-        evaluation = self.workspace.run({**self.table, step.name: step}, step.name)[step.name]
-        found = reports_of(evaluation)
-        subject = champion_subject(plan, results, champion)
-        champion_report = None if subject is None else found[subject]
-        winner, choice = next(iter(plan.candidates)), tuple[str, ...]()
-        if plan.recipe.candidates:
-            candidates = {name: found[name] for name in plan.candidates}
-            winner, choice = choose(candidates, champion_report, plan.recipe.promote)
-        return Judged(evaluation, found, winner, choice, champion, champion_report)
+        found = contest(plan, results, champion)
+        steps = [evaluation_step(plan, found), gate_step(plan, found)]
+        done = self.workspace.run({**self.table, **{step.name: step for step in steps}}, "gate")
+        return Judged(evaluation_of(done["evaluate"]), ruling_of(done["gate"]), champion)
+
+    def champion_among(self, results: Results) -> tuple[str, ResolvedModel] | None:
+        """The plan's only candidate, if it is the champion already: there is nothing to judge."""
+        plan = self.plan
+        champion = self.models.champion(plan.recipe.promote.model_name)
+        if champion is None or len(plan.candidates) > 1:
+            return None
+        name, candidate = next(iter(plan.candidates.items()))
+        same = results[candidate.step].digest == bundle_digest(champion.path)
+        return (name, champion) if same else None
 
 
 @contextmanager
@@ -173,7 +178,7 @@ def check_to_do(plan: Plan, *targets: str) -> None:
     if waiting := waiting_steps(plan, *targets):
         from pipeline.chain.preflight import check, disk_mb  # builds networks: seconds to import
 
-        check(plan, waiting)
+        check(plan)
         needed = disk_mb(plan)
         check_disk(plan.home, round(SPARE_MB + sum(needed.get(name, 0) for name in waiting)))
 
@@ -190,53 +195,74 @@ def run_steps(
         return session.run(*steps)
 
 
-def retrain(plan: Plan, reporter: Reporter, *, debug: bool = False) -> Outcome:
+CheckServable = Callable[[Path], None]
+"""Draws with a bundle through the real service, in a process of its own.
+
+Raises:
+    TesseraError: the bundle cannot be served as it should be.
+"""
+
+
+def retrain(
+    plan: Plan, reporter: Reporter, *, check_servable: CheckServable, debug: bool = False
+) -> Outcome:
     """Every step, in order, to the gate's decision; what was done before is skipped.
+
+    Args:
+        check_servable: called with a bundle that won, before it is promoted.
 
     Raises:
         TesseraError: something the user can mend; finished steps are kept.
     """
     with opened(plan, reporter, debug=debug) as session:
+        results, parent = session.run(*training_targets(plan)), session.workspace.parent
+        if (found := session.champion_among(results)) is not None:
+            name, champion = found
+            reason = f"it is already the champion, version {champion.version}"
+            return Outcome(
+                results[plan.candidates[name].step].bundle, {}, Decision(True, (reason,)),
+                champion.version, dict(session.workspace.seconds), parent, pixels_of(results),
+            )  # fmt: skip
         judged = session.judge()
-        results, parent = session.results, session.workspace.parent
-        bundle = results[plan.candidates[judged.winner].step].bundle
-        found = dict(judged.reports)
+        results, ruling = session.results, judged.ruling
+        bundle = results[plan.candidates[ruling.winner].step].bundle
+        shown = dict(judged.evaluation.reports)
         if plan.recipe.candidates:
-            report = found.pop(judged.winner)
-            found["candidate"] = replace(report, subject=f"candidate ({judged.winner})")
-            RunLogger(parent).tags({"candidate": judged.winner})
-        decision, version = _promote(session, judged, bundle, found, results)
+            report = shown.pop(ruling.winner)
+            shown["candidate"] = replace(report, subject=f"candidate ({ruling.winner})")
+            RunLogger(parent).tags({"candidate": ruling.winner})
+        decision, version = _promote(session, judged, bundle, check_servable)
         with RunLogger(parent) as logger:
-            logger.metrics(reports.metric_values(found["candidate"]))
+            logger.metrics(metric_values(shown["candidate"]))
         return Outcome(
-            bundle, found, decision, version, dict(session.workspace.seconds), parent,
-            pixels_of(results), judged.choice,
+            bundle, shown, decision, version, dict(session.workspace.seconds), parent,
+            pixels_of(results), ruling.choice, judged.evaluation, ruling.page,
         )  # fmt: skip
 
 
+def training_targets(plan: Plan) -> tuple[str, ...]:
+    """The steps that train the candidates, and the preprocessing that their images come from."""
+    return ("preprocess", *(candidate.step for candidate in plan.candidates.values()))
+
+
 def _promote(
-    session: Session,
-    judged: Judged,
-    bundle: Path,
-    found: Mapping[str, EvalReport],
-    results: Results,
+    session: Session, judged: Judged, bundle: Path, check_servable: CheckServable
 ) -> tuple[Decision, str]:
-    """Decide, register the candidate, and make it champion if it won. Idempotent."""
+    """Register the candidate, and make it champion if it won and can be served. Idempotent."""
     plan, parent, champion = session.plan, session.workspace.parent, judged.champion
-    name = plan.recipe.promote.model_name
-    if champion is not None and bundle_digest(champion.path) == bundle_digest(bundle):
-        reason = f"it is already the champion, version {champion.version}"
-        return Decision(True, (reason,)), champion.version
     from pipeline.chain.card import write_card
 
-    decision = decide(found["candidate"], judged.champion_report, plan.recipe.promote)
+    decision = judged.ruling.decision
     decision = replace(decision, reasons=(*decision.reasons, *other_splits(plan, champion)))
     write_card(
-        bundle, plan.recipe, found, list(plan.shards.values()),
-        pixels=pixels_of(results), seconds=session.workspace.cost,
+        bundle, plan.recipe, judged.evaluation, judged.ruling.winner, list(plan.shards.values()),
+        pixels=pixels_of(session.results), seconds=session.workspace.cost,
     )  # fmt: skip
+    name = plan.recipe.promote.model_name
     made_from = lineage(plan.recipe, {uri: m.digest for uri, m in plan.shards.items()})
     version = session.models.register(bundle, model_name=name, handle=parent, tags=made_from)
+    if decision.promoted:
+        decision = _if_servable(decision, bundle, check_servable)
     verdict = Verdict(
         decision.promoted,
         champion.version if champion else None,
@@ -245,14 +271,24 @@ def _promote(
     )
     session.models.record(name, version, verdict)
     record = {"promoted": decision.promoted, "reasons": decision.reasons, "version": version}
-    if judged.choice:
-        record["choice"] = judged.choice
+    if judged.ruling.choice:
+        record["choice"] = judged.ruling.choice
     session.workspace.tracker.log_decision(parent, record)
     if decision.promoted:
         session.models.promote(name, version, verdict)
     else:
         session.models.refuse(name, version, verdict)
     return decision, version
+
+
+def _if_servable(decision: Decision, bundle: Path, check_servable: CheckServable) -> Decision:
+    """The decision, or a refusal if the bundle cannot be served."""
+    try:
+        check_servable(bundle)
+    except TesseraError as error:
+        reason = f"not promoted: it won, but cannot be served: {error}"
+        return replace(decision, promoted=False, reasons=(reason, *decision.reasons[1:]))
+    return decision
 
 
 def other_splits(plan: Plan, champion: ResolvedModel | None) -> Iterator[str]:
@@ -278,5 +314,7 @@ def plan_statuses(plan: Plan) -> list[StepStatus]:
         why = f"needs {', '.join(missing)}"
         return [*found, StepStatus("evaluate", "to do", why, None, {})]
     champion = ModelRegistry(plan.home).champion(plan.recipe.promote.model_name)
-    step = evaluation_step(plan, results, champion)
-    return statuses({**table, step.name: step}, [*table, step.name], plan.home)[0]
+    found_contest = contest(plan, results, champion)
+    steps = [evaluation_step(plan, found_contest), gate_step(plan, found_contest)]
+    table |= {step.name: step for step in steps}
+    return statuses(table, table, plan.home)[0]

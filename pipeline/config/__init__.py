@@ -22,6 +22,7 @@ from pipeline.config.recipe import (
     TrackingConfig,
     load_recipe,
     load_serve_section,
+    make_recipe,
     recipe_names,
 )
 from pipeline.config.section import Config
@@ -55,5 +56,6 @@ __all__ = [
     "TuneConfig",
     "load_recipe",
     "load_serve_section",
+    "make_recipe",
     "recipe_names",
 ]

@@ -190,6 +190,16 @@ class EvaluateConfig(Config):
         description="what distances between sets of images are measured in: imagenet, "
         "dinov2:ID or inception",
     )
+    num_workers: int = Field(
+        2,
+        ge=1,
+        description="processes that measure; the numbers are the same with any number",
+    )
+    compositions: bool = Field(
+        True,
+        description="also draw the fixed prompts that are in no training set "
+        "(pipeline/evaluation/compositions.yaml), in English and Chinese",
+    )
 
     @field_validator("judges")
     @classmethod
@@ -372,6 +382,26 @@ def load_recipe(
         raise RecipeError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path} must hold a mapping of settings, not {type(values).__name__}")
+    return make_recipe(values, overrides, name=path.stem, environment=environment)
+
+
+def make_recipe(
+    values: dict[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    name: str,
+    environment: Mapping[str, str] | None = None,
+) -> Recipe:
+    """A recipe from nested settings, with overrides, checked.
+
+    Args:
+        values: as a recipe's file has them; changed by the overrides.
+        overrides, environment: as `load_recipe` takes them.
+        name: for error messages.
+
+    Raises:
+        RecipeError: an unknown key or a value of the wrong type.
+    """
     _override_from(environment, values)
     for given in overrides:
         key, equals, value = given.partition("=")
@@ -381,7 +411,7 @@ def load_recipe(
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(f"recipe {path.stem}: {explain(error, Recipe)}") from error
+        raise RecipeError(f"recipe {name}: {explain(error, Recipe)}") from error
 
 
 def load_serve_section(

@@ -51,7 +51,11 @@ nearest_key: the training image that the image is nearest to. features: for dist
 null where none is computed.
 """
 
-WORD_SLICES = {"1": (1, 1), "2-3": (2, 3), "4+": (4, 1_000_000)}
+COMPOSITIONS = "compositions"
+"""The split of images whose prompts are in no training set; they have no style, their topic is the
+kind of composition, and they are in no slice but "compositions", compositions:LANGUAGE and
+kind:KIND."""
+WORD_SLICES = {"1": (1, 1), "2-3": (2, 3), "4 or more": (4, 1_000_000)}
 DIMENSIONS = ("split", "language", "style", "topic", "words", "guidance")
 """What rows can be sliced by; a slice's name is "all", "seen", "unseen" or DIMENSION:VALUE."""
 
@@ -134,7 +138,7 @@ class Measured:
             found[f"language:{language}"] = (
                 (columns["style"] == self.style) & (columns["language"] == language) & own
             )
-        for style in dict.fromkeys(columns["style"]):
+        for style in dict.fromkeys(s for s in columns["style"] if s is not None):
             found[f"style:{style}"] = (
                 (columns["style"] == style) & (columns["language"] == self.language) & own
             )
@@ -145,6 +149,12 @@ class Measured:
             found[f"words:{name}"] = gated & (words >= least) & (words <= most)
         for scale in sorted({s for s in columns["guidance"] if s is not None}):
             found[f"guidance:{scale:g}"] = columns["guidance"] == scale
+        composed = columns["split"] == COMPOSITIONS
+        found[COMPOSITIONS] = composed
+        for language in dict.fromkeys(columns["language"]):
+            found[f"{COMPOSITIONS}:{language}"] = composed & (columns["language"] == language)
+        for kind in dict.fromkeys(columns["topic"][composed]):
+            found[f"kind:{kind}"] = composed & (columns["topic"] == kind)
         return {name: mask.astype(bool) for name, mask in found.items() if mask.any()}
 
     def mask(self, slice_name: str) -> Mask:

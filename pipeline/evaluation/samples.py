@@ -10,17 +10,21 @@ Shapes: N images, S pixels per side.
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Collection, Mapping, Sequence
 
+import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image
 from torch import Tensor
 
 from pipeline.contracts import GenerationRequest, ImageGenerator, ImageTokenizer
 from pipeline.evaluation.eval_set import ImageSet
+from pipeline.evaluation.measured import Measured
 from pipeline.images.grid import grid
-from pipeline.images.pixels import resize_batch, to_float, to_uint8
+from pipeline.images.pixels import to_float, to_uint8
 
 GRID_ROWS = 12
 
@@ -46,25 +50,16 @@ def requests_for(
 
 
 def generate_images(
-    generator: ImageGenerator,
-    requests: Sequence[GenerationRequest],
-    batch_size: int,
-    *,
-    image_size: int | None = None,
+    generator: ImageGenerator, requests: Sequence[GenerationRequest], batch_size: int
 ) -> tuple[Tensor, list[float]]:
-    """The images, uint8 (N, 3, S, S) on the CPU, and for each its share of its batch's seconds.
-
-    Args:
-        image_size: S, to which images are resized; None leaves them in the generator's size.
-    """
+    """The images, uint8 (N, 3, S, S) on the CPU, and for each its share of its batch's seconds."""
     batches, seconds = [], []
     for first in range(0, len(requests), batch_size):
         batch = requests[first : first + batch_size]
         started = time.perf_counter()
         batches.append(generator.generate(batch).cpu())
         seconds.extend([(time.perf_counter() - started) / len(batch)] * len(batch))
-    images = torch.cat(batches)
-    return images if image_size is None else resize_batch(images, image_size), seconds
+    return torch.cat(batches), seconds
 
 
 @torch.inference_mode()
@@ -74,19 +69,26 @@ def reconstruct(tokenizer: ImageTokenizer, images: Tensor, batch_size: int) -> T
     return torch.cat([to_uint8(tokenizer.decode(tokenizer.encode(to_float(b)))) for b in batches])
 
 
-def image_grid(
-    image_set: ImageSet, generated: Mapping[str, Tensor], tokenizer: ImageTokenizer | None = None
-) -> Image.Image:
-    """The set's first images: real | reconstructed from tokens | generated, one column per
-    language."""
-    rows = min(GRID_ROWS, *(len(images) for images in generated.values()))
-    real = image_set.images[:rows]
-    columns = {"real": real}
-    if tokenizer is not None:
-        columns["tokens"] = reconstruct(tokenizer, real, rows)
-    columns |= {language: images[:rows] for language, images in generated.items()}
-    captions = next(iter(image_set.captions.values()))
-    return comparison_grid(columns, captions[: len(real)])
+def samples_image(measured: Mapping[str, Measured], slice_name: str) -> Image.Image:
+    """A slice's first images, one row per caption, one column per subject.
+
+    Args:
+        measured: by the column's title; of the same captions.
+        slice_name: as "unseen" (pipeline/evaluation/measured.py).
+    """
+    columns, captions = {}, list[str]()
+    for title, subject in measured.items():
+        rows = subject.rows.filter(pa.array(subject.mask(slice_name))).slice(0, GRID_ROWS)
+        columns[title] = torch.stack([decode_png(image) for image in rows["image"].to_pylist()])
+        captions = rows["caption"].to_pylist()
+    return comparison_grid(columns, captions)
+
+
+def decode_png(file: bytes) -> Tensor:
+    """A PNG file of Tessera's own -> uint8 (3, H, W)."""
+    with Image.open(io.BytesIO(file), formats=["PNG"]) as image:
+        array = np.asarray(image.convert("RGB"))
+    return torch.from_numpy(array.transpose(2, 0, 1).copy())
 
 
 def comparison_grid(

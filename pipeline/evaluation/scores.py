@@ -67,6 +67,10 @@ MEASURES: Mapping[str, Measure] = {
         "higher", "how often a classifier of the real styles names the style that was asked for",
         "", "judges",
     ),
+    "composition": Measure(
+        "higher", "how well images of compositions that are in no training set have the colours, "
+        "counts and places that were asked for, 0 to 1", "", "judges",
+    ),
     "guidance_gain": Measure(
         "higher", "what guidance adds to the second judge's similarity", "", "judges"
     ),

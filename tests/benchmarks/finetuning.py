@@ -30,7 +30,11 @@ from pipeline.text.pretrained import find_language_model
 from pipeline.tracking.runs import recorded_run
 
 POLICIES = ("full", "head", "lora", "frozen")
-METRICS = ("retrieval_seen", "retrieval_unseen", "retrieval", "kid_seen", "kid_unseen", "kid")
+METRICS = tuple(
+    f"{measure}/{images}"
+    for measure in ("aligner_r1", "imagenet_r1", "kid")
+    for images in ("seen", "unseen", "all")
+)
 
 
 def random_twin(source: str, home: Path) -> str:
@@ -89,7 +93,7 @@ def measure(session: Session) -> dict[str, dict[str, Any]]:
     """What training and evaluation found, by candidate."""
     found = {}
     judged, results = session.judge(), session.results
-    for name, report in judged.reports.items():
+    for name, report in judged.evaluation.reports.items():
         if name not in session.plan.candidates:
             print(json.dumps({"floor": name, **_metrics(report)}), flush=True)
             continue

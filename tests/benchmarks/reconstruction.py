@@ -23,18 +23,18 @@ import torch
 from torch import Tensor
 
 from jobs.console import ConsoleReporter
-from pipeline.artifacts import ASSETS
 from pipeline.chain.plan import Plan, resolve
 from pipeline.chain.table import pixels_of
 from pipeline.chain.workflow import opened
 from pipeline.config import CaptionEncoderConfig, EvaluateConfig, load_recipe
 from pipeline.contracts import ImageTokenizer
-from pipeline.evaluation.aligner import Aligner
 from pipeline.evaluation.eval_set import EvalSet
-from pipeline.evaluation.evaluator import Evaluator
-from pipeline.evaluation.features import ImageNetFeatures
+from pipeline.evaluation.features import FeaturesSpec
+from pipeline.evaluation.measuring import Instruments, measure_here
+from pipeline.evaluation.scores import scores
+from pipeline.evaluation.subjects import RealImages, ReconstructedImages
 from pipeline.images.pixels import to_float
-from pipeline.runtime import choose_device, ray_runtime
+from pipeline.runtime import ray_runtime
 from pipeline.text.caption_encoder import load_caption_encoder
 from pipeline.tokenizers._saved import load_tokenizer
 from pipeline.tracking.runs import recorded_run
@@ -83,26 +83,28 @@ def train(
     return plan, results, {"memory_gb": run["memory_gb"], "images_per_s": run["images_per_s"]}
 
 
-def make_evaluator(pixels: Path, image_size: int, args: argparse.Namespace) -> Evaluator:
-    """That of `tessera evaluate`, for images of two styles."""
+def make_instruments(pixels: Path, image_size: int, args: argparse.Namespace) -> Instruments:
+    """Those of `tessera evaluate` without judges, for images of two styles."""
     config = EvaluateConfig(num_images=args.pictures, styles=("noto", "twemoji"), languages=("en",))
-    return Evaluator(
+    return Instruments.prepare(
         EvalSet.from_parquet(pixels, config, image_size=image_size),
-        aligner=Aligner.load(ASSETS / "aligner", device=choose_device()),
-        features=ImageNetFeatures(device=choose_device()),
+        [],
+        features=FeaturesSpec(),
         encoder=load_caption_encoder(CaptionEncoderConfig(), cache=args.home / "pretrained"),
         config=config,
     )
 
 
-def measure(evaluator: Evaluator, tokenizer: ImageTokenizer) -> dict[str, Any]:
+def measure(instruments: Instruments, source: Path) -> dict[str, Any]:
     """[value, low, high] of held-out images by metric; and how all images use the codebook."""
-    found = evaluator.evaluate_tokenizer(tokenizer).metrics
+    measured = measure_here([RealImages(), ReconstructedImages(source)], instruments)
+    found = scores(measured["tokenizer"], measured["real"], bootstrap=1_000, seed=0)
+    images = torch.cat([image_set.images for image_set in instruments.eval_set.sets])
     return {
         name: [round(x, 3) for x in (i.value, i.low, i.high)]
         for name, i in found.items()
-        if name.endswith(("psnr_unseen", "ssim_unseen", "kid_unseen"))
-    } | codebook_use(tokenizer, torch.cat([p.images for p in evaluator.eval_set.sets]))
+        if name in ("psnr/unseen", "ssim/unseen", "kid/unseen")
+    } | codebook_use(load_tokenizer(source), images)
 
 
 @torch.inference_mode()
@@ -130,15 +132,15 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=180)
     args = parser.parse_args()
     args.home = args.home.absolute()
-    evaluator: Evaluator | None = None
+    instruments: Instruments | None = None
     with ray_runtime():
         for name in args.names:
             source: Path | None = None
             for phase in ("plain", "adversarial")[: 2 if args.adversarial_steps else 1]:
                 plan, results, costs = train(name, args, source)
                 source, size = results["tokenizer"].bundle, plan.tokenizer.image_size
-                evaluator = evaluator or make_evaluator(pixels_of(results), size, args)
-                found = measure(evaluator, load_tokenizer(source))
+                instruments = instruments or make_instruments(pixels_of(results), size, args)
+                found = measure(instruments, source)
                 print(json.dumps({"tokenizer": name, "phase": phase, **found, **costs}), flush=True)
 
 
