@@ -120,16 +120,6 @@ class Session:
         done = self.workspace.run({**self.table, **{step.name: step for step in steps}}, "gate")
         return Judged(evaluation_of(done["evaluate"]), ruling_of(done["gate"]), champion)
 
-    def champion_among(self, results: Results) -> tuple[str, ResolvedModel] | None:
-        """The plan's only candidate, if it is the champion already: there is nothing to judge."""
-        plan = self.plan
-        champion = self.models.champion(plan.recipe.promote.model_name)
-        if champion is None or len(plan.candidates) > 1:
-            return None
-        name, candidate = next(iter(plan.candidates.items()))
-        same = results[candidate.step].digest == bundle_digest(champion.path)
-        return (name, champion) if same else None
-
 
 @contextmanager
 def opened(plan: Plan, reporter: Reporter, *targets: str, debug: bool = False) -> Iterator[Session]:
@@ -216,11 +206,12 @@ def retrain(
     """
     with opened(plan, reporter, debug=debug) as session:
         results, parent = session.run(*training_targets(plan)), session.workspace.parent
-        if (found := session.champion_among(results)) is not None:
-            name, champion = found
+        champion = session.models.champion(plan.recipe.promote.model_name)
+        if champion is not None and is_champion(plan, results, champion):
+            (candidate,) = plan.candidates.values()
             reason = f"it is already the champion, version {champion.version}"
             return Outcome(
-                results[plan.candidates[name].step].bundle, {}, Decision(True, (reason,)),
+                results[candidate.step].bundle, {}, Decision(True, (reason,)),
                 champion.version, dict(session.workspace.seconds), parent, pixels_of(results),
             )  # fmt: skip
         judged = session.judge()
@@ -238,6 +229,14 @@ def retrain(
             bundle, shown, decision, version, dict(session.workspace.seconds), parent,
             pixels_of(results), ruling.choice, judged.evaluation, ruling.page,
         )  # fmt: skip
+
+
+def is_champion(plan: Plan, results: Results, champion: ResolvedModel) -> bool:
+    """Whether the plan's only candidate is the champion already: there is nothing to judge."""
+    if len(plan.candidates) > 1:
+        return False
+    (candidate,) = plan.candidates.values()
+    return results[candidate.step].digest == bundle_digest(champion.path)
 
 
 def training_targets(plan: Plan) -> tuple[str, ...]:
@@ -276,7 +275,7 @@ def _promote(
     session.workspace.tracker.log_decision(parent, record)
     if decision.promoted:
         session.models.promote(name, version, verdict)
-    else:
+    elif session.workspace.seconds["gate"]:  # it was not decided before
         session.models.refuse(name, version, verdict)
     return decision, version
 
@@ -312,8 +311,12 @@ def plan_statuses(plan: Plan) -> list[StepStatus]:
     missing = [name for name in evaluation_needs(plan) if name not in results]
     if missing:
         why = f"needs {', '.join(missing)}"
-        return [*found, StepStatus("evaluate", "to do", why, None, {})]
+        last = StepStatus("gate", "to do", "needs evaluate", None, {})
+        return [*found, StepStatus("evaluate", "to do", why, None, {}), last]
     champion = ModelRegistry(plan.home).champion(plan.recipe.promote.model_name)
+    if champion is not None and is_champion(plan, results, champion):
+        why = f"not needed: the candidate is the champion, version {champion.version}"
+        return [*found, *(StepStatus(n, "done", why, None, {}) for n in ("evaluate", "gate"))]
     found_contest = contest(plan, results, champion)
     steps = [evaluation_step(plan, found_contest), gate_step(plan, found_contest)]
     table |= {step.name: step for step in steps}

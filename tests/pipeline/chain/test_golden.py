@@ -20,7 +20,8 @@ from PIL import Image
 
 from pipeline.bundles.bundle import load_generator
 from pipeline.chain.plan import resolve
-from pipeline.chain.table import evaluation_step, training_steps
+from pipeline.chain.judging import contest, evaluation_step, gate_step
+from pipeline.chain.table import training_steps
 from pipeline.config import Recipe, load_recipe, recipe_names
 from pipeline.contracts import GenerationRequest
 from pipeline.images.grid import grid
@@ -35,7 +36,9 @@ DEFAULTS = {
     "captions": ("caption_encoder",),
     "generator": ("generator",),
     "aligner": ("aligner",),
+    "judge": ("imagenet_judge",),
     "evaluate": ("evaluate",),
+    "gate": ("promote",),
 }
 """By step, the sections whose defaults its work depends on."""
 REQUESTS = [
@@ -62,10 +65,11 @@ def results_of(table: dict[str, Step]) -> dict[str, StepResult]:
 
 
 def table_of(recipe: Recipe, home: Path) -> dict[str, Step]:
-    """Every step of a recipe, the evaluation included."""
+    """Every step of a recipe, evaluation and gate included."""
     plan = resolve(recipe, home)
     table = training_steps(plan)
-    return {**table, "evaluate": evaluation_step(plan, results_of(table), None)}
+    found = contest(plan, results_of(table), None)
+    return {**table, "evaluate": evaluation_step(plan, found), "gate": gate_step(plan, found)}
 
 
 def keys_of(recipe: Recipe, home: Path) -> dict[str, str]:
