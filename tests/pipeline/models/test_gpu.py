@@ -138,7 +138,10 @@ def test_a_graph_computes_what_its_kernels_do() -> None:
 
 
 def test_the_whole_chain_runs_on_it(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "jobs.cli", "retrain", "smoke", "--home", str(tmp_path)]
+    command = [
+        *(sys.executable, "-m", "jobs.cli", "retrain", "smoke", "promote.unjudged=true"),
+        *("--home", str(tmp_path)),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
