@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 
 from pipeline.bundles.bundle import load_generator
-from pipeline.chain.plan import resolve
 from pipeline.chain.judging import contest, evaluation_step, gate_step
+from pipeline.chain.plan import resolve
 from pipeline.chain.table import training_steps
 from pipeline.config import Recipe, load_recipe, recipe_names
 from pipeline.contracts import GenerationRequest
