@@ -202,8 +202,8 @@ def test_floors_and_generators_come_in_the_right_order(measured: dict[str, Measu
     assert value["real"]["sharpness/all"] == 1.0
     assert value["blurred"]["sharpness/all"] < 0.8 and value["bad"]["sharpness/all"] < 0.9
     assert value["bad"]["imagenet_alignment/all"] < value["good"]["imagenet_alignment/all"] <= 1
-    for measure in ("precision", "recall", "coverage", "density", "diversity"):
-        assert value["good"][f"{measure}/all"] >= 0
+    for name in ("precision", "recall", "coverage", "density", "diversity"):
+        assert value["good"][f"{name}/all"] >= 0
     assert value["good"]["nearest/seen"] < value["good"]["nearest/unseen"]
     assert value["good"]["guidance_gain/seen"] > 0.05
     assert value["good"]["composition/kind:count"] == 0, "nothing is drawn on white"
