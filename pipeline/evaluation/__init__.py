@@ -1,1 +1,1 @@
-"""How good a generator is: the aligner, evaluation sets, metrics' reports and grids."""
+"""How good a generator is: subjects, judges, measurements of every image, metrics and reports."""
