@@ -33,7 +33,7 @@ from pipeline.contracts import Decision, EvalReport
 from pipeline.errors import TesseraError
 from pipeline.evaluation.reports import Evaluation, metric_values
 from pipeline.runtime import check_disk, ray_runtime
-from pipeline.tracking.runs import RunHandle, RunLogger, Tracker
+from pipeline.tracking.runs import RunHandle, RunLogger, Tracker, recorded_run
 from pipeline.tracking.steps import (
     Reporter,
     Results,
@@ -45,6 +45,8 @@ from pipeline.tracking.steps import (
     statuses,
 )  # fmt: skip
 
+HEADLINE = ("imagenet_r1/all", "aligner_r1/all", "kid/all")
+"""Metrics that `tessera models` shows of every version."""
 SPARE_MB = 500
 """Disk space for logs, grids and MLflow's copies, besides the steps' results."""
 
@@ -266,9 +268,12 @@ def _promote(
         decision.promoted,
         champion.version if champion else None,
         decision.reasons,
-        evaluation=f"runs:/{parent.run_id}",
+        evaluation=f"runs:/{recorded_run(judged.ruling.page.parent)}/{judged.ruling.page.name}",
     )
-    session.models.record(name, version, verdict)
+    found = metric_values(judged.evaluation.reports[judged.ruling.winner])
+    headline = (plan.recipe.promote.choose_by, *HEADLINE)
+    shown = {metric: found[metric] for metric in dict.fromkeys(headline) if metric in found}
+    session.models.record(name, version, verdict, metrics=shown)
     record = {"promoted": decision.promoted, "reasons": decision.reasons, "version": version}
     if judged.ruling.choice:
         record["choice"] = judged.ruling.choice
