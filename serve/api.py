@@ -231,7 +231,11 @@ def create_api(
 
 def _add_middleware(api: FastAPI, counted: Metrics, service: ServiceConfig) -> None:
     """From the inside out."""
-    api.add_middleware(BodyMiddleware, max_multipart_bytes=service.max_upload_bytes)
+    api.add_middleware(
+        BodyMiddleware,
+        max_multipart_bytes=service.max_upload_bytes,
+        timeout_s=service.body_timeout_s,
+    )
     api.add_middleware(OriginGuardMiddleware, service=service)
     api.add_middleware(RequestLogMiddleware, metrics=counted, log_text=service.log_format == "text")
     if service.cors_origins:  # outside, so that a page can read every answer

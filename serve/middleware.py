@@ -2,7 +2,7 @@
 
     RequestLogMiddleware     security headers, log, metrics, and a 500 for what nobody foresaw
     OriginGuardMiddleware    refuses browsers that were sent here by pages of other sites
-    BodyMiddleware           bounds a request's body while it is received
+    BodyMiddleware           bounds a request's body, and its time, while it is received
 
 All are plain ASGI: none buffers a stream or hides that a client has gone, as Starlette's
 BaseHTTPMiddleware does.
@@ -10,6 +10,7 @@ BaseHTTPMiddleware does.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -141,7 +142,7 @@ class OriginGuardMiddleware:
 
 
 class BodyMiddleware:
-    """Refuses a body that is too large, or multipart and cut off, while it is received.
+    """Refuses a body that is too large, too slow, or multipart and cut off, while it is received.
 
     Starlette's RequestBodyLimitMiddleware, which is FastAPI's max_body_size, answers a declared
     length in plain text instead of the envelope; its multipart parser takes a body without its end
@@ -150,10 +151,12 @@ class BodyMiddleware:
     Args:
         app: the application.
         max_multipart_bytes: of a multipart body; others may have MAX_JSON_BYTES.
+        timeout_s: seconds within which all of a body must have come.
     """
 
-    def __init__(self, app: ASGIApp, max_multipart_bytes: int) -> None:
-        self._app, self._max_multipart_bytes = app, max_multipart_bytes
+    def __init__(self, app: ASGIApp, max_multipart_bytes: int, timeout_s: float) -> None:
+        self._app = app
+        self._max_multipart_bytes, self._timeout_s = max_multipart_bytes, timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -161,7 +164,7 @@ class BodyMiddleware:
         await self._app(scope, receive, send)
 
     def _checked(self, headers: Headers, receive: Receive) -> Receive:
-        """`receive`, which raises ApiError 413 or 400 instead of passing such a body on."""
+        """`receive`, which raises ApiError 413, 408 or 400 instead of passing such a body on."""
         media_type, options = parse_options_header(headers.get("content-type"))
         multipart = media_type == b"multipart/form-data"
         limit = self._max_multipart_bytes if multipart else MAX_JSON_BYTES
@@ -169,14 +172,21 @@ class BodyMiddleware:
         too_large = declared.isdecimal() and int(declared) > limit
         end = b"--" + options.get(b"boundary", b"") + b"--"
         received, tail = 0, b""
+        until: float | None = asyncio.get_running_loop().time() + self._timeout_s
 
         async def checked() -> Message:
-            nonlocal received, tail
+            nonlocal received, tail, until
             if too_large:
                 raise _too_large(limit)
-            message = await receive()
+            try:
+                async with asyncio.timeout_at(until):
+                    message = await receive()
+            except TimeoutError as error:
+                raise _too_slow(self._timeout_s, received) from error
             if message["type"] != "http.request":
                 return message
+            if not message.get("more_body"):
+                until = None  # what comes next is the client's leaving
             chunk = message.get("body", b"")
             received, tail = received + len(chunk), (tail + chunk)[-len(end) - 64 :]
             if received > limit:
@@ -191,6 +201,18 @@ class BodyMiddleware:
             return message
 
         return checked
+
+
+def _too_slow(limit_s: float, received: int) -> ApiError:
+    """408, and the end of the connection: what still comes of the body is nobody's request."""
+    error = ApiError(
+        408,
+        f"only {received:,} bytes of the body came within {limit_s:g} s; send it faster, or a "
+        "smaller one",
+        code="request_timeout",
+    )
+    error.headers = {**(error.headers or {}), "connection": "close"}
+    return error
 
 
 def _too_large(limit: int) -> ApiError:

@@ -66,6 +66,9 @@ class ServiceConfig(Config):
     deadline_s: float = Field(
         60, gt=0, le=3600, description="seconds within which a request is answered"
     )
+    body_timeout_s: float = Field(
+        30, gt=0, le=3600, description="seconds within which a request's body must have come"
+    )
     max_upload_bytes: int = Field(8_000_000, ge=1, description="of a multipart body")
     result_cache_bytes: int = Field(64_000_000, ge=0, description="images kept; 0 keeps none")
     idempotency_ttl_s: float = Field(

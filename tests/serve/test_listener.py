@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import time
@@ -22,8 +23,10 @@ from ray import serve
 from served import free_port, ready
 
 from serve.app import assemble
+from serve.errors import install_error_handlers
 from serve.launch import deploy
 from serve.listener import Address, ingress_may_listen, listening
+from serve.middleware import BodyMiddleware
 from serve.versions import ModelVersion
 
 
@@ -33,11 +36,12 @@ class Slow:
     def __init__(self) -> None:
         self.app = FastAPI()
         self.began, self.let_go, self.withdrawn = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self.app.add_api_route("/slow", self._slow)
+        self.app.add_api_route("/slow", self._slow, methods=["GET", "POST"])
         self.app.add_api_route("/echo", self._echo, methods=["POST"])
         self.app.add_api_route("/broken", self._broken)
 
-    async def _slow(self) -> str:
+    async def _slow(self, request: Request) -> str:
+        await request.body()
         self.began.set()
         try:
             await self.let_go.wait()
@@ -80,6 +84,42 @@ def test_a_body_of_many_parts_arrives_whole() -> None:
         body = os.urandom(3_000_000)
         async with opened(Slow()) as http:
             assert (await http.post("/echo", content=body)).content == body
+
+    asyncio.run(ask())
+
+
+async def sent_slowly(url: str, *pieces: bytes, every_s: float) -> tuple[bytes, dict[str, object]]:
+    """The status line of the answer to a body that comes in pieces and never ends, and its error;
+    the answer ends with the connection."""
+    host, port = url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"POST /echo HTTP/1.1\r\nhost: here\r\ncontent-length: 1000\r\n\r\n")
+    for piece in pieces:
+        writer.write(piece)
+        await asyncio.sleep(every_s)
+    answer = await asyncio.wait_for(reader.read(), 10)
+    writer.close()
+    return answer.partition(b"\r\n")[0], json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+
+
+def test_a_body_that_does_not_come_in_time_is_answered() -> None:
+    async def ask() -> None:
+        slow = Slow()
+        install_error_handlers(slow.app)
+        slow.app.add_middleware(BodyMiddleware, max_multipart_bytes=1000, timeout_s=0.4)
+        async with opened(slow) as http:
+            url = str(http.base_url)
+            nothing, dripping = await asyncio.gather(
+                sent_slowly(url, every_s=0), sent_slowly(url, *[b"x"] * 3, every_s=0.15)
+            )
+            taking_long = asyncio.create_task(http.post("/slow", content=b"all of it"))
+            await asyncio.sleep(0.6)
+            slow.let_go.set()
+            assert (await taking_long).status_code == 200
+        for status, error in (nothing, dripping):
+            assert status == b"HTTP/1.1 408 Request Timeout"
+            assert error["code"] == "request_timeout" and "within 0.4 s" in str(error["message"])
+        assert "only 3 bytes" in str(dripping[1]["message"])
 
     asyncio.run(ask())
 
