@@ -44,7 +44,7 @@ def preview(recipe: Recipe, home: Path) -> Preview:
     steps = plan_statuses(plan)
     waiting = waiting_steps(plan)
     if waiting:
-        check(plan)
+        check(plan, waiting)
     costs = disk_mb(plan) if waiting else {}
     return Preview(plan, steps, {name: mb for name, mb in costs.items() if name in waiting})
 

@@ -9,9 +9,11 @@ Networks are built on PyTorch's meta device, where they have shapes and no weigh
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from pipeline.bundles.bundle import read_bundle
@@ -20,25 +22,30 @@ from pipeline.chain.plan import Candidate, Plan
 from pipeline.config import ImageFilter, Recipe
 from pipeline.config.promote import judge_of
 from pipeline.config.train import TrainConfig
-from pipeline.data.shards.manifest import check_one_file_system, open_shards
-from pipeline.errors import RecipeError
+from pipeline.data.shards.manifest import check_one_file_system, find_absent, open_shards
+from pipeline.errors import DataError, PretrainedNotFoundError, RecipeError
 from pipeline.evaluation.aligner import Aligner
 from pipeline.objective import GeneratorNetwork, TrainableNetwork
 from pipeline.text.encoder_identity import check_identity
+from pipeline.tokenizers._saved import TokenizerManifest, check_files, read_manifest
 from pipeline.training.policy import apply_policy
 from pipeline.training.vgg import find_vgg
 
 logger = logging.getLogger(__name__)
 
 
-def check(plan: Plan) -> None:
+def check(plan: Plan, waiting: Collection[str] = ("preprocess",)) -> None:
     """Everything that can be known to fail, before any work; settings without effect are logged.
+
+    Args:
+        waiting: the steps that are to be done; shards are looked for if preprocessing is.
 
     Raises:
         RecipeError: a style that no image has, a rule about what is not evaluated, or sizes, a
             policy or an optimiser that do not fit.
-        DataError: shard sets on several file systems.
-        BundleError: the base, or a given aligner, read captions through another encoder.
+        DataError: shard sets on several file systems, or shards that are missing or truncated.
+        BundleError: the base, or a given aligner, read captions through another encoder; files of
+            a given model are missing or damaged.
         MissingExtraError: the perceptual loss, or LoRA, without its packages.
         PretrainedNotFoundError: the perceptual loss' features cannot be had.
     """
@@ -46,6 +53,9 @@ def check(plan: Plan) -> None:
         logger.warning(str(idle))
     check_data(plan)
     check_rules(plan)
+    if "preprocess" in waiting:
+        check_shards(plan)
+    check_models(plan)
     for candidate in plan.candidates.values():
         check_candidate(candidate)
     check_encoders(plan)
@@ -108,6 +118,46 @@ def check_rules(plan: Plan) -> None:
             f"nothing can be promoted: evaluate.num_images={evaluate.num_images} of two sets are "
             f"fewer than promote.min_images={promote.min_images}"
         )
+
+
+def check_shards(plan: Plan) -> None:
+    """All shards are there, in their sizes; what they hold is checked as they are preprocessed.
+
+    Raises:
+        DataError: one is missing or of another size, and the recipe does not allow for it.
+    """
+    if plan.recipe.data.allow_missing_shards:
+        return
+    for uri, manifest in plan.shards.items():
+        if problems := find_absent(uri, manifest):
+            raise DataError(
+                f"{uri}: {'; '.join(map(str, problems))}. Write the shards again, or set "
+                "data.allow_missing_shards=true to go on without them"
+            )
+
+
+def check_models(plan: Plan) -> None:
+    """The files of the models that no step makes can be read.
+
+    Raises:
+        BundleError: a file of the base or of a given tokenizer is missing or damaged.
+        PretrainedNotFoundError: weights of a pretrained language model are cut off.
+    """
+    if plan.base is not None:
+        check_files(plan.base, read_bundle(plan.base).files)
+    if plan.tokenizer.source is not None:
+        there = plan.tokenizer.source
+        check_files(there, read_manifest(there, TokenizerManifest).files)
+    pretrained = {plan.encoder.source, *(c.language_model for c in plan.candidates.values())}
+    for name in sorted(filter(None, pretrained)):
+        for file in sorted(Path(name).rglob("*.safetensors")):  # a hub's id is no folder
+            try:
+                with safe_open(file, framework="pt"):  # compares the header with the file's size
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise PretrainedNotFoundError(
+                    f"{file} cannot be read: {error}. Remove it and get it again"
+                ) from error
 
 
 def check_candidate(candidate: Candidate) -> None:

@@ -170,7 +170,7 @@ def check_to_do(plan: Plan, *targets: str) -> None:
     if waiting := waiting_steps(plan, *targets):
         from pipeline.chain.preflight import check, disk_mb  # builds networks: seconds to import
 
-        check(plan)
+        check(plan, waiting)
         needed = disk_mb(plan)
         check_disk(plan.home, round(SPARE_MB + sum(needed.get(name, 0) for name in waiting)))
 

@@ -209,6 +209,25 @@ def save_weights(directory: Path, weights: Mapping[str, Tensor]) -> str:
     return file_digest(path)
 
 
+def check_files(directory: Path, files: Mapping[str, str]) -> None:
+    """A directory's files are whole.
+
+    Args:
+        files: sha256 by file name, as the directory's manifest says.
+
+    Raises:
+        BundleError: a file is missing or was changed.
+    """
+    for name in sorted({WEIGHTS, *files}):
+        path = directory / name
+        if not path.is_file():
+            raise BundleError(f"{path} is missing: copy the bundle again")
+        if file_digest(path) != files.get(name):
+            raise BundleError(
+                f"{path} is not the file its config.json names: copy the bundle again"
+            )
+
+
 def load_weights(network: nn.Module, directory: Path, files: Mapping[str, str]) -> None:
     """Load a directory's weights into a network, in float32.
 
@@ -218,14 +237,7 @@ def load_weights(network: nn.Module, directory: Path, files: Mapping[str, str]) 
     Raises:
         BundleError: a file is missing or was changed, or the weights do not fit the network.
     """
-    for name in {WEIGHTS, *files}:
-        path = directory / name
-        if not path.is_file():
-            raise BundleError(f"{path} is missing: copy the bundle again")
-        if file_digest(path) != files.get(name):
-            raise BundleError(
-                f"{path} is not the file its config.json names: copy the bundle again"
-            )
+    check_files(directory, files)
     path = directory / WEIGHTS
     try:
         weights = load_file(path)

@@ -258,6 +258,21 @@ def verify(uri: str) -> list[Problem]:
     return [*problems, *(Problem(name, "surplus", "not in the manifest") for name in surplus)]
 
 
+def find_absent(uri: str, manifest: Manifest) -> list[Problem]:
+    """The shards that are missing or of another size than the manifest says; none is read.
+
+    Raises:
+        DataError: the file system does not answer.
+    """
+    fs, root = open_shards(uri, manifest)
+    try:
+        found = fs.get_file_info([f"{root}/{shard.file}" for shard in manifest.shards])
+    except OSError as error:
+        raise unreachable(uri, error) from error
+    checked = map(_check_size, found, manifest.shards)
+    return [problem for problem in checked if problem is not None]
+
+
 def list_tars(fs: pyarrow.fs.FileSystem, root: str) -> list[str]:
     """The path below `root` of every tar in it and its folders, sorted; empty without a folder."""
     selector = pyarrow.fs.FileSelector(root, recursive=True, allow_not_found=True)
@@ -267,17 +282,24 @@ def list_tars(fs: pyarrow.fs.FileSystem, root: str) -> list[str]:
 
 def _check(fs: pyarrow.fs.FileSystem, root: str, shard: Shard) -> Problem | None:
     path = f"{root}/{shard.file}"
-    info = fs.get_file_info(path)
-    if info.type != pyarrow.fs.FileType.File:
-        return Problem(shard.file, "missing", f"{shard.samples} samples")
-    if info.size < shard.bytes:
-        return Problem(shard.file, "truncated", f"{info.size} of {shard.bytes} bytes")
+    if problem := _check_size(fs.get_file_info(path), shard):
+        return problem
     digest = hashlib.sha256()
     with open_patiently(fs, path) as stream:
         while chunk := stream.read(CHUNK):
             digest.update(chunk)
     if digest.hexdigest() != shard.sha256:
         return Problem(shard.file, "altered", f"SHA-256 is {digest.hexdigest()}")
+    return None
+
+
+def _check_size(info: pyarrow.fs.FileInfo, shard: Shard) -> Problem | None:
+    if info.type != pyarrow.fs.FileType.File:
+        return Problem(shard.file, "missing", f"{shard.samples} samples")
+    if info.size != shard.bytes:
+        kind: Literal["truncated", "altered"]
+        kind = "truncated" if info.size < shard.bytes else "altered"
+        return Problem(shard.file, kind, f"{info.size} of {shard.bytes} bytes")
     return None
 
 

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from pipeline.artifacts import ASSETS, WEIGHTS
 from pipeline.chain.plan import Plan, resolve
 from pipeline.chain.preflight import check, check_candidate
 from pipeline.config import load_recipe
-from pipeline.errors import DataError, RecipeError, TesseraError
+from pipeline.errors import (
+    BundleError,
+    DataError,
+    PretrainedNotFoundError,
+    RecipeError,
+    TesseraError,
+)
 from pipeline.tokenizers._saved import load_tokenizer
 
 
@@ -153,3 +162,34 @@ def test_an_evaluation_too_small_to_promote_anything_is_told(
     assert "nothing can be promoted" not in caplog.text
     checked("smoke", home=home)
     assert "nothing can be promoted: evaluate.num_images=8 of two sets" in caplog.text
+
+
+def test_what_is_to_be_read_is_whole(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(ASSETS / "base", tmp_path / "base")
+    shutil.copytree(ASSETS / "emoji", tmp_path / "set")
+    settings = [f"base={tmp_path / 'base'}", f"data.shards=[{tmp_path / 'set'}]"]
+    checked("emoji-demo", *settings, home=home)
+    for weights in (tmp_path / "base" / WEIGHTS, tmp_path / "base" / "tokenizer" / WEIGHTS):
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[:-100])
+        with pytest.raises(BundleError, match=f"{weights} is not the file its config.json names"):
+            checked("emoji-demo", *settings, home=home)
+        weights.write_bytes(whole)
+    first, second, *_ = sorted((tmp_path / "set").glob("*.tar.gz"))
+    first.write_bytes(first.read_bytes()[:-1])
+    second.unlink()
+    said = rf"{first.name} is truncated \(\d+ of \d+ bytes\); {second.name} is missing"
+    with pytest.raises(DataError, match=said):
+        checked("emoji-demo", *settings, home=home)
+    check(resolve(load_recipe("emoji-demo", settings, environment={}), home), ["generator"])
+
+
+def test_weights_of_a_language_model_that_are_cut_off_are_told(home: Path, tmp_path: Path) -> None:
+    plan = checked("emoji-demo", home=home)
+    there = tmp_path / "encoder"
+    shutil.copytree(plan.encoder.source, there)
+    (weights,) = there.glob("*.safetensors")
+    os.truncate(weights, weights.stat().st_size - 8)
+    broken = replace(plan, encoder=replace(plan.encoder, source=str(there)))
+    with pytest.raises(PretrainedNotFoundError, match=f"{weights} cannot be read"):
+        check(broken)
