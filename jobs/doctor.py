@@ -123,8 +123,8 @@ def _ray_logs() -> Path:
 
 def _mlflow(home: Path) -> Finding:
     uri = tracking_uri(home)
-    if uri.startswith("sqlite:"):
-        return Finding("MLflow", uri, fine=True)
+    if uri.startswith("sqlite:") and not Path(uri.removeprefix("sqlite:///")).exists():
+        return Finding("MLflow", f"{uri}, made when it is needed", fine=True)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     try:
         connect(home)

@@ -237,22 +237,37 @@ def connect(home: Path) -> MlflowClient:
     """An MLflow client whose server has answered; a database gets its tables.
 
     Raises:
-        ResourceError: nothing answers at the tracking URI.
+        ResourceError: nothing answers at the tracking URI, it is none, or the database is damaged.
     """
     uri = tracking_uri(home)
     home.mkdir(parents=True, exist_ok=True)
     mlflow = _mlflow()
     for library in ("alembic", "mlflow"):  # importing it sets levels of its own
         logging.getLogger(library).setLevel(logging.WARNING)
-    client: MlflowClient = mlflow.MlflowClient(uri)
+    from sqlalchemy.exc import SQLAlchemyError  # MLflow lets a database's own errors through
+
     try:
+        client: MlflowClient = mlflow.MlflowClient(uri)
         client.search_experiments(max_results=1)
-    except (_mlflow().MlflowException, OSError) as error:
-        raise ResourceError(
-            f"no MLflow at {uri}: {error}. Start the server, or unset MLFLOW_TRACKING_URI to use "
-            "a database under --home"
-        ) from error
+    except (mlflow.MlflowException, SQLAlchemyError, ImportError, OSError) as error:
+        raise ResourceError(_unusable(uri, error)) from error
     return client
+
+
+def _unusable(uri: str, error: Exception) -> str:
+    """What is wrong with a tracking URI, and what to do."""
+    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        return (
+            f"the database of runs and models, {uri.removeprefix('sqlite:///')}, cannot be used: "
+            f"{said}. Restore it, or move it away to begin with an empty one, which knows no "
+            "champion and no earlier runs"
+        )
+    return (
+        f"no MLflow at {uri}: {said}. Start the server, set MLFLOW_TRACKING_URI to one "
+        "(http://HOST:PORT) or to a database (sqlite:////PATH/mlflow.db), or unset it to use a "
+        "database under --home"
+    )
 
 
 def _is_remote(uri: str) -> bool:

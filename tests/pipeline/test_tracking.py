@@ -80,3 +80,28 @@ def test_a_server_that_does_not_answer_is_named(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(ResourceError, match=r"no MLflow at http://127\.0\.0\.1:9.*Start"):
         connect(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "nowhere",
+        "foo://bar",
+        "postgresql://nobody@127.0.0.1:1/mlflow",
+        "sqlite:////proc/self/status",
+    ],
+)
+def test_an_address_that_is_none_is_named(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(ResourceError, match=f"no MLflow at {uri}: .* set MLFLOW_TRACKING_URI to"):
+        connect(tmp_path)
+
+
+def test_a_damaged_database_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    database = tmp_path / "mlflow.db"
+    database.write_text("no database, and longer than the header of one is" * 9)
+    with pytest.raises(ResourceError, match=f"{database}, cannot be used: .*move it away"):
+        connect(tmp_path)
