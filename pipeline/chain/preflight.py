@@ -71,10 +71,11 @@ def check(plan: Plan, waiting: Collection[str] = ("preprocess",)) -> None:
 
 
 def check_data(plan: Plan) -> None:
-    """The styles that the recipe names exist, and one file system holds all shard sets.
+    """The styles that the recipe names exist, one file system holds all shard sets, and no data set
+    is there twice.
 
     Raises:
-        RecipeError: a style that no image has.
+        RecipeError: a style that no image has, or the same data set under two names.
         DataError: shard sets on several file systems.
     """
     for key, styles in _named_styles(plan.recipe):
@@ -85,6 +86,12 @@ def check_data(plan: Plan) -> None:
             )
     systems = [open_shards(uri, manifest)[0] for uri, manifest in plan.shards.items()]
     check_one_file_system(systems, plan.shards)
+    digests = [manifest.digest for manifest in plan.shards.values()]
+    if len(plan.shards) < len(plan.recipe.data.shards) or len(set(digests)) < len(digests):
+        raise RecipeError(
+            f"data.shards={list(plan.recipe.data.shards)}: two of them are the same data set; "
+            "name it once"
+        )
 
 
 def check_rules(plan: Plan) -> None:
@@ -177,7 +184,8 @@ def check_encoders(plan: Plan) -> None:
         BundleError: they read them through another one.
     """
     if plan.base is not None:
-        check_identity(read_bundle(plan.base).encoder, plan.encoder.identity())
+        base = read_bundle(plan.base)
+        check_identity(base.encoder, plan.encoder.identity(), base.caption_encoder)
     if plan.aligner is not None:
         aligner = Aligner.load(plan.aligner)
         assert aligner.encoder is not None, "a saved one has it"

@@ -5,10 +5,11 @@ The other sections, and reading recipes, are in pipeline/config/recipe.py.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from pipeline.config.section import Config
 from pipeline.errors import RecipeError
@@ -42,6 +43,7 @@ class DataConfig(Config):
 
     shards: tuple[str, ...] = Field(
         ("asset:emoji",),
+        min_length=1,
         description="shard sets: directories or URIs that hold a manifest.json; "
         "asset:NAME is one that ships with Tessera, home:NAME one that lies under --home",
     )
@@ -59,6 +61,13 @@ class DataConfig(Config):
         False,
         description="go on without shards that are missing or damaged, and count what is lost",
     )
+
+    @field_validator("shards")
+    @classmethod
+    def _each_once(cls, shards: tuple[str, ...]) -> tuple[str, ...]:
+        if twice := [uri for uri, times in Counter(shards).items() if times > 1]:
+            raise ValueError(f"{', '.join(twice)} is named twice: name each shard set once")
+        return shards
 
     @property
     def split(self) -> str:

@@ -7,8 +7,8 @@ explain(validation_error, Recipe)  # "unknown key 'generator.widht'; did you mea
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import Any, get_args, get_origin
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeGuard, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -57,24 +57,30 @@ def _yaml_value(text: str) -> Any:
     return value
 
 
-def explain(error: ValidationError, root: type[BaseModel], inside: tuple[str, ...] = ()) -> str:
+def explain(
+    error: ValidationError,
+    root: type[BaseModel],
+    inside: tuple[str, ...] = (),
+    *,
+    shown: tuple[str, ...] | None = None,
+) -> str:
     """One line per mistake: the key, what is wrong, and what would be right.
 
     Args:
         error: of validating `root`, or the section of it named by `inside`.
+        shown: what the user calls that section, if not `inside`.
     """
     lines = []
     for item in error.errors():
         loc = (*inside, *item["loc"])
-        key = ".".join(str(part) for part in loc)
+        key = ".".join(str(part) for part in (*(inside if shown is None else shown), *item["loc"]))
         if item["type"] == "extra_forbidden":
-            known = _known_keys(root, loc[:-1])
-            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-            lines.append(f"unknown key {key!r}; {hint}")
+            lines.append(f"unknown key {key!r}; {_hint(root, loc)}")
         else:
-            prefix = f"{key}={item['input']!r}: " if key else ""
-            lines.append(prefix + item["msg"].removeprefix("Value error, "))
+            said = item["msg"].removeprefix("Value error, ")
+            of_a_section = item["type"] == "value_error" and isinstance(item["input"], Mapping)
+            value = "" if of_a_section else f"={item['input']!r}"
+            lines.append(f"{key}{value}: {said}" if key else said)
     return "; ".join(lines)
 
 
@@ -114,6 +120,30 @@ def shaped_like(
     return values
 
 
+def _hint(root: type[BaseModel], loc: tuple[int | str, ...]) -> str:
+    """What somebody who wrote the unknown key at `loc` may have meant."""
+    name, known = str(loc[-1]), _known_keys(root, loc[:-1])
+    if near := difflib.get_close_matches(name, known, n=1):
+        return f"did you mean {near[0]!r}?"
+    elsewhere = [place for place in _places(root) if place.rpartition(".")[2] == name]
+    if len(elsewhere) == 1:
+        return f"did you mean {elsewhere[0]!r}?"
+    if elsewhere:
+        first = next((p for p in elsewhere if p.startswith("generator.")), elsewhere[0])
+        sections = ", ".join(place.rpartition(".")[0] for place in elsewhere)
+        return f"it is a setting of {sections}: write {first!r}, for example"
+    return f"known here: {', '.join(known)}" if known else "this section has no settings"
+
+
+def _places(section: type[BaseModel], inside: str = "") -> Iterator[str]:
+    """The dotted keys of all settings in a section and the sections in it."""
+    for name, field in section.model_fields.items():
+        if _is_section(field.annotation):
+            yield from _places(field.annotation, f"{inside}{name}.")
+        elif inside:
+            yield f"{inside}{name}"
+
+
 def _known_keys(root: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     """The keys of the section at `loc`."""
     section = root
@@ -136,5 +166,5 @@ def _known_keys(root: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     return sorted({*section.model_fields, *own})
 
 
-def _is_section(annotation: Any) -> bool:
+def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)

@@ -39,7 +39,7 @@ from pipeline.config.judges import (
 )
 from pipeline.config.overrides import explain, override, set_key, stated
 from pipeline.config.promote import PromoteConfig
-from pipeline.config.section import ChoiceConfig, Config, merged
+from pipeline.config.section import MAX_DEPTH, MAX_WIDTH, ChoiceConfig, Config, merged
 from pipeline.config.serve import ServeConfig
 from pipeline.config.tokenizer import TokenizerConfig
 from pipeline.config.train import TrainConfig
@@ -96,10 +96,12 @@ class GeneratorConfig(ChoiceConfig):
         min_length=1,
         description="what it learns to do, in equal shares: files of pipeline/tasks",
     )
-    width: int = Field(256, ge=32, description="channels of the network")
-    depth: int = Field(6, ge=1, description="transformer blocks")
-    heads: int = Field(4, ge=1, description="attention heads per block")
-    caption_depth: int = Field(1, ge=0, description="trainable blocks over the caption states")
+    width: int = Field(256, ge=32, le=MAX_WIDTH, description="channels of the network")
+    depth: int = Field(6, ge=1, le=MAX_DEPTH, description="transformer blocks")
+    heads: int = Field(4, ge=1, le=MAX_WIDTH, description="attention heads per block")
+    caption_depth: int = Field(
+        1, ge=0, le=MAX_DEPTH, description="trainable blocks over the caption states"
+    )
     dropout: float = Field(0.1, ge=0, lt=1, description="probability of dropping an activation")
     base_share: float = Field(
         0.0,
@@ -125,7 +127,7 @@ class GeneratorConfig(ChoiceConfig):
         0.15, ge=0, le=1, description="share of the training masks that are rectangles"
     )
     num_styles: int = Field(
-        16, ge=1, description="rows of the style table; new styles take free ones"
+        16, ge=1, le=MAX_WIDTH, description="rows of the style table; new styles take free ones"
     )
     guidance_scale: float | None = Field(
         None,
@@ -141,6 +143,13 @@ class GeneratorConfig(ChoiceConfig):
     num_steps: int = Field(12, ge=1, le=MAX_STEPS, description="default of decoding steps")
     data: ImageFilter = ImageFilter()
     train: TrainConfig = TrainConfig()
+
+    @field_validator("tasks")
+    @classmethod
+    def _each_task_once(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(tasks)) < len(tasks):
+            raise ValueError("a task is there twice, and all are learnt in equal shares")
+        return tasks
 
     @field_validator("family")
     @classmethod
@@ -249,11 +258,11 @@ class Recipe(Config):
         """The candidates' sections by name; a recipe with one generator calls it "candidate"."""
         if not self.candidates:
             return {"candidate": self.generator}
-        shared = stated(self.generator)
-        return {
-            name: GeneratorConfig.model_validate(merged(shared, changes))
-            for name, changes in self.candidates.items()
-        }
+        return {name: self._candidate(name) for name in self.candidates}
+
+    def _candidate(self, name: str) -> GeneratorConfig:
+        changed = merged(stated(self.generator), self.candidates[name])
+        return GeneratorConfig.model_validate(changed)
 
     def with_settings(self, settings: Mapping[str, Any]) -> Self:
         """This recipe without its section `tune`, with other values for dotted keys, checked again.
@@ -313,12 +322,20 @@ class Recipe(Config):
             raise ValueError(
                 "tune searches the settings of one generator: remove `candidates` or `tune`"
             )
-        try:
-            found = self.generators
-        except ValidationError as error:
-            raise ValueError(f"candidates: {explain(error, Recipe, ('generator',))}") from error
-        for name, config in found.items() if names else ():
+        made: dict[str, str] = {}
+        for name in names:
+            try:
+                config = self._candidate(name)
+            except ValidationError as error:
+                place = ("candidates", name)
+                raise ValueError(explain(error, Recipe, ("generator",), shown=place)) from error
             _check_train(config.train, f"candidates.{name}.train")
+            same = made.setdefault(config.completed().model_dump_json(), name)
+            if same != name:
+                raise ValueError(
+                    f"candidates: {same} and {name} are the same generator: change one of them, "
+                    "its train.seed for example"
+                )
         return self
 
     @model_validator(mode="after")

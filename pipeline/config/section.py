@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Self, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
 
 from pipeline import registry
+from pipeline.errors import PluginError
 
 
 def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -29,7 +31,7 @@ class Config(BaseModel):
     keeps that default's settings where the recipe gives the section in part.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @classmethod
     def sections_by_name(cls) -> Mapping[str, type[Config]]:
@@ -49,6 +51,12 @@ class Config(BaseModel):
                 values[name] = merged(field.default.model_dump(exclude_unset=True), given)
         return values
 
+
+MAX_WIDTH, MAX_DEPTH = 65_536, 512
+"""Channels and blocks of a network at most: far beyond what is trained, and what still can be built
+in a moment to see whether it fits."""
+Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+Depth = Annotated[int, Field(ge=0, le=MAX_DEPTH)]
 
 Options = TypeVar("Options", bound=Config)
 
@@ -81,11 +89,20 @@ class ChoiceConfig(Config):
 
     @classmethod
     def sections_by_name(cls) -> dict[str, type[Config]]:
-        """The files' own sections, each named for its file."""
-        return {name: cls.section_of(name) for name in registry.names(cls.kind)}
+        """The files' own sections, each named for its file; of plugins those that can be used."""
+        found = {}
+        for name in registry.names(cls.kind):
+            with contextlib.suppress(PluginError):  # it is told to whoever chooses the plugin
+                found[name] = cls.section_of(name)
+        return found
 
     @model_validator(mode="after")
     def _own_sections_are_checked(self) -> Self:
+        if taken := sorted(set(registry.names(self.kind)) & type(self).model_fields.keys()):
+            raise PluginError(
+                f"a file of {self.kind}/ is called {taken[0]}.py, and {taken[0]!r} is a setting "
+                "beside the sections that are called like these files: rename the file"
+            )
         sections = self.__pydantic_extra__ or {}
         mistakes: list[InitErrorDetails] = []
         for name, given in sections.items():

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline import registry
 from pipeline.config.data import ImageFilter
-from pipeline.config.section import ChoiceConfig, Config
+from pipeline.config.section import MAX_WIDTH, ChoiceConfig, Config, Depth, Width
 from pipeline.config.train import TrainConfig
 from pipeline.errors import RecipeError
 
@@ -37,14 +37,20 @@ class TokenizerConfig(ChoiceConfig):
         (8, 8, 5, 5, 5), description="fsq: levels per channel; the codebook size is their product"
     )
     codebook_size: int = Field(4_096, ge=2, le=MAX_CODES, description="vq: number of codes")
-    code_width: int = Field(8, ge=2, description="vq: dimensions of a code")
+    code_width: int = Field(8, ge=2, le=MAX_WIDTH, description="vq: dimensions of a code")
     commitment_weight: float = Field(0.25, ge=0, description="vq: draws latents to their codes")
     entropy_weight: float = Field(0.1, ge=0, description="vq: keeps all codes in use")
     downsample: int = Field(8, ge=2, description="pixels per token, per side")
     patch: int = Field(4, ge=1, description="pixels per patch, per side: the encoder's first step")
-    widths: tuple[int, int] = Field((128, 256), description="channels at the patch and token grids")
-    encoder_depths: tuple[int, int] = Field((1, 2), description="residual blocks at either grid")
-    decoder_depths: tuple[int, int] = Field((2, 3), description="residual blocks at either grid")
+    widths: tuple[Width, Width] = Field(
+        (128, 256), description="channels at the patch and token grids"
+    )
+    encoder_depths: tuple[Depth, Depth] = Field(
+        (1, 2), description="residual blocks at either grid"
+    )
+    decoder_depths: tuple[Depth, Depth] = Field(
+        (2, 3), description="residual blocks at either grid"
+    )
     l1_weight: float = Field(1.0, ge=0, description="of the mean absolute difference")
     l2_weight: float = Field(5.0, ge=0, description="of the mean squared difference")
     gradient_weight: float = Field(
@@ -58,7 +64,9 @@ class TokenizerConfig(ChoiceConfig):
     adversarial_weight: float = Field(
         0.0, ge=0, description="of a patch discriminator's loss, best in a training on `source`"
     )
-    adversarial_channels: int = Field(48, ge=8, description="of the discriminator's first layer")
+    adversarial_channels: int = Field(
+        48, ge=8, le=MAX_WIDTH, description="of the discriminator's first layer"
+    )
     source: str | None = Field(
         None,
         description="training goes on from its weights: a tokenizer's or bundle's directory, or "

@@ -5,12 +5,14 @@ The other sections, and reading recipes, are in pipeline/config/recipe.py.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from pipeline.config.data import AugmentConfig
-from pipeline.config.section import Config
+from pipeline.config.section import MAX_WIDTH, Config
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainConfig(Config):
@@ -21,7 +23,7 @@ class TrainConfig(Config):
         description="what trains: everything (full), the head, low-rank adapters and the head "
         "(lora), or everything but the modules that read captions (frozen)",
     )
-    lora_rank: int = Field(8, ge=1, description="rank of the adapters")
+    lora_rank: int = Field(8, ge=1, le=MAX_WIDTH, description="rank of the adapters")
     lora_alpha: float = Field(16, gt=0, description="scale of the adapters, divided by lora_rank")
     optimizer: Literal["adamw", "sgd", "rmsprop", "muon"] = Field(
         "adamw",
@@ -40,7 +42,7 @@ class TrainConfig(Config):
         description="decay of matrices and kernels; decoupled with adamw and muon, an L2 penalty "
         "with the others",
     )
-    betas: tuple[float, float] = Field(
+    betas: tuple[Decay, Decay] = Field(
         (0.9, 0.95), description="decay rates of adamw's two moments"
     )
     momentum: float = Field(0.95, ge=0, lt=1, description="momentum of sgd, rmsprop and muon")

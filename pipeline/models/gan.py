@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from pipeline.config.section import Config
+from pipeline.config.section import MAX_WIDTH, Config
 from pipeline.contracts import Family, ImageGenerator, ModelParts, ModelSpec
 
 if TYPE_CHECKING:
@@ -30,12 +30,15 @@ class GanConfig(Config):
     """The section `generator.gan`."""
 
     channels: int = Field(
-        48, ge=8, description="channels at the finest grid; coarser ones have up to 8x"
+        48,
+        ge=8,
+        le=MAX_WIDTH,
+        description="channels at the finest grid; coarser ones have up to 8x",
     )
     patch: int = Field(
         2, ge=1, description="pixels per side that a position of the finest grid stands for"
     )
-    noise_width: int = Field(64, ge=1, description="dimensions of the noise")
+    noise_width: int = Field(64, ge=1, le=MAX_WIDTH, description="dimensions of the noise")
     penalty_weight: float = Field(2.0, ge=0, description="weight of the gradient penalty")
     penalty_power: float = Field(
         6.0, gt=0, description="power of the gradient's norm in the penalty"

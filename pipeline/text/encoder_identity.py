@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import __version__
 from pipeline.artifacts import remembered
 from pipeline.config import CaptionEncoderConfig
-from pipeline.errors import BundleError
+from pipeline.errors import BundleError, RecipeError
 from pipeline.text.pretrained import files_of, find_language_model, hub_snapshot, not_found
 
 if TYPE_CHECKING:
@@ -89,11 +89,18 @@ def check_encoder(expected: EncoderIdentity, encoder: HFCaptionEncoder) -> None:
     check_identity(expected, identify(encoder))
 
 
-def check_identity(expected: EncoderIdentity, found: EncoderIdentity) -> None:
+def check_identity(
+    expected: EncoderIdentity,
+    found: EncoderIdentity,
+    settings: CaptionEncoderConfig | None = None,
+) -> None:
     """Make sure that a bundle meets the caption encoder it was trained with.
 
     Other weights whose probes agree (full precision instead of 4 bits) pass with a warning; the
-    same weights behind another prefix or tokenizer do not.
+    same weights behind another prefix or tokenizer, or with captions cut earlier, do not.
+
+    Args:
+        settings: that the bundle was trained with, for the message, where they are known.
 
     Raises:
         BundleError: the encoder reads captions differently.
@@ -107,11 +114,21 @@ def check_identity(expected: EncoderIdentity, found: EncoderIdentity) -> None:
     if cosine < MIN_PROBE_COSINE:
         raise BundleError(
             f"the bundle wants {wanted}; {found} reads captions differently (cosine {cosine:.3f}, "
-            f"at least {MIN_PROBE_COSINE} is needed). Set caption_encoder.model to {expected.id!r} "
-            "and its prefix to the one it was trained with"
+            f"at least {MIN_PROBE_COSINE} is needed). {_remedy(expected, settings)}"
         )
     if found.digest != expected.digest:
         logger.warning("%s stands in for %s; their probes agree to %.4f", found, wanted, cosine)
+
+
+def _remedy(expected: EncoderIdentity, settings: CaptionEncoderConfig | None) -> str:
+    if settings is None:
+        return (
+            f"Set caption_encoder.model to {expected.id!r}, and its prefix and max_tokens to those "
+            "it was trained with"
+        )
+    known = settings.model_dump()
+    stated = ", ".join(f"caption_encoder.{name}={value!r}" for name, value in known.items())
+    return f"Set what it was trained with: {stated}"
 
 
 def _cosine(a: Sequence[float], b: Sequence[float]) -> float:
@@ -153,20 +170,27 @@ def encoder_width(config: CaptionEncoderConfig, *, cache: Path) -> int:
 
     Raises:
         PretrainedNotFoundError: it is nowhere to be found; the message says how to get it.
+        RecipeError: it cannot read as many tokens as `config` says.
     """
-    read = partial(_read_width, config, find_language_model(config.model, cache=cache))
-    width: int = remembered("width", _files(config, cache), read, folder=cache)
-    return width
+    read = partial(_read_shape, config, find_language_model(config.model, cache=cache))
+    width, positions = remembered("shape", _files(config, cache), read, folder=cache)
+    if positions is not None and config.max_tokens > positions:
+        raise RecipeError(
+            f"caption_encoder.max_tokens={config.max_tokens}: {config.model} reads {positions} "
+            "tokens at most; lower it"
+        )
+    return int(width)
 
 
-def _read_width(config: CaptionEncoderConfig, source: str) -> int:
+def _read_shape(config: CaptionEncoderConfig, source: str) -> tuple[int, int | None]:
+    """Channels of a state, and the longest text in tokens where the model has such a limit."""
     from transformers import AutoConfig
 
     try:
-        width: int = AutoConfig.from_pretrained(source).hidden_size
+        found = AutoConfig.from_pretrained(source)
+        return found.hidden_size, getattr(found, "max_position_embeddings", None)
     except (OSError, ValueError) as error:
         raise not_found(source, config.model, error) from error
-    return width
 
 
 def _files(config: CaptionEncoderConfig, cache: Path) -> list[Path]:

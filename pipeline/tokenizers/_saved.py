@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from pipeline.artifacts import WEIGHTS, file_digest, resolve_path
-from pipeline.config.overrides import shaped_like
+from pipeline.config.overrides import explain, shaped_like
 from pipeline.config.section import Config
 from pipeline.config.tokenizer import TokenizerConfig
 from pipeline.errors import BundleError, RecipeError
@@ -189,7 +189,8 @@ def read_manifest(directory: Path, kind: type[M]) -> M:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise BundleError(f"{path} is not a bundle of this version: {error}") from error
+        said = explain(error, kind)
+        raise BundleError(f"{path} is not a bundle of this version: {said}") from error
 
 
 def write_manifest(directory: Path, manifest: BaseModel) -> None:

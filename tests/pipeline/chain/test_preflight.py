@@ -64,6 +64,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, pretrained_cache: Path) -> Pa
             "promote.keep=[{metric: aligner_r1/language:fr, margin: 1}]",
             r"of no language that is evaluated; these are en, zh \(evaluate.languages\)",
         ),
+        ("smoke", f"data.shards=[asset:emoji, {ASSETS / 'emoji'}]", "are the same data set"),
         ("smoke", "tokenizer.train.optimizer=muon", "QuantizedAutoencoder has nothing for muon"),
     ],
 )
@@ -182,6 +183,11 @@ def test_what_is_to_be_read_is_whole(home: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=said):
         checked("emoji-demo", *settings, home=home)
     check(resolve(load_recipe("emoji-demo", settings, environment={}), home), ["generator"])
+
+
+def test_captions_that_the_encoder_does_not_read_as_before_are_told(home: Path) -> None:
+    with pytest.raises(BundleError, match=r"trained with: .*caption_encoder.max_tokens=24, "):
+        checked("emoji-demo", "caption_encoder.max_tokens=4", home=home)
 
 
 def test_weights_of_a_language_model_that_are_cut_off_are_told(home: Path, tmp_path: Path) -> None:
