@@ -11,12 +11,11 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from pipeline import registry
 from pipeline.artifacts import publish_once
 from pipeline.bundles.bundle import load_bundle, text_tokenizer_of
 from pipeline.bundles.registry import resolve_model
 from pipeline.errors import BundleError, ResourceError
-from pipeline.models import load_family
+from pipeline.models import families_that, load_family
 
 
 def export(model: str, out: Path, *, home: Path) -> Path:
@@ -31,7 +30,7 @@ def export(model: str, out: Path, *, home: Path) -> Path:
     name = bundle.manifest.generator.family
     family = load_family(name)
     if not family.exports:
-        able = [n for n in registry.names("models") if load_family(n).exports]
+        able = families_that(lambda family: family.exports)
         raise BundleError(
             f"{model} is of the family {name!r}, which has no other format; exported are: "
             f"{', '.join(able)}"

@@ -41,6 +41,10 @@ PACKAGES = {
 }
 """The package of each kind. A plugin directory's folders are called like the kinds."""
 
+INTERFACES = {"FAMILY": "Family", "TOKENIZER": "TokenizerKind", "SOURCE": "Source"}
+"""By constant, the class of pipeline/contracts.py that a file's object is of. It is imported when
+it is needed, since contracts speak of settings, and settings of the registry."""
+
 PLUGINS = "TESSERA_PLUGINS"
 _ROOT = Path(__file__).parents[1]
 
@@ -80,13 +84,23 @@ def part(kind: str, name: str, constant: str) -> Any:
     """What the file that is registered as `name` defines under the name of a constant.
 
     Raises:
-        PluginError: the file defines no such constant.
+        PluginError: the file defines no such constant, or one that is something else.
         RecipeError, PluginError: as `load` does.
     """
     module = load(kind, name)
-    if not hasattr(module, constant):
-        raise PluginError(f"{module.__file__} defines no {constant}: see {PACKAGES[kind]}")
-    return getattr(module, constant)
+    found = getattr(module, constant, None)
+    if found is None:
+        raise PluginError(f"{module.__file__} defines no {constant}, {_described(constant)}")
+    if not _is_of(found, constant):
+        raise PluginError(
+            f"{module.__file__}: {constant} is {found!r}, and must be {_described(constant)}"
+        )
+    if constant != "SOURCE" and not _is_section(getattr(found, "options", None)):
+        raise PluginError(
+            f"{module.__file__}: {constant} must say with `options` which class its section of a "
+            "recipe is, a subclass of pipeline.config.Config"
+        )
+    return found
 
 
 def summary(kind: str, name: str) -> str:
@@ -108,6 +122,24 @@ def search_path(package: str) -> list[str]:
     """The `__path__` of a kind's package: its own folder, then those of the plugin directories."""
     (kind,) = (kind for kind, known in PACKAGES.items() if known == package)
     return [str(folder) for folder in _folders(kind)]
+
+
+def _described(constant: str) -> str:
+    """What a constant must be, and where that is said."""
+    interface = f"a subclass of {INTERFACES[constant]}, which pipeline/contracts.py describes"
+    return interface if constant == "SOURCE" else f"an object of {interface}"
+
+
+def _is_of(found: object, constant: str) -> bool:
+    """Whether a constant's value has the base class that it must have."""
+    interface = getattr(importlib.import_module("pipeline.contracts"), INTERFACES[constant])
+    made_by = found if constant == "SOURCE" else type(found)
+    return isinstance(made_by, type) and interface in made_by.__mro__
+
+
+def _is_section(found: object) -> bool:
+    config = importlib.import_module("pipeline.config.section").Config
+    return isinstance(found, type) and issubclass(found, config)
 
 
 def _path(kind: str, name: str) -> Path:

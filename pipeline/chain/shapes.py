@@ -13,14 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import registry
 from pipeline.bundles.bundle import read_bundle
 from pipeline.config import GeneratorConfig
 from pipeline.config.data import check_unmixed
 from pipeline.config.overrides import shaped_like
 from pipeline.contracts import ImageTokenizer, ModelSpec
 from pipeline.errors import RecipeError
-from pipeline.models import load_family
+from pipeline.models import families_that, load_family
 from pipeline.tasks import gives_source
 
 
@@ -43,7 +42,7 @@ def check_generator(config: GeneratorConfig, section: str = "generator") -> None
     if not reads_tokens:
         check_unmixed(augment, f"{section}.train")
     if gives_source(config.tasks) and not family.reads_source:
-        able = [n for n in registry.names("models") if load_family(n).reads_source]
+        able = families_that(lambda family: family.reads_source)
         raise RecipeError(
             f"{section}.tasks={list(config.tasks)}: the family {config.family} sees no source "
             f"picture; take text_to_image alone, or one of the families {', '.join(able)}"

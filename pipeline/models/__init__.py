@@ -11,8 +11,12 @@ shipped families keep their networks in networks/, and decoding is shared among 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+
 from pipeline import registry
 from pipeline.contracts import Family
+from pipeline.errors import PluginError
 
 __path__ = registry.search_path(__name__)
 
@@ -25,3 +29,14 @@ def load_family(name: str) -> Family:
     """
     family: Family = registry.part("models", name, "FAMILY")
     return family
+
+
+def families_that(fit: Callable[[Family], bool]) -> list[str]:
+    """The names of the families for which `fit` holds, sorted; of plugins, which may be broken,
+    those that can be used."""
+    found = []
+    for name in registry.names("models"):
+        with contextlib.suppress(PluginError):
+            if fit(load_family(name)):
+                found.append(name)
+    return found

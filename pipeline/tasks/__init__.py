@@ -14,10 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 
 from pipeline import registry
+from pipeline.errors import PluginError
 
 __path__ = registry.search_path(__name__)
 
@@ -38,11 +40,27 @@ class Example:
     target: np.ndarray
 
 
+def load_task(name: str) -> ModuleType:
+    """The file of a task, with `SOURCE` and `example`.
+
+    Raises:
+        RecipeError: there is no such task; the message lists what there is.
+        PluginError: its file does not define these.
+    """
+    task = registry.load("tasks", name)
+    source, example = getattr(task, "SOURCE", None), getattr(task, "example", None)
+    if not isinstance(source, bool) or not callable(example):
+        raise PluginError(
+            f"{task.__file__} must define SOURCE, True or False, and the function example; "
+            "pipeline/tasks/README.md shows a task"
+        )
+    return task
+
+
 def gives_source(names: Sequence[str]) -> bool:
     """Whether a model that learns these tasks sees source images.
 
     Raises:
-        RecipeError: there is no such task; the message lists what there is.
+        RecipeError, PluginError: as `load_task` does.
     """
-    tasks = [registry.load("tasks", name) for name in names]
-    return any(task.SOURCE for task in tasks)
+    return any(load_task(name).SOURCE for name in names)

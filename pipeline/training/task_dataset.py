@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import registry
+from pipeline.tasks import load_task
 from pipeline.training import feed
 
 
@@ -29,7 +29,7 @@ class TaskDataset:
 
     def __init__(self, rows: feed.Dataset, names: Sequence[str]) -> None:
         self.rows, self.weights = rows, rows.weights
-        self.tasks = [registry.load("tasks", name) for name in names]
+        self.tasks = [load_task(name) for name in names]
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from pipeline import registry
+from pipeline.config import load_recipe
 from pipeline.errors import PluginError, RecipeError
+from pipeline.tasks import gives_source
 
 TOY = '"""Toy tasks,\nof two lines.\n\nMore."""\n\nfrom pipeline.tasks._toys import Toy as Toy\n'
 
@@ -92,6 +94,78 @@ def test_a_plugin_that_is_not_python_is_named(toys: Path) -> None:
     (toys / "tasks" / "toy.py").write_text("def")
     with pytest.raises(PluginError, match=r"toy\.py is not Python"):
         registry.summary("tasks", "toy")
+
+
+FAMILY = """
+from pipeline.config.section import Config
+from pipeline.contracts import Family
+
+class Toy(Family):
+    options = {options}
+    def build(self, config, spec): ...
+    def objective(self, model, config): ...
+    def generator(self, model, config, spec, parts): ...
+
+FAMILY = {family}
+"""
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "said"),
+    [
+        ("None", "Config", "defines no FAMILY, an object of a subclass of Family, which pipeline/"),
+        ("'masked'", "Config", "FAMILY is 'masked', and must be an object of a subclass of Family"),
+        ("Toy", "Config", "FAMILY is <class .*Toy'>, and must be an object of"),
+        ("Toy()", "dict", "must say with `options` .*a subclass of pipeline.config.Config"),
+    ],
+)
+def test_a_family_that_is_none_is_told(
+    family: str, options: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models").mkdir()
+    name = f"toy_{abs(hash((family, options)))}"  # modules are imported once a process
+    file = tmp_path / "models" / f"{name}.py"
+    file.write_text(FAMILY.format(family=family, options=options))
+    monkeypatch.setenv(registry.PLUGINS, str(tmp_path))
+    with pytest.raises(RecipeError, match=f"generator.family='{name}': {file}.*{said}"):
+        load_recipe("smoke", [f"generator.family={name}"], environment={})
+    with pytest.raises(RecipeError, match="did you mean 'width'"):  # which it does not hide
+        load_recipe("smoke", ["generator.widht=3"], environment={})
+
+
+def test_a_source_that_is_none_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sources").mkdir()
+    file = tmp_path / "sources" / "toy_source.py"
+    file.write_text("SOURCE = 'reddit'")
+    monkeypatch.setenv(registry.PLUGINS, str(tmp_path))
+    with pytest.raises(PluginError, match=f"{file}: SOURCE is 'reddit', and must be a subclass of"):
+        registry.part("sources", "toy_source", "SOURCE")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "SOURCE = 'yes'\ndef example(tokens, rng): ...", "SOURCE = True"]
+)
+def test_a_task_that_is_none_is_told(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tasks").mkdir()
+    file = tmp_path / "tasks" / f"toy_task_{len(text)}.py"
+    file.write_text(text)
+    monkeypatch.setenv(registry.PLUGINS, str(tmp_path))
+    with pytest.raises(PluginError, match=f"{file} must define SOURCE, .*pipeline/tasks/README.md"):
+        gives_source([file.stem])
+
+
+def test_a_family_named_like_a_setting_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "width.py").touch()
+    monkeypatch.setenv(registry.PLUGINS, str(tmp_path))
+    with pytest.raises(
+        RecipeError, match=r"generator: .*width\.py.*is a setting .*rename the file"
+    ):
+        load_recipe("smoke", environment={})
 
 
 def test_a_plugin_that_cannot_be_imported_is_named(
