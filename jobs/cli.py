@@ -20,11 +20,12 @@ from rich.markup import escape
 
 from jobs.console import ConsoleReporter, time_table, trial_table
 from jobs.data_cli import data_app
+from jobs.entry import INTERRUPTED
 from jobs.ingest_cli import ingest_app
 from jobs.models_cli import models, promote, rollback
 from jobs.options import DEFAULT_HOME, AsJson, Debug, Home, Overrides, RecipeName
 from jobs.serving_cli import bench_app, key
-from pipeline.errors import RecipeError, TesseraError
+from pipeline.errors import RecipeError, user_error
 from pipeline.runtime import set_environment
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ app.add_typer(ingest_app, name="ingest")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 console = Console(stderr=True, emoji=False)
-INTERRUPTED = 130  # exit status after Ctrl-C, as Typer sets it
 
 
 @app.command()
@@ -454,8 +454,9 @@ def generate(
     out: Annotated[
         Path,
         typer.Option(
-            help="PNG file to write. With --n above 1 it shows all pictures in a row, and each is "
-            "also written beside it: NAME-1.png, NAME-2.png, ..."
+            help="File to write, in the format of its ending: .png, .jpg or .webp. With --n above "
+            "1 it shows all pictures in a row, and each is also written beside it: NAME-1.png, "
+            "NAME-2.png, ..."
         ),
     ] = Path("picture.png"),
     n: Annotated[int, typer.Option(min=1, max=64, help="Number of pictures.")] = 1,
@@ -498,7 +499,7 @@ def generate(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Draw pictures of a prompt and write them as PNG, without a server.
+    """Draw pictures of a prompt and write them as files, without a server.
 
     Prints the paths of the files written, --out first.
     """
@@ -591,13 +592,6 @@ def main() -> None:
         warnings.simplefilter("ignore")
     try:
         app()
-    except TesseraError as error:
-        if debug:
-            raise
-        console.print(
-            f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True
-        )
-        sys.exit(1)
     except SystemExit as end:
         if end.code == INTERRUPTED:
             console.print("interrupted; run the same command again to go on from here")
@@ -605,12 +599,20 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        console.print(
+        _print_error(error)
+        sys.exit(1 if user_error(error) else 2)
+
+
+def _print_error(error: Exception) -> None:
+    """Tell in one message what went wrong, and how to learn more if a user cannot mend it."""
+    if told := user_error(error):
+        message = f"[bold red]error:[/bold red] {escape(str(told))}"
+    else:
+        message = (
             f"[bold red]unexpected error:[/bold red] {type(error).__name__}: "
-            f"{escape(str(error))}\n"
-            "Run the same command with --debug for the traceback.", highlight=False, soft_wrap=True,
-        )  # fmt: skip
-        sys.exit(2)
+            f"{escape(str(error))}\nRun the same command with --debug for the traceback."
+        )
+    console.print(message, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from jobs.options import image_format
 from pipeline.config import AugmentConfig, PreprocessConfig, Recipe
 from pipeline.data.preprocess.decode import BadImage, decode
 from pipeline.data.preprocess.rows import parse_record
@@ -47,7 +48,7 @@ PROBABILITIES = ("flip", "swap_channels", "blur", "mixup", "cutmix")
 
 
 def contact_sheet(uri: str, out: Path, *, count: int = 48) -> Manifest:
-    """Write a PNG of up to `count` images with their captions, spread over the set's shards.
+    """Write an image of up to `count` images with their captions, spread over the set's shards.
 
     An image that cannot be read is grey, with the reason below it.
 
@@ -56,19 +57,22 @@ def contact_sheet(uri: str, out: Path, *, count: int = 48) -> Manifest:
 
     Raises:
         DataError: no shard set, or a shard that cannot be read.
+        ResourceError: `out` cannot be written, or names no format of images.
     """
+    written_as = image_format(out)
     manifest = read_manifest(uri)
     cells = [_cell(sample, manifest) for sample in _spread(uri, manifest, count)]
     images, captions = zip(*cells, strict=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    grid(np.stack(images), min(COLUMNS, len(images)), captions=captions).save(out, format="PNG")
+    sheet = grid(np.stack(images), min(COLUMNS, len(images)), captions=captions)
+    sheet.save(out, format=written_as)
     return manifest
 
 
 def augmentation_grid(
     recipe: Recipe, home: Path, out: Path, *, count: int = 8, seed: int = 0
 ) -> None:
-    """Write a PNG of a recipe's images, one row per effect, then one per augment section.
+    """Write an image of a recipe's images, one row per effect, then one per augment section.
 
     An effect that the recipe uses in a section has the largest of its settings, the others have
     those of STRENGTHS. Effects of PROBABILITIES are shown on every image that may have them.
@@ -76,13 +80,15 @@ def augmentation_grid(
     Args:
         recipe: its first shard set is read.
         home: where home:NAME lies.
-        out: the PNG to write.
+        out: the image file to write.
         count: images, the columns.
         seed: of the changes.
 
     Raises:
         DataError: no shard set, or no image in it that can be read.
+        ResourceError: `out` cannot be written, or names no format of images.
     """
+    written_as = image_format(out)
     uri = locate(recipe.data.shards[0], home)
     images, flippable = _images(uri, recipe.preprocess, count)
     sections = _augment_sections(recipe)
@@ -93,7 +99,7 @@ def augmentation_grid(
     out.parent.mkdir(parents=True, exist_ok=True)
     scale = max(1, EFFECT_SIDE // recipe.preprocess.image_size)
     stacked = torch.cat(list(rows.values()))
-    grid(stacked, len(images), row_labels=tuple(rows), scale=scale).save(out, format="PNG")
+    grid(stacked, len(images), row_labels=tuple(rows), scale=scale).save(out, format=written_as)
 
 
 def _images(uri: str, config: PreprocessConfig, count: int) -> tuple[Tensor, Tensor]:

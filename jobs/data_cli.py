@@ -49,7 +49,9 @@ def data_verify(
 @data_app.command("show")
 def data_show(
     uri: Uri,
-    out: Annotated[Path, typer.Option(help="Contact sheet to write, a PNG.")] = Path("sheet.png"),
+    out: Annotated[Path, typer.Option(help="Contact sheet to write: .png, .jpg or .webp.")] = Path(
+        "sheet.png"
+    ),
     count: Annotated[
         int, typer.Option(min=1, max=1000, help="Number of pictures on the sheet.")
     ] = 48,
@@ -87,7 +89,9 @@ def data_show(
 def data_augment(
     recipe: RecipeName,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="Picture grid to write, a PNG.")] = Path("augment.png"),
+    out: Annotated[Path, typer.Option(help="Picture grid to write: .png, .jpg or .webp.")] = Path(
+        "augment.png"
+    ),
     count: Annotated[int, typer.Option(min=2, max=64, help="Pictures per row.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random changes.")] = 0,
     home: Home = DEFAULT_HOME,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from jobs.options import check_output
 from pipeline.artifacts import publish_once
 from pipeline.bundles.bundle import load_bundle, text_tokenizer_of
 from pipeline.bundles.registry import resolve_model
@@ -23,8 +24,11 @@ def export(model: str, out: Path, *, home: Path) -> Path:
 
     Raises:
         BundleError: the model is of a family that no other program loads.
-        ResourceError: `out` exists.
+        ResourceError: `out` exists, or lies below a file.
     """
+    if out.exists():
+        raise ResourceError(f"{out} exists: remove it, or name another directory")
+    check_output(out)
     path = resolve_model(model, home=home).path
     bundle = load_bundle(path)
     name = bundle.manifest.generator.family
@@ -35,8 +39,6 @@ def export(model: str, out: Path, *, home: Path) -> Path:
             f"{model} is of the family {name!r}, which has no other format; exported are: "
             f"{', '.join(able)}"
         )
-    if out.exists():
-        raise ResourceError(f"{out} exists: remove it, or name another directory")
 
     def write(directory: Path) -> None:
         family.export(bundle.model, directory)

@@ -1,8 +1,9 @@
-"""Generate: draw pictures of a prompt and write them as PNG, without a server.
+"""Generate: draw pictures of a prompt and write them as files, without a server.
 
     tessera generate "a red apple" --out apple.png --n 4 --seed 1
 
-The PNG of each image names its prompt, seed, model and settings in text chunks.
+The file's name says its format (PNG, JPEG, WebP); each names its prompt, seed, model and settings,
+as the service's files do (serve/encode.py).
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ from pathlib import Path
 
 from torch import Tensor
 
+from jobs.options import image_format
 from pipeline.bundles.bundle import load_generator
 from pipeline.bundles.provenance import describe
 from pipeline.bundles.registry import CHAMPION, has_champion, resolve_model
 from pipeline.contracts import MAX_SEED, GenerationRequest
-from pipeline.errors import ResourceError
 from pipeline.images.grid import grid
-from pipeline.images.pixels import encode_png
+from serve.encode import encode
+from serve.messages import OutputOptions
 
+QUALITY = 95
+"""Of JPEG and WebP, 0 to 100; above it JPEG files only grow."""
 FALLBACK = "asset:base"
 
 
@@ -52,10 +56,9 @@ def generate(
     Raises:
         RequestError: a setting is outside the model's limits.
         BundleError: there is no such model.
-        ResourceError: `out` is a directory.
+        ResourceError: `out` cannot be written, or names no format of images.
     """
-    if out.is_dir():
-        raise ResourceError(f"--out={out} is a directory; name the PNG to write")
+    output = OutputOptions(image_format(out), QUALITY)
     resolved = resolve_model(model, home=home)
     generator = load_generator(resolved.path, pretrained_cache=home / "pretrained")
     requests = [
@@ -66,20 +69,20 @@ def generate(
     images = generator.generate(requests)
     out.parent.mkdir(parents=True, exist_ok=True)
     encoded = [
-        encode_png(image, describe(request, model=resolved.name, version=resolved.version))
+        encode(image, output, describe(request, model=resolved.name, version=resolved.version))
         for image, request in zip(images, requests, strict=True)
     ]
-    return _write(out, encoded) if len(encoded) == 1 else _write_row(out, encoded, images)
+    if len(encoded) == 1:
+        out.write_bytes(encoded[0])
+        return [out]
+    return _write_row(out, encoded, images, output)
 
 
-def _write(out: Path, encoded: Sequence[bytes]) -> list[Path]:
-    out.write_bytes(encoded[0])
-    return [out]
-
-
-def _write_row(out: Path, encoded: Sequence[bytes], images: Tensor) -> list[Path]:
+def _write_row(
+    out: Path, encoded: Sequence[bytes], images: Tensor, output: OutputOptions
+) -> list[Path]:
     paths = [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(1, len(encoded) + 1)]
     for path, content in zip(paths, encoded, strict=True):
         path.write_bytes(content)
-    grid(images, columns=len(paths)).save(out, format="PNG")
+    grid(images, columns=len(paths)).save(out, format=output.format, quality=output.quality)
     return [out, *paths]

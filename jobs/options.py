@@ -4,27 +4,77 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from pipeline.errors import ResourceError
 
+ImageFormat = Literal["png", "jpeg", "webp"]
+IMAGE_FORMATS: dict[str, ImageFormat] = {
+    "": "png",
+    ".png": "png",
+    ".jpg": "jpeg",
+    ".jpeg": "jpeg",
+    ".webp": "webp",
+}
+"""Pillow's names of the formats that image files are written in, by the file name's ending."""
 
-def _on_a_file_system(home: Path) -> Path:
-    """The home directory, which must not be a URI: Path would take that for a relative directory.
+
+def _home(given: str | Path) -> Path:
+    """The home directory, which must not be a URI: Path would take that for a relative directory,
+    and nothing for the current one.
 
     Raises:
-        ResourceError: `home` is a URI or a file.
+        ResourceError: `given` is empty, a URI or a file.
     """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(home)):
+    if not str(given):
+        raise ResourceError("--home is empty: name a directory, or leave it out for .tessera")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(given)):
         raise ResourceError(
-            f"--home={home}: the home directory must lie on a file system (on a cluster a shared "
+            f"--home={given}: the home directory must lie on a file system (on a cluster a shared "
             "one, mounted on every node); object stores are for shards alone"
         )
-    if home.exists() and not home.is_dir():
-        raise ResourceError(f"--home={home} is a file: name a directory, which need not exist yet")
+    home = Path(given)
+    if blocked := _file_on_the_way(home / "anything"):
+        raise ResourceError(
+            f"--home={home}: {blocked} is a file; name a directory, which need not exist yet"
+        )
     return home
+
+
+def check_output(out: Path) -> None:
+    """Refuse, before any work, a path that no file can be written to.
+
+    Raises:
+        ResourceError: `out` is a directory, or lies below a file.
+    """
+    if out.is_dir():
+        raise ResourceError(f"--out={out} is a directory; name the file to write")
+    if blocked := _file_on_the_way(out):
+        raise ResourceError(f"--out={out}: {blocked} is a file, and no directory to write into")
+
+
+def image_format(out: Path) -> ImageFormat:
+    """Pillow's name of the format that an image file's name ends with; PNG without an ending.
+
+    Raises:
+        ResourceError: `out` has another ending, or `check_output` refuses it.
+    """
+    check_output(out)
+    found = IMAGE_FORMATS.get(out.suffix.lower())
+    if found is None:
+        endings = ", ".join(filter(None, IMAGE_FORMATS))
+        raise ResourceError(
+            f"--out={out}: images are not written as {out.suffix}; the endings are {endings}"
+        )
+    return found
+
+
+def _file_on_the_way(path: Path) -> Path | None:
+    """The parent of `path` that is a file, if one is."""
+    nearest = next((parent for parent in path.parents if parent.exists()), Path())
+    return None if nearest.is_dir() else nearest
 
 
 Home = Annotated[
@@ -34,7 +84,8 @@ Home = Annotated[
         envvar="TESSERA_HOME",
         help="Directory below which everything is written and found again: MLflow's database, step "
         "results, bundles, converted language models.",
-        callback=_on_a_file_system,
+        parser=_home,
+        metavar="<path>",
     ),
 ]
 RecipeName = Annotated[

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from jobs.options import check_output
 from pipeline.chain.plan import resolve
 from pipeline.chain.tuning import draw_trials, search
 from pipeline.chain.workflow import opened
@@ -36,6 +37,8 @@ def run_search(
     Raises:
         TesseraError: something the user can mend; finished trials are kept.
     """
+    if out is not None:
+        check_output(out)
     plan = resolve(recipe, home)
     trials = draw_trials(plan)
     with opened(plan, reporter, debug=debug) as session:

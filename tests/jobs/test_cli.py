@@ -13,11 +13,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import typer
+from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from jobs import cli
+from jobs import cli, entry, generate
 from jobs.cli import app
 from jobs.console import ConsoleReporter
 from pipeline.config import recipe_names
@@ -127,13 +129,21 @@ def test_doctor_names_what_is_there(tmp_path: Path) -> None:
     [
         (["generate", "apple", "--home", "s3://bucket/home"], "must lie on a file system"),
         (["key", "a b: c"], "name='a b: c'"),
+        (["generate", "apple", "--home", ""], "--home is empty"),
+        (["generate", "apple", "--home", "file/home"], "--home=file/home: file is a file"),
         (["generate", "apple", "--out", "."], "is a directory"),
+        (["generate", "apple", "--out", "file/apple.png"], "file is a file, and no directory"),
+        (["generate", "apple", "--out", "apple.gif"], "the endings are .png, .jpg, .jpeg, .webp"),
+        (["data", "show", "asset:emoji", "--out", "sheet.pdf"], "images are not written as .pdf"),
+        (["tune", "smoke", "--out", "file/best.yaml"], "file is a file, and no directory"),
+        (["export", "asset:base", "--out", "file/model"], "file is a file, and no directory"),
     ],
 )
 def test_a_mistake_that_needs_no_home(
     arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("file").touch()
     result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, TesseraError) and said in str(result.exception)
 
@@ -160,6 +170,40 @@ def test_ctrl_c_says_how_to_go_on(
         cli.main()
     assert ended.value.code == 130
     assert "interrupted; run the same command again" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_commands_are_imported_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Impatient:
+        @staticmethod
+        def find_spec(name: str, *_: object) -> None:
+            if name == "jobs.cli":
+                os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.delitem(sys.modules, "jobs.cli")
+    monkeypatch.setattr(sys, "meta_path", [Impatient, *sys.meta_path])
+    with pytest.raises(SystemExit) as ended:
+        entry.main()
+    assert ended.value.code == 130
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.png", "PNG"), ("a.JPG", "JPEG"), ("a.webp", "WEBP"), ("a", "PNG")]
+)
+def test_an_image_is_of_the_format_that_its_name_says(
+    name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = SimpleNamespace(generate=lambda requests: torch.zeros(len(requests), 3, 8, 8).byte())
+    monkeypatch.setattr(generate, "load_generator", lambda *_, **__: drawn)
+    out = tmp_path / "new" / name
+    written = generate.generate("a cat", out, home=tmp_path, model="asset:base", num_images=2)
+    assert len(written) == 3 and written[0] == out
+    for path in written:
+        assert path.suffix == out.suffix
+        with Image.open(path) as image:
+            assert image.format == kind
+    assert b"a cat" in written[1].read_bytes() or "a cat".encode("utf-16-be") in (
+        written[1].read_bytes()
+    )
 
 
 def test_the_bar_goes_however_a_step_ends() -> None:

@@ -16,6 +16,7 @@ import typer
 
 from jobs import cli_docs
 from jobs.cli import app
+from pipeline import registry
 from pipeline.config import load_recipe, recipe_names
 
 ROOT = Path(__file__).parents[2]
@@ -66,8 +67,9 @@ def _help_lines(page: str) -> list[str]:
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_commands_in_guides_parse(guide: Path) -> None:
+def test_commands_in_guides_parse(guide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands in bash blocks are complete: arguments, options and a recipe's settings exist."""
+    monkeypatch.setenv(registry.PLUGINS, str(ROOT / "tests" / "plugins"))
     for words in _commands_in_blocks(guide.read_text(encoding="utf-8")):
         command, name, arguments = _resolve(words)
         context = command.make_context(name, list(arguments))  # a mistake raises
