@@ -358,7 +358,7 @@ class Worker:
             "topic": instruments.topics[batch.set][chosen],
             "nearest_key": nearest_key,
         }
-        if features is not None and main:
+        if features is not None and main and not subject.offset:
             columns["features"] = list(features.numpy())
         return _make_table(columns, measures, len(images))
 
