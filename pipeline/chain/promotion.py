@@ -392,7 +392,8 @@ def _sentences(verdicts: Sequence[Verdict]) -> list[str]:
     well = [v for v in verdicts if v.rule == "slice" and v.outcome == "yes"]
     small = [v for v in verdicts if v.rule == "slice" and v.outcome == "skipped" and v.images]
     if well:
-        said.append(f"slice yes: {len(well)} slices have no clear loss ({_names(well)})")
+        dimensions = dict.fromkeys(v.metric.partition(":")[0] for v in well)
+        said.append(f"slice yes: {len(well)} slices have no clear loss ({', '.join(dimensions)})")
     if small:
         counts = ", ".join(f"{v.metric} {v.images}" for v in small)
         said.append(f"slice skipped: {len(small)} slices have too few images ({counts})")
