@@ -143,6 +143,7 @@ def test_noise_is_not_promoted(outcome: Outcome, home: Path) -> None:
     assert page is not None and "<html" in page.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_an_evaluation_without_a_recipe(outcome: Outcome, home: Path) -> None:
     found = tessera(
         "evaluate", CHAMPION, "--data", "asset:emoji", "data.limit=120", "evaluate.num_images=8",

@@ -59,6 +59,7 @@ def _marked(mark: str) -> list[str]:
 # ---- In a process of its own ---------------------------------------------------------------------
 
 
+@pytest.mark.slow  # tests/jobs/test_plugins.py has one that every run sees
 def test_a_real_bundle_is_served_and_draws(
     tiny_bundle: Path, home: Path, nothing_stays: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

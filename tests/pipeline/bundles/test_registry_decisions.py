@@ -30,7 +30,7 @@ from pipeline.bundles.registry import ModelRegistry
 from pipeline.errors import PromotionError
 from pipeline.tracking.runs import Tracker, tracking_uri
 
-ROUNDS = 10
+ROUNDS = 4
 PATIENCE_S = 120
 fresh = multiprocessing.get_context("forkserver")  # a process that has imported all it needs
 fresh.set_forkserver_preload(["pipeline.bundles.registry", "mlflow", "pytest", "served"])
