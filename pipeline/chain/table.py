@@ -197,6 +197,7 @@ def _aligner_step(plan: Plan) -> Step:
         partial(_aligner, plan),
         settings={"aligner": step_settings(plan.recipe.aligner)},
         needs=("preprocess", "captions"),
+        version=2,
     )
 
 

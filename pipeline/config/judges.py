@@ -64,9 +64,16 @@ class AlignerConfig(Config):
     widths: tuple[int, int, int] = Field((96, 192, 384), description="channels of the three stages")
     depths: tuple[int, int, int] = Field((2, 2, 2), description="residual blocks of the stages")
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="while training")
+    degraded: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of each batch of which training also shows a copy that is blurred, "
+        "noisy or washed out, and must lose to the image; blur and noise in `train.augment` would "
+        "teach the opposite",
+    )
     train: TrainConfig = TrainConfig(
-        batch_size=256,
-        augment=AugmentConfig(zoom=0.1, shift=6, color=0.3, blur=0.5, noise=0.1, flip=0.5),
+        batch_size=256, augment=AugmentConfig(shift=6, color=0.2, flip=0.5)
     )
 
 

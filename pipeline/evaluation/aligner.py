@@ -5,6 +5,10 @@ Supervision", section 2.3) at the size of icons: images pass a small convolution
 from scratch, captions the frozen caption encoder and a two-layer perceptron over its states. Only
 evaluation uses it; no generator ever trains on it. pipeline/training/aligner.py trains it.
 
+A degraded image is no longer a good one of its caption: training also shows degraded copies of some
+images (pipeline/images/degrade.py), which must lose to the images for every caption, and fit no
+caption themselves.
+
     aligner = Aligner.load(resolve_path("asset:aligner"))
     similarity = aligner.embed_images(images) @ aligner.embed_captions(states, mask).T  # (B, B)
 
@@ -29,6 +33,7 @@ from torch import Tensor, nn
 from pipeline.artifacts import WEIGHTS
 from pipeline.config import AlignerConfig
 from pipeline.errors import BundleError
+from pipeline.images.degrade import degrade
 from pipeline.images.pixels import to_float
 from pipeline.objective import Objective, TrainableNetwork
 from pipeline.runtime import autocast
@@ -40,6 +45,7 @@ from pipeline.tokenizers._saved import MANIFEST, save_weights
 PATCH = 4  # pixels per side
 MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
 START_TEMPERATURE = 0.07  # as there
+COPIES_WEIGHT = 0.5  # of a degraded copy's loss, beside an image's
 
 
 class Aligner(TrainableNetwork):
@@ -76,6 +82,7 @@ class Aligner(TrainableNetwork):
             nn.Linear(2 * config.embedding, config.embedding),
         )
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / START_TEMPERATURE)))
+        self.no_caption = nn.Parameter(torch.randn(config.embedding))
 
     def standardise_captions(self, states: Tensor, mask: Tensor) -> None:
         """Start from the statistics of these captions: states (B, L, C) and mask bool (B, L)."""
@@ -138,6 +145,7 @@ class Aligner(TrainableNetwork):
                 caption_width=values["caption_width"],
             )
             weights = load_file(directory / WEIGHTS)
+            weights.setdefault("no_caption", aligner.no_caption.detach())  # read by training alone
             aligner.load_state_dict({name: weight.float() for name, weight in weights.items()})
             aligner.encoder = EncoderIdentity.from_dict(values["encoder"])
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -161,18 +169,29 @@ class AlignerObjective(Objective):
     def __init__(self, config: AlignerConfig, *, image_size: int, caption_width: int) -> None:
         super().__init__()
         self.model = Aligner(config, image_size=image_size, caption_width=caption_width)
-        self.label_smoothing = config.label_smoothing
+        self.config = config
 
     def losses(self, batch: Mapping[str, Tensor], phase: str) -> dict[str, Tensor]:
-        """ "loss", and "accuracy": how often an image's best caption is one of its own group."""
-        images = self.model.images_to_embeddings(to_float(batch["images"]))
+        """ "loss"; "accuracy", how often an image's best caption is one of its own group; and,
+        where copies are degraded, "forgiven", how often one fits the image's caption no worse."""
+        images = to_float(batch["images"])
+        count = round(self.config.degraded * len(images))
+        shown = torch.cat([images, degrade(images[:count])])
+        embedded = self.model.images_to_embeddings(shown)
         captions = self.model.captions_to_embeddings(batch["caption_states"], batch["caption_mask"])
         scale = self.model.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
-        logits = scale * images @ captions.T
+        none = F.normalize(self.model.no_caption.float(), dim=0)
+        similarity = embedded @ captions.T
+        good, worse = similarity[: len(images)], similarity[len(images) :]
         same = batch["group"][:, None] == batch["group"]
-        loss = group_info_nce(logits, same, self.label_smoothing)
-        accuracy = same.gather(1, logits.argmax(1, keepdim=True)).float().mean()
-        return {"loss": loss, "accuracy": accuracy}
+        loss = degraded_info_nce(
+            scale * good, scale * worse, scale * embedded @ none, same, self.config.label_smoothing
+        )
+        accuracy = same.gather(1, good.argmax(1, keepdim=True)).float().mean()
+        parts = {"loss": loss, "accuracy": accuracy}
+        if count:
+            parts["forgiven"] = (worse.diagonal() >= good.diagonal()[:count]).float().mean()
+        return parts
 
 
 def group_info_nce(logits: Tensor, same: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -190,4 +209,31 @@ def group_info_nce(logits: Tensor, same: Tensor, label_smoothing: float = 0.0) -
     targets = same.float() / same.sum(1, keepdim=True)
     by_image = F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
     by_caption = F.cross_entropy(logits.float().T, targets, label_smoothing=label_smoothing)
+    return (by_image + by_caption) / 2
+
+
+def degraded_info_nce(
+    good: Tensor, worse: Tensor, none: Tensor, same: Tensor, label_smoothing: float = 0.0
+) -> Tensor:
+    """`group_info_nce` of B images beside degraded copies of the first K, which must lose.
+
+    The copies are negatives of every caption, their own included; and one more caption, that says
+    nothing, is the only one that fits them and fits no image.
+
+    Args:
+        good: (B, B), images by captions.
+        worse: (K, B), degraded copies by captions; K may be 0.
+        none: (B + K,), images and copies by the caption that says nothing.
+        same: bool (B, B), as `group_info_nce` takes it.
+        label_smoothing: 0 to 1, of the targets.
+    """
+    B, K = len(good), len(worse)
+    targets = same.float() / same.sum(1, keepdim=True)
+    logits = torch.cat([good, worse]).float()
+    with_none = torch.cat([logits, none.float()[:, None]], 1)
+    nothing = F.one_hot(torch.full((K,), B, device=logits.device), B + 1).float()
+    wanted = torch.cat([F.pad(targets, (0, 1)), nothing])
+    losses = F.cross_entropy(with_none, wanted, label_smoothing=label_smoothing, reduction="none")
+    by_image = losses[:B].mean() + COPIES_WEIGHT * losses[B:].sum() / max(1, K)
+    by_caption = F.cross_entropy(logits.T, F.pad(targets, (0, K)), label_smoothing=label_smoothing)
     return (by_image + by_caption) / 2

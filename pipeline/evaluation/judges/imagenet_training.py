@@ -39,7 +39,7 @@ from pipeline.evaluation.features import ImageNetFeatures
 from pipeline.evaluation.judges.trained import JudgeHeads, save_heads
 from pipeline.images.augment import Augment
 from pipeline.images.mirror import may_mirror
-from pipeline.metrics import retrieval_at_1
+from pipeline.metrics import recall_at_k
 from pipeline.progress import OnProgress, Progress
 from pipeline.runtime import choose_device
 from pipeline.text.caption_encoder import HFCaptionEncoder
@@ -296,8 +296,8 @@ def measure_held_out(data: JudgeData, config: ImageNetJudgeConfig) -> dict[str, 
     features = data.features_of(firsts, 0)
     captions = data.means[[data.caption_ids[row][0] for row in firsts]]
     with torch.no_grad():
-        hits = retrieval_at_1(
-            heads.images_to_embeddings(features), heads.captions_to_embeddings(captions)
+        hits = recall_at_k(
+            heads.images_to_embeddings(features), heads.captions_to_embeddings(captions), k=1
         )
         styles = heads.features_to_styles(features).numpy()
     found = {"held_out_r1": float(hits.mean()), "held_out_captions": float(len(firsts))}

@@ -26,7 +26,7 @@ from pipeline.evaluation.judges.imagenet_training import (
     fit_heads,
     train_imagenet_judge,
 )
-from pipeline.metrics import retrieval_at_1
+from pipeline.metrics import recall_at_k
 from pipeline.text.caption_encoder import HFCaptionEncoder
 from pipeline.tracking.steps import StepContext
 
@@ -76,7 +76,8 @@ def english(icons: list[dict[str, Any]]) -> list[str]:
 
 
 def r1(judge: Judge, images: Tensor, captions: Sequence[str]) -> float:
-    return float(retrieval_at_1(judge.embed_images(images), judge.embed_captions(captions)).mean())
+    hits = recall_at_k(judge.embed_images(images), judge.embed_captions(captions), k=1)
+    return float(hits.mean())
 
 
 def noised(images: Tensor) -> Tensor:
