@@ -33,6 +33,8 @@ from pipeline.progress import OnProgress, Progress
 from pipeline.tracking.runs import RunHandle, RunLogger, Tracker
 
 DONE = "DONE.json"
+AT_WORK = ".lock"
+"""In the directory of a step, locked by the process that works on it, whose id it holds."""
 BUNDLE = "bundle"
 """The directory inside a step's own that holds the model it made."""
 
@@ -221,6 +223,10 @@ class Workspace:
         path = step.path(self.home, self._results)
         path.mkdir(parents=True, exist_ok=True)
         self.reporter.started(step.name)
+        with _at_work(path):
+            return self._do(step, path)
+
+    def _do(self, step: Step, path: Path) -> StepResult:
         began = time.monotonic()
         inputs = step.all_inputs(self._results)
         with self.tracker.run(step.name, parent=self.parent, folder=path) as handle:
@@ -302,11 +308,34 @@ def _status(step: Step, results: Results, home: Path) -> tuple[StepStatus, StepR
     path, inputs = step.path(home, results), step.all_inputs(results)
     if result := step.finished(home, results):
         return StepStatus(step.name, "done", f"in {result.seconds:.0f} s", path, inputs), result
-    if (path / DONE).is_file():
+    if process := _worker(path):
+        why = f"is running in process {process}"
+    elif (path / DONE).is_file():
         why = "was done, but its result was removed or altered"
     else:
         why = "was interrupted and goes on" if path.is_dir() else _changes(step, inputs, home)
     return StepStatus(step.name, "to do", why, path, inputs), None
+
+
+def _worker(path: Path) -> str | None:
+    """The process that works on a step now; None if none does."""
+    with contextlib.suppress(FileNotFoundError), (path / AT_WORK).open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return lock.read() or "unknown"
+    return None
+
+
+@contextlib.contextmanager
+def _at_work(path: Path) -> Iterator[None]:
+    """Mark a step as being worked on by this process, for as long as it lives."""
+    with (path / AT_WORK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+        (path / AT_WORK).unlink()
 
 
 def _record(file: Path) -> dict[str, Any] | None:

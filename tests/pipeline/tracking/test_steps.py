@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -116,6 +117,24 @@ def test_a_status_says_what_changed(run: Callable[..., Any], tmp_path: Path) -> 
     results = statuses(interrupted, ["total"], tmp_path)[1]
     interrupted["total"].path(tmp_path, results).mkdir()
     assert why(interrupted, tmp_path)["total"] == "was interrupted and goes on"
+
+
+def test_a_step_that_is_worked_on_is_running(run: Callable[..., Any], tmp_path: Path) -> None:
+    seen = []
+
+    def total(context: StepContext) -> dict[str, Any]:
+        seen.append(why(steps, tmp_path)["total"])
+        if len(seen) == 1:
+            raise DataError("it ends early")
+        return {"total": 1}
+
+    steps = table(total={"work": total})
+    with pytest.raises(DataError):
+        run(steps)
+    assert why(steps, tmp_path)["total"] == "was interrupted and goes on"
+    run(steps)
+    assert seen == [f"is running in process {os.getpid()}"] * 2
+    assert why(steps, tmp_path)["total"].startswith("in ")
 
 
 def test_records_of_an_earlier_version_are_no_mistake(
