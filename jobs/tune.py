@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.options import check_output
+from pipeline.artifacts import publishing
 from pipeline.chain.plan import resolve
 from pipeline.chain.tuning import draw_trials, search
 from pipeline.chain.workflow import opened
@@ -44,7 +45,7 @@ def run_search(
     with opened(plan, reporter, debug=debug) as session:
         result = search(session, trials)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(result["path"], out)
+        with publishing(out) as new:
+            shutil.copyfile(result["path"], new)
         result["path"] = str(out)
     return result

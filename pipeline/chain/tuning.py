@@ -26,6 +26,7 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 
+from pipeline.artifacts import publishing
 from pipeline.chain.idle import idle_settings
 from pipeline.chain.plan import Candidate, Plan
 from pipeline.chain.preflight import check_candidate
@@ -152,7 +153,8 @@ def search(session: Session, trials: Sequence[Trial]) -> dict[str, Any]:
 def write_recipe(recipe: Recipe, path: Path) -> None:
     """Write a recipe's stated settings as YAML that `load_recipe` reads."""
     text = yaml.safe_dump(stated(recipe), sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    with publishing(path) as new:
+        new.write_text(text, encoding="utf-8")
 
 
 def _search(session: Session, trials: Sequence[Trial], context: StepContext) -> dict[str, Any]:
@@ -265,7 +267,8 @@ def _trial(config: dict[str, Any], jobs: Sequence[_Job]) -> None:
                 run=run, callbacks=[_Recorder(job.folder)],
             )  # fmt: skip
         except TesseraError as error:
-            (job.folder / FAILURE).write_text(str(error))
+            with publishing(job.folder / FAILURE) as new:
+                new.write_text(str(error))
             raise
         (job.folder / ENDED).touch()
 
@@ -366,7 +369,8 @@ def _conclude(
         reasons = "; ".join(f"{row['name']}: {row['failure'] or 'no report'}" for row in table)
         raise TrainingError(f"not one trial came to an end: {reasons}. Widen or move tune.space")
     best, everything = ranked[0], ranked + [row for row in table if row not in ranked]
-    (context.path / "trials.json").write_text(json.dumps(everything, indent=2))
+    with publishing(context.path / "trials.json") as new:
+        new.write_text(json.dumps(everything, indent=2))
     RunLogger(context.run).files(context.path / "trials.json", folder="")
     RunLogger(context.run).tags({"best_trial": best["name"]})
     return {"settings": best["settings"], METRIC: best[METRIC], "trials": everything}

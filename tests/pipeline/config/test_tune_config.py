@@ -156,3 +156,20 @@ def test_augmentation_where_no_pixels_are_seen_is_refused(tmp_path: Path, home: 
     recipe = load_recipe(written(tmp_path, tune), environment={})
     with pytest.raises(RecipeError, match="trains on image tokens"):
         draw_trials(resolve(recipe, home))
+
+
+def test_a_recipe_that_is_written_again_is_whole_at_every_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "best.yaml"
+    write_recipe(load_recipe("smoke", environment={}), path)
+    before = path.read_text()
+
+    def killed(file: Path, text: str, **_: object) -> None:
+        file.write_bytes(text.encode()[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_recipe(load_recipe("emoji-demo", environment={}), path)
+    assert path.read_text() == before and list(tmp_path.iterdir()) == [path]
