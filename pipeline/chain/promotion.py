@@ -16,13 +16,13 @@ is better):
               first rejection decides).
     keep      The gain's lower bound exceeds -margin: not being worse has to be shown, so few images
               or much noise refuse (non-inferiority). All rules must hold; for a wrong promotion,
-              each rule that ought to refuse must err. So each is tested at `level` itself
+              each rule that ought to refuse must err. So each is tested at `harm_level` itself
               (intersection-union test; Berger 1982, "Multiparameter Hypothesis Testing and
               Acceptance Sampling", theorem 1).
     limits    The candidate's own number is within the bound.
     slices    No slice's upper bound lies below -margin: a slice is too small to show that it is not
               worse, so only evidence of harm refuses. With s slices, chance has s tries to refuse a
-              good candidate: each is tested at level / s (Bonferroni).
+              good candidate: each is tested at harm_level / s (Bonferroni).
 
 What cannot be read refuses: a metric that was not measured or is not a number, too few images. The
 metrics of a judge whose floors are out of order on this data are not used: a rule of `improve`
@@ -217,7 +217,7 @@ class _Gate:
 
     def _keep(self, rule: KeepRule) -> Verdict:
         return self._tested(
-            "keep", rule.metric, self.config.level, lambda gain: gain.low > -rule.margin,
+            "keep", rule.metric, self.config.harm_level, lambda gain: gain.low > -rule.margin,
             -rule.margin, f"a loss of {rule.margin:g} has to be ruled out",
         )  # fmt: skip
 
@@ -286,7 +286,8 @@ class _Gate:
         ]
         tested = sum(self.comparison.count(metric) >= rule.min_images for rule, metric in found)
         verdicts = [
-            self._slice(rule, metric, self.config.level / max(1, tested)) for rule, metric in found
+            self._slice(rule, metric, self.config.harm_level / max(1, tested))
+            for rule, metric in found
         ]
         for rule in self.config.slices:
             if invalid := self.invalid(rule.metric):

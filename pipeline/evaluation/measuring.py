@@ -462,12 +462,12 @@ def _assemble(
     if real is None:
         return everything
     return {
-        name: measured if name == "shuffled" else _with_set_measures(measured, real)
+        name: measured if name == "shuffled" else with_set_measures(measured, real)
         for name, measured in everything.items()
     }
 
 
-def _with_set_measures(measured: Measured, real: Measured) -> Measured:
+def with_set_measures(measured: Measured, real: Measured) -> Measured:
     """With the measures of an image within its set: of each style's images with features."""
     columns = {name: np.full(measured.rows.num_rows, np.nan) for name in SET_ROWS}
     for name in [name for name in measured.slices if name.startswith("style:")]:

@@ -27,6 +27,7 @@ VALID = {name: Validity(True, "") for name in ("aligner", "imagenet", "style_mat
 INVALID = Validity(False, "real images have imagenet_r1/all 0.1", "train a judge")
 RULES = PromoteConfig.model_validate(
     {
+        "level": 0.05,
         "improve": [{"metric": "imagenet_r1/all"}, {"metric": "style_match/all"}],
         "keep": [{"metric": "aligner_r1/all", "margin": 0.1}],
         "limits": [{"metric": "copies/unseen", "at_most": 0.2}],

@@ -15,7 +15,7 @@ def promote(*overrides: str) -> PromoteConfig:
 
 def test_a_recipe_that_says_nothing_is_judged_by_every_kind_of_rule() -> None:
     rules = promote()
-    assert not rules.unjudged and rules.level == 0.05
+    assert not rules.unjudged and rules.level == 0.02
     assert rules.improve and rules.keep and rules.limits and rules.slices
     assert {of for rule in rules.slices for of in rule.of} == {
         "language",
@@ -52,6 +52,8 @@ def test_rules_are_read_from_a_recipe_and_replace_the_defaults() -> None:
         ),
         ("improve=[{metric: latency_s}]", "'latency_s' is measured once"),
         ("improve=[{metric: fid/all}]", "'fid' is measured once"),
+        ("improve=[{metric: recall/all}]", "'recall' depends on all images together"),
+        ("slices=[{metric: coverage}]", "'coverage' has no slices"),
         ("improve=[{metric: nearest/all}]", "better in neither direction"),
         ("improve=[]", "at least 1 item"),
         ("keep=[{metric: size_mb/all, margin: 1}]", "write it without '/all'"),
