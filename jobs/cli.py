@@ -64,12 +64,12 @@ def demo(
     Reads the emoji pictures and the base that ship with Tessera; writes everything below --home.
     Prints the path of a picture grid: before, after and real pictures, side by side. The decision
     with its reasons, the numbers before and after, and the report's path go to standard error.
-    Takes at most 15 minutes on 2 CPU cores. Interrupted, the same command goes on where it stopped.
+    Takes about a quarter of an hour on 2 CPU cores. Interrupted, the same command goes on.
     """
     from pipeline.config import load_recipe
 
     loaded = load_recipe(recipe)  # a mistake is told before anything heavy is imported
-    from jobs.demo import before_and_after, first_grid
+    from jobs.demo import before_and_after, first_grid, served_model
     from jobs.retrain import retrain as run
     from serve.launch import check_port
     from serve.settings import resolve_service
@@ -85,8 +85,10 @@ def demo(
         console.print(f"report: {outcome.page}", highlight=False, markup=False, soft_wrap=True)
     typer.echo(first_grid(loaded, outcome, home))
     if serve:
-        champion = f"models:/{loaded.promote.model_name}@champion"
-        _serve(champion, resolve_service(loaded.serve), home, "127.0.0.1", port)
+        model = served_model(loaded, outcome, home)
+        if not model.startswith("models:"):
+            console.print("no model won yet: the candidate is served for you to look at")
+        _serve(model, resolve_service(loaded.serve), home, "127.0.0.1", port)
 
 
 @app.command()

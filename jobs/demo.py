@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from pipeline.bundles.bundle import load_generator
-from pipeline.bundles.registry import resolve_model
+from pipeline.bundles.registry import has_champion, resolve_model
 from pipeline.chain.workflow import Outcome
 from pipeline.config import Recipe
 from pipeline.contracts import GenerationRequest
@@ -40,6 +40,12 @@ def before_and_after(outcome: Outcome) -> Table:
             cells = (f"{n.value:.3f} [{n.low:.3f}, {n.high:.3f}]" if n else "" for n in numbers)
             table.add_row(metric, measure_of(metric).better, *cells)
     return table
+
+
+def served_model(recipe: Recipe, outcome: Outcome, home: Path) -> str:
+    """What the demo serves: the champion, or the candidate while no model has won."""
+    name = recipe.promote.model_name
+    return f"models:/{name}@champion" if has_champion(home, name) else str(outcome.bundle)
 
 
 def first_grid(recipe: Recipe, outcome: Outcome, home: Path) -> Path:
