@@ -125,7 +125,7 @@ def test_a_section_given_in_part_keeps_the_defaults_of_its_place() -> None:
     default = Recipe.model_validate({"name": "x"})
     changed = {"max_steps": 3000}
     assert recipe.aligner.train == default.aligner.train.model_copy(update=changed)
-    assert recipe.aligner.train.batch_size == 256 and recipe.aligner.train.augment.zoom == 0.1
+    assert recipe.aligner.train.batch_size == 256 and recipe.aligner.train.augment.shift == 6
     assert recipe.encode.augment == AugmentConfig(shift=2, flip=0.0, color=0.2)
 
 
