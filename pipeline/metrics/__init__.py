@@ -30,14 +30,13 @@ from pipeline.metrics.distribution import (
 )
 from pipeline.metrics.images import (
     gradient_energy,
-    nearest_distance,
     nearest_neighbours,
     psnr,
     sharpness,
     ssim,
 )
 from pipeline.metrics.manifold import coverage, density, diversity, precision, recall
-from pipeline.metrics.retrieval import alignment, recall_at_k, retrieval_at_1
+from pipeline.metrics.retrieval import alignment, recall_at_k
 
 __all__ = [
     "Kernels",
@@ -53,7 +52,6 @@ __all__ = [
     "kid_gain",
     "kid_interval",
     "mean_interval",
-    "nearest_distance",
     "nearest_neighbours",
     "paired_gain",
     "polynomial_kernel",
@@ -62,7 +60,6 @@ __all__ = [
     "recall",
     "recall_at_k",
     "resample",
-    "retrieval_at_1",
     "sharpness",
     "ssim",
     "unbiased_mmd2",

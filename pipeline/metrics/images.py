@@ -120,11 +120,6 @@ def nearest_neighbours(
     return _array(best / queries.shape[1] ** 0.5), indices
 
 
-def nearest_distance(images: Tensor, reference: Tensor) -> Array:
-    """The distances of `nearest_neighbours`, (N,)."""
-    return nearest_neighbours(images, reference)[0]
-
-
 def _quarter(images: Tensor) -> Tensor:
     """uint8 (N, 3, H, W) -> float64 (N, 3 * H/4 * W/4), 0 to 1."""
     return F.avg_pool2d(images.float() / 255, 4).flatten(1).double()

@@ -58,8 +58,3 @@ def alignment(images: Tensor, captions: Tensor) -> Array:
 def _check_captioned(images: Tensor, captions: Tensor) -> None:
     if len(captions) < len(images):
         raise ValueError(f"{len(images)} images have only {len(captions)} captions")
-
-
-def retrieval_at_1(images: Tensor, captions: Tensor) -> Array:
-    """`recall_at_k` with k = 1."""
-    return recall_at_k(images, captions, k=1)

@@ -39,7 +39,7 @@ from pipeline.evaluation.aligner import Aligner
 from pipeline.evaluation.eval_set import EvalSet
 from pipeline.evaluation.features import ImageNetFeatures
 from pipeline.evaluation.samples import generate_images, requests_for
-from pipeline.metrics import kid_interval, mean_interval, retrieval_at_1
+from pipeline.metrics import kid_interval, mean_interval, recall_at_k
 from pipeline.models import load_family
 from pipeline.models.decoding.backend import VARIABLE
 from pipeline.runtime import choose_device
@@ -158,7 +158,7 @@ def steps(args: argparse.Namespace) -> None:
             requests = [replace(request, num_steps=num_steps) for request in requests]
             images, seconds = generate_images(generator, requests, config.batch_size)
             captions = aligner.embed_captions(*encoder.encode(pictures.captions["en"]))
-            hits[pictures.name] = retrieval_at_1(aligner.embed_images(images), captions)
+            hits[pictures.name] = recall_at_k(aligner.embed_images(images), captions, k=1)
             drawn.append(features(images))
             took += seconds
         kid = kid_interval(real, torch.cat(drawn), bootstrap=1_000, seed=0)
