@@ -19,14 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.bundles.bundle import load_generator
 from pipeline.contracts import ImageGenerator
 from pipeline.evaluation.eval_set import ImageSet
 from pipeline.evaluation.samples import reconstruct, requests_for
+from pipeline.images.degrade import blur
 from pipeline.images.pixels import resize_batch, to_float, to_uint8
 from pipeline.tokenizers._saved import load_tokenizer
 
@@ -101,7 +100,7 @@ class BlurredImages(Subject):
     def open(self) -> Images:
         def images(image_set: ImageSet, wanted: Wanted) -> Tensor:
             real = image_set.images[wanted.rows.start : wanted.rows.stop]
-            return to_uint8(gaussian_blur(to_float(real), BLUR_SHARE * real.shape[-1]))
+            return to_uint8(blur(to_float(real), BLUR_SHARE * real.shape[-1]))
 
         return images
 
@@ -155,16 +154,3 @@ def images_of(generator: ImageGenerator) -> Images:
         return resize_batch(drawn, image_set.images.shape[-1])
 
     return images
-
-
-@torch.inference_mode()
-def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
-    """float (N, 3, S, S), blurred with a standard deviation of `sigma` pixels, edges repeated."""
-    reach = max(1, round(3 * sigma))
-    steps = torch.arange(-reach, reach + 1, dtype=torch.float32)
-    kernel = torch.exp(-(steps**2) / (2 * sigma**2))
-    kernel = (kernel / kernel.sum()).expand(3, 1, -1)
-    x = F.pad(images, (reach, reach, 0, 0), mode="replicate")
-    x = F.conv2d(x, kernel[:, :, None, :], groups=3)
-    x = F.pad(x, (0, 0, reach, reach), mode="replicate")
-    return F.conv2d(x, kernel[:, :, :, None], groups=3)

@@ -35,10 +35,10 @@ from pipeline.evaluation.subjects import (
     RealImages,
     ReconstructedImages,
     Subject,
-    gaussian_blur,
     images_of,
 )
 from pipeline.evaluation.validity import validity_of
+from pipeline.images.degrade import blur
 from pipeline.images.pixels import to_float, to_uint8
 from pipeline.text.caption_encoder import HFCaptionEncoder
 from pipeline.tracking.steps import Reporter
@@ -132,7 +132,7 @@ def rolled(requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
 
 
 def blurred(requests: Sequence[GenerationRequest], images: Tensor) -> Tensor:
-    return to_uint8(gaussian_blur(to_float(images), 1.5))
+    return to_uint8(blur(to_float(images), 1.5))
 
 
 def quantised(generator: ImageGenerator) -> ImageGenerator:
