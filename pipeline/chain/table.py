@@ -17,6 +17,7 @@ each) when it works: most scheduled retrains find every step done.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import bundle_digest, file_digest
 from pipeline.chain.plan import Candidate, Plan, given_inputs
-from pipeline.config import PreprocessConfig
+from pipeline.config import Config, PreprocessConfig
 from pipeline.data.preprocess.report import check_bad_fraction
 from pipeline.text.pretrained import content_digest
 from pipeline.tracking.runs import RunLogger
@@ -204,13 +205,7 @@ def _aligner_step(plan: Plan) -> Step:
 def _aligner(plan: Plan, context: StepContext) -> dict[str, Any]:
     from pipeline.training.aligner import train_aligner
 
-    return dict(
-        train_aligner(
-            context, pixels_of(context.results), context.results["captions"].path / "data",
-            plan.recipe.aligner, image_size=plan.recipe.preprocess.image_size,
-            encoder=plan.encoder.load(),
-        )
-    )  # fmt: skip
+    return _train_judge(train_aligner, plan.recipe.aligner, plan, context)
 
 
 def _judge_step(plan: Plan) -> Step:
@@ -225,11 +220,17 @@ def _judge_step(plan: Plan) -> Step:
 def _judge(plan: Plan, context: StepContext) -> dict[str, Any]:
     from pipeline.evaluation.judges.imagenet_training import train_imagenet_judge
 
+    return _train_judge(train_imagenet_judge, plan.recipe.imagenet_judge, plan, context)
+
+
+def _train_judge(
+    train: Callable[..., Mapping[str, Any]], config: Config, plan: Plan, context: StepContext
+) -> dict[str, Any]:
+    """What a judge is trained on: all pixels, and what the caption encoder made of the captions."""
     return dict(
-        train_imagenet_judge(
-            context, pixels_of(context.results), context.results["captions"].path / "data",
-            plan.recipe.imagenet_judge, image_size=plan.recipe.preprocess.image_size,
-            encoder=plan.encoder.load(),
+        train(
+            context, pixels_of(context.results), context.results["captions"].path / "data", config,
+            image_size=plan.recipe.preprocess.image_size, encoder=plan.encoder.load(),
         )
     )  # fmt: skip
 

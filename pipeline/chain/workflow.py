@@ -65,7 +65,6 @@ class Outcome:
         seconds: of each step; 0 for steps that were done before.
         run: the parent MLflow run.
         pixels: the preprocessed images, to compare with.
-        evaluation: all that was measured; None if the candidate is the champion.
         page: the report, one self-contained HTML file.
     """
 
@@ -77,7 +76,6 @@ class Outcome:
     run: RunHandle
     pixels: Path
     choice: tuple[str, ...] = ()
-    evaluation: Evaluation | None = None
     page: Path | None = None
 
 
@@ -229,7 +227,7 @@ def retrain(
             logger.metrics(metric_values(shown["candidate"]))
         return Outcome(
             bundle, shown, decision, version, dict(session.workspace.seconds), parent,
-            pixels_of(results), ruling.choice, judged.evaluation, ruling.page,
+            pixels_of(results), ruling.choice, ruling.page,
         )  # fmt: skip
 
 
