@@ -37,7 +37,7 @@ def before_and_after(outcome: Outcome) -> Table:
         metric = f"{measure}/all"
         numbers = [outcome.reports[name].metrics.get(metric) for name in shown]
         if any(numbers):
-            cells = (f"{n.value:.3f} [{n.low:.3f}, {n.high:.3f}]" if n else "" for n in numbers)
+            cells = (str(number) if number else "" for number in numbers)
             table.add_row(metric, measure_of(metric).better, *cells)
     return table
 

@@ -20,7 +20,6 @@ from pipeline.chain.reporting import write_page
 from pipeline.chain.table import pixels_of
 from pipeline.chain.workflow import opened
 from pipeline.config import Recipe, make_recipe
-from pipeline.contracts import Interval
 from pipeline.errors import RecipeError
 from pipeline.evaluation.reports import PAGE, Evaluation
 from pipeline.tracking.runs import RunLogger
@@ -121,14 +120,8 @@ def gain_table(found: Evaluated) -> Table:
         if "/" in name and not name.endswith(("/all", "/seen", "/unseen")):
             continue
         gains = (gains.get(name) for gains in over.values())
-        table.add_row(name, _show(number), *(_show(gain) if gain else "" for gain in gains))
+        table.add_row(name, number.short, *(gain.short if gain else "" for gain in gains))
     return table
-
-
-def _show(number: Interval) -> str:
-    if number.low == number.high:
-        return f"{number.value:.3f}"
-    return f"{number.value:.3f} [{number.low:.3f}, {number.high:.3f}]"
 
 
 def is_model(target: str) -> bool:

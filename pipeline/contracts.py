@@ -540,6 +540,14 @@ class Interval:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    @property
+    def short(self) -> str:
+        """For tables: without the interval where there is none."""
+        return f"{self.value:.3f}" if self.low == self.high else str(self)
+
 
 @dataclass(frozen=True)
 class EvalReport:

@@ -21,11 +21,9 @@ from pipeline.chain.plan import Plan
 from pipeline.chain.table import JUDGE, aligner_of, bundles_of, pixels_of, tokenizer_of
 from pipeline.contracts import Decision, Interval, Verdict
 from pipeline.evaluation import reports
+from pipeline.evaluation.measured import SHUFFLED
 from pipeline.tracking.runs import RunLogger
 from pipeline.tracking.steps import Results, Step, StepContext, StepResult, step_settings
-
-SHUFFLED = "shuffled"
-"""What a candidate has to beat where there is neither champion nor base."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ def _evaluate(plan: Plan, contest: Contest, context: StepContext) -> dict[str, A
         RealImages(),
         ReconstructedImages(tokenizer_of(plan, results)),
         BlurredImages(),
-        RealImages("shuffled", offset=1),
+        RealImages(SHUFFLED, offset=1),
         *(BundleImages(name, path, plan.cache) for name, path in bundles.items()),
     ]
     judges = judge_specs(

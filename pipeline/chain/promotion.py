@@ -38,38 +38,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.config import PromoteConfig
 from pipeline.config.promote import ImproveRule, KeepRule, LimitRule, SliceRule, judge_of
 from pipeline.contracts import Decision, Interval, Verdict
 from pipeline.errors import DataError
+from pipeline.evaluation.measured import SHUFFLED
+from pipeline.evaluation.validity import Validity
 
 if TYPE_CHECKING:
     from pipeline.evaluation.scores import Comparison
 
-SHUFFLED = "shuffled"
-"""The subject that a candidate is compared with where there is no other model."""
 UNJUDGED = "promoted without being judged (promote.unjudged)"
-
-
-class Validity(Protocol):
-    """Whether a judge can judge on this data.
-
-    Attributes:
-        valid: whether its floors are in order.
-        reason: what is out of order; empty if nothing is.
-        remedy: what to do about it.
-    """
-
-    @property
-    def valid(self) -> bool: ...
-
-    @property
-    def reason(self) -> str: ...
-
-    @property
-    def remedy(self) -> str: ...
 
 
 def decide(
@@ -155,14 +136,12 @@ def choose(
     )  # fmt: skip
     best = values[ranked[0]]
     instead = "" if metric == config.choose_by else f", since {config.choose_by} cannot be used"
-    reasons = [
-        f"{ranked[0]} is the best of {len(ranked)} candidates: {metric} {_show(best)}{instead}"
-    ]
+    reasons = [f"{ranked[0]} is the best of {len(ranked)} candidates: {metric} {best}{instead}"]
     for name in ranked[1:]:
         number = values[name]
         apart = "apart" if number.high < best.low or best.high < number.low else "overlapping"
         fails = "" if passes[name] or not passes[ranked[0]] else ", and the gate would refuse it"
-        reasons.append(f"{name}: {metric} {_show(number)}, intervals {apart}{fails}")
+        reasons.append(f"{name}: {metric} {number}, intervals {apart}{fails}")
     return ranked[0], tuple(reasons)
 
 
@@ -399,7 +378,3 @@ def _sentences(verdicts: Sequence[Verdict]) -> list[str]:
         counts = ", ".join(f"{v.metric} {v.images}" for v in small)
         said.append(f"slice skipped: {len(small)} slices have too few images ({counts})")
     return said
-
-
-def _show(number: Interval) -> str:
-    return f"{number.value:.3f} [{number.low:.3f}, {number.high:.3f}]"

@@ -55,6 +55,8 @@ COMPOSITIONS = "compositions"
 """The split of images whose prompts are in no training set; they have no style, their topic is the
 kind of composition, and they are in no slice but "compositions", compositions:LANGUAGE and
 kind:KIND."""
+SHUFFLED = "shuffled"
+"""The subject that is the real images against other images' captions: what chance finds."""
 WORD_SLICES = {"1": (1, 1), "2-3": (2, 3), "4 or more": (4, 1_000_000)}
 DIMENSIONS = ("split", "language", "style", "topic", "words", "guidance")
 """What rows can be sliced by; a slice's name is "all", "seen", "unseen" or DIMENSION:VALUE."""

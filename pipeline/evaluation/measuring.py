@@ -31,6 +31,7 @@ from torch import Tensor
 
 from pipeline import metrics
 from pipeline.config import EvaluateConfig
+from pipeline.errors import user_error
 from pipeline.evaluation.compositions import LANGUAGES, compositions, score_composition
 from pipeline.evaluation.eval_set import EvalSet, ImageSet, num_other_images
 from pipeline.evaluation.features import FeaturesSpec
@@ -38,7 +39,7 @@ from pipeline.evaluation.judges.independence import check_independent
 from pipeline.evaluation.judges.judge import Judge
 from pipeline.evaluation.judges.spec import JudgeSpec
 from pipeline.evaluation.judges.trained import ImageNetJudge
-from pipeline.evaluation.measured import COLUMNS, COMPOSITIONS, Measured
+from pipeline.evaluation.measured import COLUMNS, COMPOSITIONS, SHUFFLED, Measured
 from pipeline.evaluation.subjects import Images, Subject, Wanted
 from pipeline.images.pixels import encode_png
 from pipeline.progress import OnProgress, Progress
@@ -237,7 +238,9 @@ def measure(
             ray.get(first.costs.remote(i)) if s.generates else {} for i, s in enumerate(subjects)
         ]
     except RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, Exception) else error) from error
+        if told := user_error(error):
+            raise told from error
+        raise
     finally:
         for handle in actors:
             ray.kill(handle)
@@ -462,7 +465,7 @@ def _assemble(
     if real is None:
         return everything
     return {
-        name: measured if name == "shuffled" else with_set_measures(measured, real)
+        name: measured if name == SHUFFLED else with_set_measures(measured, real)
         for name, measured in everything.items()
     }
 

@@ -190,14 +190,7 @@ def markdown_table(reports: Iterable[EvalReport]) -> str:
         "|---|" + "---|" * len(reports),
     ]
     for name in names:
-        cells = (report.metrics.get(name) for report in reports)
-        lines.append(f"| {name} | " + " | ".join(map(_cell, cells)) + " |")
+        found = (report.metrics.get(name) for report in reports)
+        cells = (item.short if item else "" for item in found)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _cell(item: Interval | None) -> str:
-    if item is None:
-        return ""
-    if item.low == item.high:
-        return f"{item.value:.3f}"
-    return f"{item.value:.3f} [{item.low:.3f}, {item.high:.3f}]"

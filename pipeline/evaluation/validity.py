@@ -13,10 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from pipeline.contracts import Interval
-from pipeline.evaluation.measured import Measured
+from pipeline.evaluation.measured import SHUFFLED, Measured
 
-FLOORS = ("tokenizer", "blurred", "untuned", "shuffled")
+FLOORS = ("tokenizer", "blurred", "untuned", SHUFFLED)
 """Subjects that a judge must not prefer to the real images."""
 CHANCE_FACTOR = 3.0
 """The share of real images whose caption a judge finds must be this many times that of chance."""
@@ -56,7 +55,7 @@ def validity_of(
     how = {"bootstrap": bootstrap, "seed": seed}
     found = {name: _judge(f"{name}_r1/all", name, measured, **how) for name in judges}
     if "style_match" in measured["real"].measures:
-        floors = {name: m for name, m in measured.items() if name != "shuffled"}
+        floors = {name: m for name, m in measured.items() if name != SHUFFLED}
         found["style_match"] = _judge("style_match/all", "style_match", floors, **how)
     return found
 
@@ -77,22 +76,17 @@ def _judge(
         if gain.high < 0:
             return Validity(
                 False,
-                f"real images have {metric} {_show(own)}, less than {floor} {_show(below)}",
+                f"real images have {metric} {own}, less than {floor} {below}",
                 remedy,
             )
-        if floor == "shuffled":
+        if floor == SHUFFLED:
             chance = max(below.value, 1 / comparison.count(metric))
             if gain.low <= 0 or own.low < CHANCE_FACTOR * chance:
                 return Validity(
                     False,
-                    f"real images have {metric} {_show(own)}, hardly above shuffled captions "
-                    f"{_show(below)}",
+                    f"real images have {metric} {own}, hardly above shuffled captions {below}",
                     remedy,
                 )
     own = Comparison(real, real, real, bootstrap=bootstrap, seed=seed).value("after", metric)
     floors = ", ".join(name for name in FLOORS if name in measured)
-    return Validity(True, f"real images have {metric} {_show(own)}, not below {floors}")
-
-
-def _show(number: Interval) -> str:
-    return f"{number.value:.3f} [{number.low:.3f}, {number.high:.3f}]"
+    return Validity(True, f"real images have {metric} {own}, not below {floors}")

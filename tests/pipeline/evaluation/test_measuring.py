@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.config import EvaluateConfig
 from pipeline.contracts import GenerationRequest
-from pipeline.errors import DataError
+from pipeline.errors import DataError, user_error
 from pipeline.evaluation.eval_set import EvalSet
 from pipeline.evaluation.measured import Measured
 from pipeline.evaluation.measuring import Instruments, count_words, measure, measure_here
@@ -285,6 +285,27 @@ def test_the_numbers_are_the_same_on_any_number_of_workers(
         assert subject.rows.equals(alone[name].rows), name
         assert subject.rows.equals(measured[name].rows), name
     assert shares[-1] == pytest.approx(0.95) and min(shares) > 0
+
+
+@dataclass(frozen=True)
+class Broken(Subject):
+    error: Exception
+    name: str = "broken"
+    offset: int = 0
+    generates: bool = True
+
+    def open(self) -> Images:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [DataError("no such bundle"), ValueError("a fault of ours")])
+def test_a_workers_error_is_told_as_itself(
+    error: Exception, instruments: Instruments, ray_session: None
+) -> None:
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with pytest.raises(type(error), match=str(error)) as told:
+        measure([Broken(error)], instruments, num_workers=1)
+    assert (user_error(told.value) is told.value) == isinstance(error, DataError)
 
 
 # ---- Judges that cannot judge --------------------------------------------------------------------
