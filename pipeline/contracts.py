@@ -567,7 +567,7 @@ class EvalReport:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class RuleVerdict:
     """What one rule of the promotion gate says of a candidate.
 
     Attributes:
@@ -608,4 +608,4 @@ class Decision:
 
     promoted: bool
     reasons: tuple[str, ...]
-    verdicts: tuple[Verdict, ...] = ()
+    verdicts: tuple[RuleVerdict, ...] = ()

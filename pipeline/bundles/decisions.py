@@ -22,7 +22,7 @@ import json
 import os
 import socket
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -191,8 +191,34 @@ class DecisionLog:
 
     def mark_applied(self, entry: Entry) -> None:
         """Note that the aliases are set as an entry says."""
-        with registry_answers(f"whether decision {entry.number} about {self.name} is applied"):
-            self.client.set_model_version_tag(self.log_name, str(entry.number), "applied", "true")
+        insist(
+            f"whether decision {entry.number} about {self.name} is applied",
+            lambda: self.client.set_model_version_tag(
+                self.log_name, str(entry.number), "applied", "true"
+            ),
+        )
+
+
+def insist(what: str, write: Callable[[], object]) -> None:
+    """Write to the registry what another job may be writing at the same moment.
+
+    MLflow looks whether an alias or a tag is there and inserts it if not. Of two jobs that do so at
+    once the database refuses one, which finds the row when it looks again.
+
+    Args:
+        what: as for `registry_answers`.
+        write: may be done twice.
+
+    Raises:
+        ResourceError: the registry refuses the second time as well.
+    """
+    from mlflow import MlflowException
+
+    try:
+        write()
+    except MlflowException:
+        with registry_answers(what):
+            write()
 
 
 @contextlib.contextmanager

@@ -31,12 +31,12 @@ from typing import TYPE_CHECKING, Literal
 
 from pipeline import __version__
 from pipeline.artifacts import bundle_digest, publish_once, resolve_path
-from pipeline.bundles.decisions import SUFFIX, DecisionLog, Entry, Verdict, registry_answers
+from pipeline.bundles.decisions import SUFFIX, DecisionLog, Entry, Verdict, insist, registry_answers
 from pipeline.config import Recipe
 from pipeline.config.overrides import stated
 from pipeline.errors import BundleError, PromotionError
 from pipeline.runtime import code_commit
-from pipeline.tracking.runs import RunHandle, RunLogger, connect, tracking_uri
+from pipeline.tracking.runs import ABSENT, RunHandle, RunLogger, connect, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -48,7 +48,6 @@ DECISION = "decision"
 METRICS = "metrics"
 """The tags of a version that hold its latest `Verdict` and the numbers behind it, as JSON."""
 _TAG_CHARS = 100_000  # of a tag's value, at most, says MLflow
-_ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
 @dataclass(frozen=True)
@@ -152,9 +151,11 @@ class ModelRegistry:
             METRICS: json.dumps(dict(metrics or {})),
             "evaluation": verdict.evaluation,
         }
-        with registry_answers(f"whether the verdict on version {version} was noted"):
-            for key, value in tags.items():
-                self.client.set_model_version_tag(name, version, key, value)
+        for key, value in tags.items():
+            insist(
+                f"whether the verdict on version {version} was noted",
+                partial(self.client.set_model_version_tag, name, version, key, value),
+            )
 
     def names(self) -> list[str]:
         """The registered models, without their decision logs, by name."""
@@ -193,7 +194,7 @@ class ModelRegistry:
                     return self.client.get_model_version_by_alias(name, alias)
                 return self.client.get_model_version(name, number)
             except MlflowException as error:
-                if error.error_code in _ABSENT:
+                if error.error_code in ABSENT:
                     return None
                 raise
 
@@ -316,8 +317,10 @@ class ModelRegistry:
             self._set_alias(name, CHAMPION, decision.version)
 
     def _set_alias(self, name: str, alias: str, version: str) -> None:
-        with registry_answers(f"whether version {version} of {name} is the {alias}"):
-            self.client.set_registered_model_alias(name, alias, version)
+        insist(
+            f"whether version {version} of {name} is the {alias}",
+            lambda: self.client.set_registered_model_alias(name, alias, version),
+        )
 
     def _aliases(self, name: str) -> dict[str, str]:
         from mlflow import MlflowException
@@ -329,7 +332,7 @@ class ModelRegistry:
                     for alias, version in self.client.get_registered_model(name).aliases.items()
                 }
             except MlflowException as error:
-                if error.error_code in _ABSENT:
+                if error.error_code in ABSENT:
                     return {}
                 raise
 

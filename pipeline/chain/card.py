@@ -1,6 +1,6 @@
 """The model card: a README.md in every bundle, on what it is, from what, and how good.
 
-write_card(bundle, recipe, reports, manifests, pixels=pixels, seconds=seconds)
+write_card(folder, recipe, evaluation, "candidate", manifests, pixels=pixels, seconds=seconds)
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ CREDITS, CREDITS_SHOWN = "CREDITS.csv", 20
 
 
 def write_card(
-    bundle: Path,
+    folder: Path,
     recipe: Recipe,
     evaluation: Evaluation,
     candidate: str,
@@ -83,21 +83,25 @@ def write_card(
     *,
     pixels: Path,
     seconds: Mapping[str, float],
-) -> None:
-    """Write README.md, CREDITS.csv and the candidate's first images as samples.png into the bundle.
+) -> str:
+    """Write README.md, CREDITS.csv and the candidate's first images as samples.png into a folder.
 
     Args:
         evaluation: of the candidate beside others.
-        candidate: the bundle's subject in it.
+        candidate: the subject in it that the card is about.
         manifests: of the shard sets.
         pixels: the preprocessed images, which name their source, licence and author.
         seconds: of each step of the chain.
+
+    Returns:
+        README.md's text.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     credits = credits_of(pixels)
-    pa.csv.write_csv(credits, bundle / CREDITS)
+    pa.csv.write_csv(credits, folder / CREDITS)
     columns = {"real": "real", "reconstructed": "tokenizer", "drawn": candidate}
     measured = {title: evaluation.measured(subject) for title, subject in columns.items()}
-    samples_image(measured, "seen").save(bundle / "samples.png")
+    samples_image(measured, "seen").save(folder / "samples.png")
     data = "\n".join(
         f"| {m.digest[:16]} | {sum(s.samples for s in m.shards)} | {_counts(m.licenses)} "
         f"| {_counts(m.styles)} |"
@@ -128,7 +132,8 @@ def write_card(
             allow_unicode=True,
         ),
     )  # fmt: skip
-    (bundle / "README.md").write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    return text
 
 
 def credits_of(pixels: Path) -> pa.Table:

@@ -1,7 +1,7 @@
 """The last two steps of a chain: candidates are evaluated, then the gate decides.
 
 evaluate      candidates, champion and untuned base on the same images -> measurements, numbers
-gate          numbers, rules -> the candidate that was chosen, the decision, report.html
+gate          numbers, rules -> the candidate that was chosen, the decision, its card, report.html
 
 step = evaluation_step(plan, contest(plan, results, champion))
 evaluation = evaluation_of(workspace.run(table, "evaluate")["evaluate"])
@@ -19,11 +19,13 @@ from pipeline.artifacts import bundle_digest
 from pipeline.bundles.registry import ResolvedModel
 from pipeline.chain.plan import Plan
 from pipeline.chain.table import JUDGE, aligner_of, bundles_of, pixels_of, tokenizer_of
-from pipeline.contracts import Decision, Interval, Verdict
+from pipeline.contracts import Decision, Interval, RuleVerdict
 from pipeline.evaluation import reports
 from pipeline.evaluation.measured import SHUFFLED
-from pipeline.tracking.runs import RunLogger
+from pipeline.tracking.runs import RunLogger, curves, recorded_run
 from pipeline.tracking.steps import Results, Step, StepContext, StepResult, step_settings
+
+CARD = "card"
 
 
 @dataclass(frozen=True)
@@ -176,30 +178,36 @@ class Ruling:
         choice: why, one sentence per candidate; empty if there is only one.
         decision: of that candidate.
         page: the report, one self-contained HTML file.
+        card: the folder of its model card, whose files belong into its bundle.
     """
 
     winner: str
     choice: tuple[str, ...]
     decision: Decision
     page: Path
+    card: Path
 
 
 def gate_step(plan: Plan, contest: Contest) -> Step:
-    """Choose the best candidate and decide about it; the report shows both."""
-    promote = plan.recipe.promote
+    """Choose the best candidate and decide about it; the report and the winner's card show both."""
+    recipe = plan.recipe
+    rules = step_settings(recipe.promote, exclude={"model_name", "canary"})
+    candidates = [candidate.step for candidate in plan.candidates.values()]
     return Step(
         "gate",
         partial(_gate, plan, contest),
-        settings=step_settings(promote, exclude={"model_name", "canary"}),
-        needs=("preprocess", "evaluate"),
+        settings={**rules, "name": recipe.name, "description": recipe.description},
+        needs=("preprocess", *candidates, "evaluate"),
         inputs={"incumbent": contest.incumbent},
     )
 
 
 def _gate(plan: Plan, contest: Contest, context: StepContext) -> dict[str, Any]:
+    from pipeline.chain.card import write_card
     from pipeline.chain.promotion import choose, decide
     from pipeline.chain.reporting import write_page
 
+    pixels = pixels_of(context.results)
     evaluation = evaluation_of(context.results["evaluate"])
     comparisons = {name: evaluation.comparison(contest.incumbent, name) for name in plan.candidates}
     winner, choice = next(iter(plan.candidates)), tuple[str, ...]()
@@ -208,9 +216,15 @@ def _gate(plan: Plan, contest: Contest, context: StepContext) -> dict[str, Any]:
     decision = decide(
         comparisons[winner], evaluation.validity, plan.recipe.promote, candidates=len(comparisons)
     )
+    card = write_card(
+        context.path / CARD, plan.recipe, evaluation, winner, list(plan.shards.values()),
+        pixels=pixels, seconds=context.seconds,
+    )  # fmt: skip
+    trained = recorded_run(context.results[plan.candidates[winner].step].path)
     write_page(
-        context.path / reports.PAGE, plan, evaluation, pixels_of(context.results),
-        title=plan.recipe.name, subject=winner, decision=decision,
+        context.path / reports.PAGE, plan, evaluation, pixels,
+        title=plan.recipe.name, subject=winner, decision=decision, card=card,
+        curves=curves(context.run.tracking_uri, trained, "train_", "validation_"),
     )  # fmt: skip
     RunLogger(context.run).files(context.path / reports.PAGE, folder="")
     return {"winner": winner, "choice": list(choice), "decision": asdict(decision)}
@@ -224,13 +238,14 @@ def ruling_of(step: StepResult) -> Ruling:
         tuple(values["choice"]),
         _decision(values["decision"]),
         step.path / reports.PAGE,
+        step.path / CARD,
     )
 
 
 def _decision(values: Mapping[str, Any]) -> Decision:
     """What `asdict` made of a decision, also after JSON."""
     verdicts = (
-        Verdict(**{**verdict, "gain": Interval(**verdict["gain"]) if verdict["gain"] else None})
+        RuleVerdict(**{**verdict, "gain": Interval(**verdict["gain"]) if verdict["gain"] else None})
         for verdict in values["verdicts"]
     )
     return Decision(values["promoted"], tuple(values["reasons"]), tuple(verdicts))

@@ -42,7 +42,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pipeline.config import PromoteConfig
 from pipeline.config.promote import ImproveRule, KeepRule, LimitRule, SliceRule, judge_of
-from pipeline.contracts import Decision, Interval, Verdict
+from pipeline.contracts import Decision, Interval, RuleVerdict
 from pipeline.errors import DataError
 from pipeline.evaluation.measured import SHUFFLED
 from pipeline.evaluation.validity import Validity
@@ -160,7 +160,7 @@ class _Gate:
 
     # ---- Rules -----------------------------------------------------------------------------------
 
-    def successor(self) -> list[Verdict]:
+    def successor(self) -> list[RuleVerdict]:
         """All rules, against a champion or the untuned base."""
         return [
             *self._judges(),
@@ -170,7 +170,7 @@ class _Gate:
             *self._slices(),
         ]
 
-    def first_model(self) -> list[Verdict]:
+    def first_model(self) -> list[RuleVerdict]:
         """Against shuffled captions: by every valid judge that a rule names, and the limits."""
         judges = filter(None, (judge_of(metric) for _, metric in self.config.metrics))
         return [
@@ -179,28 +179,28 @@ class _Gate:
             *(self._limit(rule) for rule in self.config.limits),
         ]
 
-    def _judges(self) -> list[Verdict]:
+    def _judges(self) -> list[RuleVerdict]:
         """A refusal if no judge that measured the candidate is valid."""
         measured = [n for n in self.validity if self.comparison.count(f"{n}_r1/all")]
         if any(self.validity[name].valid for name in measured):
             return []
         reason = "; ".join(self._why_invalid(name) for name in measured) or "no judge measured it"
-        return [Verdict("judges", "", "no", f"no judge is valid on this data: {reason}")]
+        return [RuleVerdict("judges", "", "no", f"no judge is valid on this data: {reason}")]
 
-    def _improve(self, rule: ImproveRule) -> Verdict:
+    def _improve(self, rule: ImproveRule) -> RuleVerdict:
         level = self.config.level / (len(self.config.improve) * self.candidates)
         return self._tested(
             "improve", rule.metric, level, lambda gain: gain.low > rule.by, rule.by,
             f"more than {rule.by:g} has to be shown",
         )  # fmt: skip
 
-    def _keep(self, rule: KeepRule) -> Verdict:
+    def _keep(self, rule: KeepRule) -> RuleVerdict:
         return self._tested(
             "keep", rule.metric, self.config.harm_level, lambda gain: gain.low > -rule.margin,
             -rule.margin, f"a loss of {rule.margin:g} has to be ruled out",
         )  # fmt: skip
 
-    def _chance(self, metric: str) -> Verdict:
+    def _chance(self, metric: str) -> RuleVerdict:
         return self._tested(
             "chance", metric, self.config.level, lambda gain: gain.low > 0, 0.0,
             "more than 0 has to be shown",
@@ -214,36 +214,36 @@ class _Gate:
         passes: Callable[[Interval], bool],
         needed: float,
         demand: str,
-    ) -> Verdict:
+    ) -> RuleVerdict:
         """The verdict on a gain's lower bound, which holds with probability 1 - level."""
         if invalid := self.invalid(metric):
-            return Verdict(rule, metric, "skipped", f"{metric} is not used: {invalid}")
+            return RuleVerdict(rule, metric, "skipped", f"{metric} is not used: {invalid}")
         images = self.comparison.count(metric)
         if "/" in metric and 0 < images < self.config.min_images:
             reason = (
                 f"{metric} is of {images} images, and promote.min_images="
                 f"{self.config.min_images} are needed"
             )
-            return Verdict(rule, metric, "no", reason, images=images)
+            return RuleVerdict(rule, metric, "no", reason, images=images)
         numbers = self._numbers(metric, level)
         if isinstance(numbers, str):
-            return Verdict(rule, metric, "no", numbers, images=images)
+            return RuleVerdict(rule, metric, "no", numbers, images=images)
         before, after, gain = numbers
         reason = self._moved(metric, images, before, after, gain)
         reason += f"{_confidence(gain.low, gain, 'at least', level)}; {demand}"
         outcome: Literal["yes", "no"] = "yes" if passes(gain) else "no"
-        return Verdict(
+        return RuleVerdict(
             rule, metric, outcome, reason, before, after, gain, 1 - 2 * level, needed, images
         )
 
-    def _limit(self, rule: LimitRule) -> Verdict:
+    def _limit(self, rule: LimitRule) -> RuleVerdict:
         metric, images = rule.metric, self.comparison.count(rule.metric)
         if invalid := self.invalid(metric):
-            return Verdict("limit", metric, "no", f"{metric} cannot be used: {invalid}")
+            return RuleVerdict("limit", metric, "no", f"{metric} cannot be used: {invalid}")
         try:
             value = self.comparison.value("after", metric).value
         except DataError:
-            return Verdict("limit", metric, "no", self._lacking(metric))
+            return RuleVerdict("limit", metric, "no", self._lacking(metric))
         if rule.at_most is not None:
             bound, held, words = rule.at_most, value <= rule.at_most, "at most"
         else:
@@ -253,9 +253,9 @@ class _Gate:
         if not math.isfinite(value):
             held, reason = False, f"{metric} is not a number"
         outcome: Literal["yes", "no"] = "yes" if held else "no"
-        return Verdict("limit", metric, outcome, reason, None, value, None, None, bound, images)
+        return RuleVerdict("limit", metric, outcome, reason, None, value, None, None, bound, images)
 
-    def _slices(self) -> list[Verdict]:
+    def _slices(self) -> list[RuleVerdict]:
         """Every slice of every rule, all tested at one level."""
         found = [
             (rule, metric)
@@ -271,9 +271,9 @@ class _Gate:
         for rule in self.config.slices:
             if invalid := self.invalid(rule.metric):
                 reason = f"{rule.metric} is not used: {invalid}"
-                verdicts.append(Verdict("slice", rule.metric, "skipped", reason))
+                verdicts.append(RuleVerdict("slice", rule.metric, "skipped", reason))
             elif not self.comparison.count(f"{rule.metric}/all"):
-                verdicts.append(Verdict("slice", rule.metric, "no", self._lacking(rule.metric)))
+                verdicts.append(RuleVerdict("slice", rule.metric, "no", self._lacking(rule.metric)))
         return verdicts
 
     def _metrics_of(self, rule: SliceRule) -> list[str]:
@@ -283,14 +283,14 @@ class _Gate:
         names = [name for of in rule.of for name in self.comparison.slices(of)]
         return [f"{rule.metric}/{name}" for name in names if name not in again]
 
-    def _slice(self, rule: SliceRule, metric: str, level: float) -> Verdict:
+    def _slice(self, rule: SliceRule, metric: str, level: float) -> RuleVerdict:
         images = self.comparison.count(metric)
         if images < rule.min_images:
             reason = f"{metric} is of {images} images, fewer than {rule.min_images}"
-            return Verdict("slice", metric, "skipped", reason, images=images)
+            return RuleVerdict("slice", metric, "skipped", reason, images=images)
         numbers = self._numbers(metric, level)
         if isinstance(numbers, str):
-            return Verdict("slice", metric, "no", numbers, images=images)
+            return RuleVerdict("slice", metric, "no", numbers, images=images)
         before, after, gain = numbers
         reason = self._moved(metric, images, before, after, gain)
         reason += (
@@ -298,7 +298,7 @@ class _Gate:
             f"{rule.margin:g} refuses"
         )
         outcome: Literal["yes", "no"] = "yes" if gain.high >= -rule.margin else "no"
-        return Verdict(
+        return RuleVerdict(
             "slice", metric, outcome, reason, before, after, gain, 1 - 2 * level, -rule.margin,
             images,
         )  # fmt: skip
@@ -350,7 +350,7 @@ class _Gate:
         return moved if math.isfinite(gain.value) else moved + "which is no number, "
 
 
-def _broken(verdict: Verdict) -> bool:
+def _broken(verdict: RuleVerdict) -> bool:
     """Whether the candidate's number is none."""
     return verdict.after is not None and not math.isfinite(verdict.after)
 
@@ -361,11 +361,11 @@ def _confidence(bound: float, gain: Interval, words: str, level: float) -> str:
     return f"{words} {bound:.3f} at {100 * (1 - level):.3g} % confidence"
 
 
-def _names(verdicts: Sequence[Verdict]) -> str:
+def _names(verdicts: Sequence[RuleVerdict]) -> str:
     return ", ".join(v.metric or v.rule for v in verdicts)
 
 
-def _sentences(verdicts: Sequence[Verdict]) -> list[str]:
+def _sentences(verdicts: Sequence[RuleVerdict]) -> list[str]:
     """One sentence per rule; slices that say yes or were skipped as too small share one."""
     single = [v for v in verdicts if v.rule != "slice" or v.outcome == "no" or not v.images]
     said = [f"{v.rule} {v.outcome}: {v.reason}" for v in single]

@@ -52,7 +52,7 @@ def write_page(
         title: of the page.
         subject: the one that the report is about.
         decision: of the gate, if there was one.
-        curves: of its training, by metric.
+        curves: of its training, by metric; None leaves them out.
         card: its model card, Markdown.
     """
     measured = {name: evaluation.measured(name) for name in evaluation.reports}
@@ -67,7 +67,7 @@ def write_page(
         training_image=TrainingImages(pixels, plan.recipe.preprocess.image_size),
         validity=evaluation.validity,
         decision=decision,
-        curves=curves or {},
+        curves=curves,
         compositions=_compositions(measured),
         data=_data(plan),
         card=card,

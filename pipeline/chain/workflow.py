@@ -9,6 +9,7 @@ Ray is started when the first step has work to do; with nothing to do it is not 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -249,14 +250,9 @@ def _promote(
 ) -> tuple[Decision, str]:
     """Register the candidate, and make it champion if it won and can be served. Idempotent."""
     plan, parent, champion = session.plan, session.workspace.parent, judged.champion
-    from pipeline.chain.card import write_card
-
     decision = judged.ruling.decision
     decision = replace(decision, reasons=(*decision.reasons, *other_splits(plan, champion)))
-    write_card(
-        bundle, plan.recipe, judged.evaluation, judged.ruling.winner, list(plan.shards.values()),
-        pixels=pixels_of(session.results), seconds=session.workspace.cost,
-    )  # fmt: skip
+    shutil.copytree(judged.ruling.card, bundle, dirs_exist_ok=True)
     name = plan.recipe.promote.model_name
     made_from = lineage(plan.recipe, {uri: m.digest for uri, m in plan.shards.items()})
     version = session.models.register(bundle, model_name=name, handle=parent, tags=made_from)

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 EXPERIMENT = "tessera"
 PARENT = "mlflow.parentRunId"
 RUN_FILE = "run.json"
+ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+"""MLflow's codes for what is not there, and for a name that nothing can have."""
 
 
 def _mlflow() -> ModuleType:
@@ -226,6 +228,33 @@ def recorded_run(folder: Path) -> str | None:
         return None
     run_id: str = json.loads(record.read_text())["run_id"]
     return run_id
+
+
+def curves(
+    tracking_uri: str, run_id: str | None, *prefixes: str
+) -> dict[str, list[tuple[float, float]]]:
+    """The metrics of a run over its steps.
+
+    Args:
+        prefixes: of the metrics' names that are wanted.
+
+    Returns:
+        Points (step, value) in order by metric; a step that was logged again after an
+        interruption has its last value. Empty if there is no such run.
+    """
+    mlflow = _mlflow()
+    client = mlflow.MlflowClient(tracking_uri)
+    try:
+        names = client.get_run(run_id).data.metrics if run_id else {}
+    except mlflow.MlflowException as error:
+        if error.error_code in ABSENT:
+            return {}
+        raise
+    return {
+        name: sorted({m.step: m.value for m in client.get_metric_history(run_id, name)}.items())
+        for name in sorted(names)
+        if name.startswith(prefixes)
+    }
 
 
 def tracking_uri(home: Path) -> str:

@@ -86,12 +86,14 @@ class StepContext:
         run: its MLflow run.
         on_progress: where to tell how far it is.
         results: of the steps that it needs.
+        seconds: that each step so far took, whenever it was done.
     """
 
     path: Path
     run: RunHandle
     on_progress: OnProgress
     results: Results
+    seconds: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -235,7 +237,7 @@ class Workspace:
             logger.close()  # the step's workers write meanwhile
             report = lambda progress: self.reporter.progress(step.name, progress)  # noqa: E731
             needed = {name: self._results[name] for name in step.needs}
-            values = step.work(StepContext(path, handle, report, needed))
+            values = step.work(StepContext(path, handle, report, needed, dict(self.cost)))
             seconds = time.monotonic() - began
             numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
             logger.metrics(numbers | {"seconds": seconds})

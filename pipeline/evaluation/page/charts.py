@@ -198,12 +198,13 @@ class Plot:
 
 
 def plots(curves: Mapping[str, Sequence[tuple[float, float]]]) -> list[Plot]:
-    """One plot per metric, a validation's line beside that of training."""
+    """One plot per metric: the lines of "train_NAME" and "validation_NAME" are in one."""
     together: dict[str, dict[str, Sequence[tuple[float, float]]]] = {}
     for name, points in curves.items():
         finite = [p for p in points if math.isfinite(p[1])]
         if finite:
-            together.setdefault(name.replace("validation_", ""), {})[name] = finite
+            title = name.removeprefix("train_").removeprefix("validation_")
+            together.setdefault(title, {})[name] = finite
     return [_plot(title, lines) for title, lines in together.items()]
 
 

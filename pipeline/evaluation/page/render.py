@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from pipeline.contracts import Interval, Verdict
+from pipeline.contracts import Interval, RuleVerdict
 from pipeline.evaluation.page import charts, words
 from pipeline.evaluation.page.images import SPLITS, Album, Row, data_uri
 from pipeline.evaluation.page.report import Composed, Report
@@ -81,7 +81,7 @@ def _view(report: Report) -> dict[str, Any]:
         "panels": _slices(report),
         "open_panels": OPEN_PANELS,
         "everything": _everything(report),
-        "plots": charts.plots(report.curves),
+        "plots": charts.plots(report.curves or {}),
         "extremes": _extremes(report, album),
         "neighbours": _neighbours(report, album),
         "compositions": _compositions(report),
@@ -255,8 +255,8 @@ class _Rules:
 
     title: str
     says: str
-    shown: Sequence[Verdict]
-    folded: Sequence[Verdict]
+    shown: Sequence[RuleVerdict]
+    folded: Sequence[RuleVerdict]
 
 
 def _rules(report: Report) -> list[_Rules]:

@@ -76,7 +76,8 @@ class Report:
         training_image: the PNG file of a training image by its key; None if it is not to be had.
         validity: by judge; a later judge is more independent of the models' training.
         decision: of the promotion gate; None if none was asked for.
-        curves: training curves by the metric's name. "validation_NAME" is drawn beside "NAME".
+        curves: training curves by the metric's name; "train_NAME" and "validation_NAME" are drawn
+            together. Empty if its training left none, None to leave them out.
         compositions: the fixed prompts of things that no training set holds.
         data: the data sets.
         card: the candidate's model card, Markdown.
@@ -93,7 +94,7 @@ class Report:
     training_image: Callable[[str], bytes | None] = lambda key: None
     validity: Mapping[str, Validity] = field(default_factory=dict)
     decision: Decision | None = None
-    curves: Mapping[str, Curve] = field(default_factory=dict)
+    curves: Mapping[str, Curve] | None = None
     compositions: Sequence[Composed] = ()
     data: Sequence[DataSet] = ()
     card: str = ""

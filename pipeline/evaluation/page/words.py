@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.contracts import Decision, Interval, Verdict
+from pipeline.contracts import Decision, Interval, RuleVerdict
 from pipeline.evaluation.page.report import Report
 from pipeline.evaluation.scores import MEASURES, Measure, measure_of
 
@@ -57,7 +57,7 @@ RULES = {
     "slice": ("No slice may clearly lose", "Only evidence of harm beyond the margin refuses; too "
               "few images are no evidence and are skipped."),
 }  # fmt: skip
-"""Titles and explanations of the gate's kinds of rules (`Verdict.rule`), in their order."""
+"""Titles and explanations of the gate's kinds of rules (`RuleVerdict.rule`), in their order."""
 
 
 MINUS = "\N{MINUS SIGN}"
@@ -200,7 +200,7 @@ def headline(report: Report) -> Headline:
 HELPING = ("improve", "chance")
 
 
-def refuses(verdict: Verdict) -> bool:
+def refuses(verdict: RuleVerdict) -> bool:
     """Whether a verdict alone keeps the candidate from being promoted."""
     broken = verdict.after is not None and not math.isfinite(verdict.after)
     return verdict.outcome == "no" and (verdict.rule != "improve" or broken)

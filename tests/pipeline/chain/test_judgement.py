@@ -6,7 +6,6 @@ is measured by both judges on the shipped drawings, and the gate decides with th
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -136,13 +135,14 @@ def blurred(requests: Sequence[GenerationRequest], images: Tensor) -> Tensor:
 
 
 def quantised(generator: ImageGenerator) -> ImageGenerator:
-    """Its matrices rounded to int8, one scale per row."""
-    other = copy.deepcopy(generator)
-    for module in other.model.modules():  # type: ignore[attr-defined]
-        if isinstance(module, nn.Linear):
-            scale = module.weight.data.abs().amax(1, keepdim=True) / 127
-            module.weight.data = (module.weight.data / scale).round() * scale
-    return other
+    """The same generator, its matrices rounded to int8 with one scale per row."""
+    linear = [m for m in generator.model.modules() if isinstance(m, nn.Linear)]  # type: ignore[attr-defined]
+    assert linear
+    for module in linear:
+        scale = module.weight.data.float().abs().amax(1, keepdim=True) / 127
+        rounded = (module.weight.data / scale).round() * scale
+        module.weight.data = rounded.to(module.weight.dtype)
+    return generator
 
 
 class Nobody(Reporter):
@@ -172,7 +172,9 @@ def decisions(
     instruments = Instruments.prepare(
         eval_set, specs, features=FeaturesSpec(), encoder=encoder, config=CONFIG
     )
-    base = load_generator("asset:base", pretrained_cache=pretrained_cache)
+    base, another = (
+        load_generator("asset:base", pretrained_cache=pretrained_cache) for _ in range(2)
+    )
     copies = copier(eval_set, encoder)
     subjects: list[Subject] = [
         RealImages(),
@@ -181,7 +183,7 @@ def decisions(
         RealImages("shuffled", offset=1),
         HarmedImages("champion", base),
         HarmedImages("other-seeds", base, each(lambda r: True, reseed)),
-        HarmedImages("quantised", quantised(base)),
+        HarmedImages("quantised", quantised(another)),
         HarmedImages("one-step", base, each(lambda r: True, lambda r: replace(r, num_steps=1))),
         HarmedImages("blurring", base, paint=blurred),
         HarmedImages("shuffling", base, rolled),

@@ -15,7 +15,7 @@ from benchmarks.gate_simulation import simulate
 from pipeline.chain.promotion import SHUFFLED, choose, decide
 from pipeline.config import PromoteConfig
 from pipeline.config.promote import SliceRule
-from pipeline.contracts import Decision, Verdict
+from pipeline.contracts import Decision, RuleVerdict
 from pipeline.errors import DataError
 from pipeline.evaluation.measured import COLUMNS, Measured
 from pipeline.evaluation.scores import MEASURES, Comparison
@@ -100,7 +100,7 @@ def compared(candidate: Measured | None = None, incumbent: Measured | None = Non
     return Comparison(before, after, before, bootstrap=500, seed=0)
 
 
-def verdicts(decision: Decision, rule: str, outcome: str = "no") -> list[Verdict]:
+def verdicts(decision: Decision, rule: str, outcome: str = "no") -> list[RuleVerdict]:
     return [v for v in decision.verdicts if v.rule == rule and v.outcome == outcome]
 
 

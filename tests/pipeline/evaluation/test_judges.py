@@ -60,7 +60,7 @@ def trained(
 ) -> tuple[Path, dict[str, float]]:
     """The step's directory and values."""
     path = tmp_path_factory.mktemp("judge")
-    context = StepContext(path, None, lambda _: None, {})  # type: ignore[arg-type]
+    context = StepContext(path, None, lambda _: None, {}, {})  # type: ignore[arg-type]
     values = train_imagenet_judge(context, pixels, captions, CONFIG, image_size=64, encoder=encoder)
     return path, values
 

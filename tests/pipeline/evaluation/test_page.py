@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 from browser import Browser, needs_chromium
 
-from pipeline.contracts import Decision, Interval, Verdict
+from pipeline.contracts import Decision, Interval, RuleVerdict
 from pipeline.evaluation.measured import COLUMNS, Measured
 from pipeline.evaluation.page import charts, words
 from pipeline.evaluation.page.images import IMAGE_BYTES, data_uri
@@ -65,16 +65,16 @@ def measured(number: int, subject: str, image: Callable[[int], bytes]) -> Measur
     return Measured(subject, pa.Table.from_pylist(rows, schema), scalars, "noto", "en")
 
 
-def verdicts() -> tuple[Verdict, ...]:
+def verdicts() -> tuple[RuleVerdict, ...]:
     gain = Interval(0.1, 0.02, 0.2)
     numbers = {"before": 0.4, "after": 0.5, "gain": gain, "level": 0.95, "images": 16}
     return (
-        Verdict("improve", "imagenet_r1/all", "yes", "it rose", needed=0.0, **numbers),
-        Verdict("improve", "kid/all", "no", "it did not fall", needed=0.0, **numbers),
-        Verdict("keep", "sharpness/all", "no", f"{EVIL} fell", needed=-0.05, **numbers),
-        Verdict("limit", "copies/unseen", "yes", "few", after=0.1, needed=0.2),
-        Verdict("slice", "imagenet_r1/words:1", "skipped", "too few images", images=3),
-        Verdict("slice", "imagenet_r1/language:zh", "yes", "no loss", needed=-0.1, **numbers),
+        RuleVerdict("improve", "imagenet_r1/all", "yes", "it rose", needed=0.0, **numbers),
+        RuleVerdict("improve", "kid/all", "no", "it did not fall", needed=0.0, **numbers),
+        RuleVerdict("keep", "sharpness/all", "no", f"{EVIL} fell", needed=-0.05, **numbers),
+        RuleVerdict("limit", "copies/unseen", "yes", "few", after=0.1, needed=0.2),
+        RuleVerdict("slice", "imagenet_r1/words:1", "skipped", "too few images", images=3),
+        RuleVerdict("slice", "imagenet_r1/language:zh", "yes", "no loss", needed=-0.1, **numbers),
     )
 
 
@@ -228,7 +228,7 @@ def test_a_report_of_numbers_alone_is_a_page(report: Report) -> None:
 def test_the_headline_says_what_was_decided(
     report: Report, outcomes: tuple[str, ...], promoted: bool, tone: str
 ) -> None:
-    found = tuple(Verdict("improve", "imagenet_r1/all", o, "", after=0.5) for o in outcomes)
+    found = tuple(RuleVerdict("improve", "imagenet_r1/all", o, "", after=0.5) for o in outcomes)
     decision = Decision(promoted, ("promoted without being judged",), found)
     headline = words.headline(replace(report, decision=decision))
     assert headline.tone == tone
