@@ -52,9 +52,9 @@ def idle_settings(recipe: Recipe) -> Iterator[Idle]:
     """
     yield from _tokenizer(recipe)
     aligner = recipe.aligner
-    if aligner.source is not None:
+    if not aligner.is_trained:
         reason = f"because {aligner.source} is taken as it is"
-        yield from _named("aligner", aligner.model_fields_set - {"source"}, reason)
+        yield from _named("aligner", aligner.model_fields_set - {"source", "tune"}, reason)
     families = sorted({config.family for config in recipe.generators.values()})
     if not any(load_family(name).reads == "image_tokens" for name in families):
         reason = f"because {', '.join(families)} reads no image tokens"

@@ -135,6 +135,7 @@ class Plan:
             anew once they are back.
         base: the bundle that training starts from.
         aligner: the directory of a trained one; None if a step trains it.
+        aligner_source: the directory of the one that this training goes on from.
         candidates: by name.
     """
 
@@ -146,6 +147,7 @@ class Plan:
     tokenizer: TokenizerPlan
     encoder: EncoderPlan
     aligner: Path | None
+    aligner_source: Path | None
     candidates: Mapping[str, Candidate]
 
     @property
@@ -205,7 +207,8 @@ def resolve(recipe: Recipe, home: Path) -> Plan:
     manifests = {
         uri: read_manifest(uri) for uri in (locate(uri, home) for uri in recipe.data.shards)
     }
-    aligner = recipe.aligner.source
+    given = recipe.aligner.source
+    aligner = None if given is None else resolve_path(given).absolute()
     plan = Plan(
         recipe=recipe,
         home=home,
@@ -214,7 +217,8 @@ def resolve(recipe: Recipe, home: Path) -> Plan:
         base=base,
         tokenizer=_tokenizer(recipe, base),
         encoder=_encoder(recipe.caption_encoder, home / "pretrained"),
-        aligner=resolve_path(aligner).absolute() if aligner is not None else None,
+        aligner=None if recipe.aligner.is_trained else aligner,
+        aligner_source=aligner if recipe.aligner.is_trained else None,
         candidates={},
     )
     candidates = {

@@ -24,7 +24,7 @@ from pipeline.config.promote import judge_of
 from pipeline.config.train import TrainConfig
 from pipeline.data.shards.manifest import check_one_file_system, find_absent, open_shards
 from pipeline.errors import DataError, PretrainedNotFoundError, RecipeError
-from pipeline.evaluation.aligner import Aligner
+from pipeline.evaluation.aligner import Aligner, aligner_shape_of_source
 from pipeline.objective import GeneratorNetwork, TrainableNetwork
 from pipeline.text.encoder_identity import check_identity
 from pipeline.tokenizers._saved import TokenizerManifest, check_files, read_manifest
@@ -186,8 +186,8 @@ def check_encoders(plan: Plan) -> None:
     if plan.base is not None:
         base = read_bundle(plan.base)
         check_identity(base.encoder, plan.encoder.identity(), base.caption_encoder)
-    if plan.aligner is not None:
-        aligner = Aligner.load(plan.aligner)
+    if (given := plan.aligner or plan.aligner_source) is not None:
+        aligner = Aligner.load(given)
         assert aligner.encoder is not None, "a saved one has it"
         check_identity(aligner.encoder, plan.encoder.identity())
 
@@ -199,10 +199,16 @@ def generator_shape(candidate: Candidate) -> GeneratorNetwork:
 
 
 def aligner_shape(plan: Plan) -> Aligner:
-    """The aligner's network, if a step trains it, on the meta device."""
+    """The aligner's network, if a step trains it, on the meta device.
+
+    Raises:
+        RecipeError: the recipe sets a shape that is not that of the aligner that it tunes.
+    """
+    source = None if plan.aligner_source is None else Aligner.load(plan.aligner_source)
+    config = aligner_shape_of_source(plan.recipe.aligner, source)
     with torch.device("meta"):
         return Aligner(
-            plan.recipe.aligner,
+            config,
             image_size=plan.recipe.preprocess.image_size,
             caption_width=plan.encoder.width,
         )

@@ -193,11 +193,13 @@ def _tokenizer(plan: Plan, context: StepContext) -> dict[str, Any]:
 
 
 def _aligner_step(plan: Plan) -> Step:
+    source = plan.aligner_source
     return Step(
         "aligner",
         partial(_aligner, plan),
         settings={"aligner": step_settings(plan.recipe.aligner)},
         needs=("preprocess", "captions"),
+        inputs={"source": bundle_digest(source)} if source is not None else {},
         version=2,
     )
 
@@ -205,7 +207,8 @@ def _aligner_step(plan: Plan) -> Step:
 def _aligner(plan: Plan, context: StepContext) -> dict[str, Any]:
     from pipeline.training.aligner import train_aligner
 
-    return _train_judge(train_aligner, plan.recipe.aligner, plan, context)
+    train = partial(train_aligner, source=plan.aligner_source)
+    return _train_judge(train, plan.recipe.aligner, plan, context)
 
 
 def _judge_step(plan: Plan) -> Step:

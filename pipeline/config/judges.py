@@ -7,9 +7,9 @@ pipeline/config/recipe.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.config.data import AugmentConfig
 from pipeline.config.section import Config
@@ -60,6 +60,9 @@ class AlignerConfig(Config):
     source: str | None = Field(
         None, description="a trained aligner: a directory or asset:aligner; None trains one"
     )
+    tune: bool = Field(
+        False, description="train on from the weights of `source` instead of taking it as it is"
+    )
     embedding: int = Field(256, ge=8, description="dimensions of the shared space")
     widths: tuple[int, int, int] = Field((96, 192, 384), description="channels of the three stages")
     depths: tuple[int, int, int] = Field((2, 2, 2), description="residual blocks of the stages")
@@ -75,6 +78,17 @@ class AlignerConfig(Config):
     train: TrainConfig = TrainConfig(
         batch_size=256, augment=AugmentConfig(shift=6, color=0.2, flip=0.5)
     )
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether there is anything to train."""
+        return self.source is None or self.tune
+
+    @model_validator(mode="after")
+    def _what_is_tuned_has_a_source(self) -> Self:
+        if self.tune and self.source is None:
+            raise ValueError("aligner.tune=true needs aligner.source: whose weights to go on from")
+        return self
 
 
 class ImageNetJudgeConfig(Config):

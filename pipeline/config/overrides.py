@@ -114,7 +114,7 @@ def shaped_like(
         if name in there.model_fields_set and wanted != known:
             raise RecipeError(
                 f"{section}.{key}={wanted} is not {whose}, which has {known}: leave it out to take "
-                "that, or train from scratch (base=null, tokenizer.source=null)"
+                "that, or train from scratch (base, tokenizer.source, aligner.source: null)"
             )
         set_key(values, key, known, origin=key)
     return values

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from pipeline.artifacts import WEIGHTS
 from pipeline.config import AlignerConfig
+from pipeline.config.overrides import shaped_like
 from pipeline.errors import BundleError
 from pipeline.images.degrade import degrade
 from pipeline.images.pixels import to_float
@@ -45,6 +46,7 @@ from pipeline.tokenizers._saved import MANIFEST, save_weights
 PATCH = 4  # pixels per side
 MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
 START_TEMPERATURE = 0.07  # as there
+SHAPE_FIELDS = ("embedding", "widths", "depths")
 COPIES_WEIGHT = 0.5  # of a degraded copy's loss, beside an image's
 
 
@@ -154,6 +156,19 @@ class Aligner(TrainableNetwork):
                 "`tessera align RECIPE`"
             ) from error
         return aligner.to(device).eval()
+
+
+def aligner_shape_of_source(config: AlignerConfig, source: Aligner | None) -> AlignerConfig:
+    """The recipe's section; what it leaves open of the network's shape is taken from the source.
+
+    Raises:
+        RecipeError: the recipe sets a shape that is not the source's.
+    """
+    if source is None:
+        return config
+    whose = f"that of aligner.source={config.source}"
+    values = shaped_like(config, source.config, SHAPE_FIELDS, section="aligner", whose=whose)
+    return AlignerConfig.model_validate(values)
 
 
 class AlignerObjective(Objective):

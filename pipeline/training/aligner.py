@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.config import AlignerConfig
 from pipeline.data.preprocess.store import read_table
-from pipeline.evaluation.aligner import Aligner, AlignerObjective
+from pipeline.evaluation.aligner import Aligner, AlignerObjective, aligner_shape_of_source
 from pipeline.text.caption_encoder import HFCaptionEncoder
 from pipeline.text.encoder_identity import identify
 from pipeline.tracking.steps import StepContext
@@ -29,8 +29,14 @@ def build_aligner_training(
     image_size: int,
     caption_width: int,
     max_tokens: int,
+    source: Path | None = None,
 ) -> Training:
-    """What every worker of the training builds: the objective and its data sets."""
+    """What every worker of the training builds: the objective and its data sets.
+
+    Args:
+        config: of the source's shape.
+        source: the directory of an aligner from whose weights training goes on.
+    """
     styles = sorted(set(read_table(pixels, columns=["style"])["style"].to_pylist()))
     training, validation = (
         captioned_dataset(
@@ -44,7 +50,10 @@ def build_aligner_training(
         for split in (("train", "test"), "validation")
     )
     objective = AlignerObjective(config, image_size=image_size, caption_width=caption_width)
-    objective.model.standardise_captions(*sample_captions(training))
+    if source is None:
+        objective.model.standardise_captions(*sample_captions(training))
+    else:
+        objective.model.load_state_dict(Aligner.load(source).state_dict())
     return Training(objective, training, validation)
 
 
@@ -56,6 +65,7 @@ def train_aligner(
     *,
     image_size: int,
     encoder: HFCaptionEncoder,
+    source: Path | None = None,
 ) -> dict[str, float]:
     """Train an aligner on Ray and save it as "bundle" in the step's directory.
 
@@ -63,13 +73,16 @@ def train_aligner(
         pixels, captions: outputs of `preprocess` and `encode_captions`.
         image_size: pixels per side of the preprocessed images.
         encoder: the one that the captions were read with.
+        source: the directory of an aligner from whose weights training goes on; None: from scratch.
 
     Returns:
         The metrics of the checkpoint that it is made of.
 
     Raises:
-        TesseraError: as `loop.fit`.
+        TesseraError: as `loop.fit`; or the source cannot be read, or is of another shape than the
+            section sets.
     """
+    config = aligner_shape_of_source(config, None if source is None else Aligner.load(source))
     build = partial(
         build_aligner_training,
         pixels,
@@ -78,6 +91,7 @@ def train_aligner(
         image_size=image_size,
         caption_width=encoder.width,
         max_tokens=encoder.max_tokens,
+        source=source,
     )
     result = fit(
         build,

@@ -8,6 +8,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor
 from pipeline.artifacts import ASSETS
 from pipeline.config import PreprocessConfig
 from pipeline.data.preprocess.decode import decode
+from pipeline.text.caption_encoder import HFCaptionEncoder
 
 SUBJECTS = 64
 
@@ -58,4 +60,20 @@ def pixels(icons: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
     split = {group: "train" if i % 5 < 3 else "test" for i, group in enumerate(groups)}
     rows = [{**row, "split": split[row["group"]]} for row in icons]
     pq.write_table(pa.Table.from_pylist(rows), directory / "part-0.parquet")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def captions(
+    icons: list[dict[str, Any]],
+    encoder: HFCaptionEncoder,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """What `encode_captions` writes."""
+    directory = tmp_path_factory.mktemp("captions")
+    texts = sorted({c["text"] for row in icons for c in row["captions"]})
+    states, mask = encoder.encode(texts)
+    np.save(directory / "states.npy", states[mask].half().numpy())
+    np.save(directory / "offsets.npy", np.concatenate([[0], mask.sum(1).cumsum(0).numpy()]))
+    (directory / "captions.json").write_text(json.dumps(texts))
     return directory

@@ -48,6 +48,11 @@ def home(tmp_path_factory: pytest.TempPathFactory, pretrained_cache: Path) -> Pa
         ("emoji-families", "candidates.gan.data.styles=[x]", "candidates.gan.data.styles names x"),
         ("smoke", "tokenizer.name=vqq", "vqq"),
         ("emoji-demo", "tokenizer.patch=2", "tokenizer.patch=2 is not that of the tokenizer in"),
+        (
+            "emoji-demo",
+            "aligner={source: 'asset:aligner', tune: true, embedding: 8}",
+            "embedding=8",
+        ),
         ("smoke", "aligner.train.policy=frozen", "train.policy='frozen' is not offered"),
         ("emoji-causal", "generator.causal.max_prompt_tokens=5000", "5000 caption tokens.*2048"),
         ("smoke", "generator.num_styles=1", r"2 styles \(noto, twemoji\) do not fit"),

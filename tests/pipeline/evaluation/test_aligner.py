@@ -5,23 +5,29 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.config import AlignerConfig
-from pipeline.errors import BundleError
+from pipeline.config import AlignerConfig, TrainConfig
+from pipeline.errors import BundleError, RecipeError
 from pipeline.evaluation.aligner import (
     Aligner,
     AlignerObjective,
+    aligner_shape_of_source,
     degraded_info_nce,
     group_info_nce,
 )
 from pipeline.images.degrade import blur
 from pipeline.images.pixels import to_float, to_uint8
-from pipeline.text.encoder_identity import EncoderIdentity
+from pipeline.text.caption_encoder import HFCaptionEncoder
+from pipeline.text.encoder_identity import EncoderIdentity, identify
+from pipeline.training.aligner import build_aligner_training
 
 TINY = AlignerConfig(
     embedding=32, widths=(16, 24, 32), depths=(1, 1, 1), label_smoothing=0.0, degraded=0.5
@@ -163,6 +169,40 @@ def test_an_aligner_of_before_degraded_copies_loads(icon_images: Tensor, tmp_pat
     save_file(weights, tmp_path / "model.safetensors")
     found = Aligner.load(tmp_path).embed_images(icon_images[:4])
     torch.testing.assert_close(found, model.embed_images(icon_images[:4]), atol=0.02, rtol=0)
+
+
+def test_tuning_starts_from_the_sources_weights_in_its_shape(
+    pixels: Path, captions: Path, encoder: HFCaptionEncoder, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    before = Aligner(TINY, image_size=32, caption_width=encoder.width)
+    before.save(tmp_path, identify(encoder))
+    wanted = AlignerConfig(source=str(tmp_path), tune=True, train=TrainConfig(batch_size=8))
+    config = aligner_shape_of_source(wanted, Aligner.load(tmp_path))
+    assert (config.widths, config.embedding) == (TINY.widths, 32)
+    split = pq.read_table(pixels)
+    held_out = pa.array(["validation", *split["split"].to_pylist()[1:]])
+    (tmp_path / "pixels").mkdir()
+    pq.write_table(
+        split.set_column(split.column_names.index("split"), "split", held_out),
+        tmp_path / "pixels" / "part-0.parquet",
+    )
+    training = build_aligner_training(
+        tmp_path / "pixels", captions, config, image_size=64, caption_width=encoder.width,
+        max_tokens=24, source=tmp_path,
+    )  # fmt: skip
+    for name, weight in training.objective.model.state_dict().items():
+        torch.testing.assert_close(weight, before.state_dict()[name], atol=1e-3, rtol=1e-3)
+    with pytest.raises(RecipeError, match=r"aligner\.embedding=64 is not that of aligner\.source"):
+        aligner_shape_of_source(
+            AlignerConfig(source=str(tmp_path), tune=True, embedding=64), before
+        )
+
+
+def test_what_is_tuned_needs_a_source() -> None:
+    with pytest.raises(ValidationError, match=r"aligner\.tune=true needs aligner\.source"):
+        AlignerConfig(tune=True)
+    assert AlignerConfig().is_trained and not AlignerConfig(source="asset:aligner").is_trained
 
 
 @pytest.mark.parametrize("damage", ["missing", "config", "weights"])

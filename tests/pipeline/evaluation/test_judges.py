@@ -35,22 +35,6 @@ NOTO = slice(0, 64)
 
 
 @pytest.fixture(scope="module")
-def captions(
-    icons: list[dict[str, Any]],
-    encoder: HFCaptionEncoder,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    """What `encode_captions` writes."""
-    directory = tmp_path_factory.mktemp("captions")
-    texts = sorted({c["text"] for row in icons for c in row["captions"]})
-    states, mask = encoder.encode(texts)
-    np.save(directory / "states.npy", states[mask].half().numpy())
-    np.save(directory / "offsets.npy", np.concatenate([[0], mask.sum(1).cumsum(0).numpy()]))
-    (directory / "captions.json").write_text(json.dumps(texts))
-    return directory
-
-
-@pytest.fixture(scope="module")
 def trained(
     pixels: Path,
     captions: Path,
