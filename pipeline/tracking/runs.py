@@ -240,7 +240,8 @@ def curves(
 
     Returns:
         Points (step, value) in order by metric; a step that was logged again after an
-        interruption has its last value. Empty if there is no such run.
+        interruption has its last value, and step 0, where a run's results are, is left out. Empty
+        if there is no such run.
     """
     mlflow = _mlflow()
     client = mlflow.MlflowClient(tracking_uri)
@@ -251,9 +252,9 @@ def curves(
             return {}
         raise
     return {
-        name: sorted({m.step: m.value for m in client.get_metric_history(run_id, name)}.items())
+        name: sorted({m.step: m.value for m in points if m.step}.items())
         for name in sorted(names)
-        if name.startswith(prefixes)
+        if name.startswith(prefixes) and (points := client.get_metric_history(run_id, name))
     }
 
 

@@ -100,6 +100,17 @@ def test_the_bundle_is_self_contained_and_has_a_card(outcome: Outcome) -> None:
     assert "| emoji-datasource-twitter@16.0.0 | CC-BY-4.0 | Twemoji" in card, "authors are credited"
 
 
+def test_the_report_shows_the_training_and_the_card(outcome: Outcome) -> None:
+    assert outcome.page is not None
+    page = outcome.page.read_text(encoding="utf-8")
+    training = page.partition('<section id="training"')[2].partition("</section>")[0]
+    assert (
+        "<h4>loss</h4>" in training and "train_loss" in training and "validation_loss" in training
+    )
+    card = page.partition('<section id="card"')[2].partition("</section>")[0]
+    assert "Made " in card and "CC-BY-4.0" in card and "generator " in card, "seconds by step"
+
+
 def test_mlflow_holds_the_parent_and_a_run_a_step(outcome: Outcome, home: Path) -> None:
     from mlflow import MlflowClient
 

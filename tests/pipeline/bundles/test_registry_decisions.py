@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowException
 from served import free_port
 
 from pipeline.bundles import decisions
@@ -158,6 +159,23 @@ def test_of_two_jobs_that_promote_at_once_exactly_one_wins(
     assert [entry.over for entry in chain] == [None, *winners[:-1]]
     assert all(entry.applied for entry in chain)
     assert aliases(registry, name) == {"champion": winners[-1], "previous": winners[-2]}
+
+
+@pytest.mark.parametrize("registry", ["sqlite"], indirect=True)
+def test_an_alias_that_two_jobs_set_at_the_same_moment_is_set(
+    registry: ModelRegistry, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = registry.client.set_registered_model_alias, list[str]()
+
+    def raced(*args: Any) -> None:
+        calls.append(args[1])
+        real(*args)
+        if calls.count(args[1]) == 1:  # the other job's row is there, and the database says so
+            raise MlflowException("UNIQUE constraint failed: registered_model_aliases.alias")
+
+    monkeypatch.setattr(registry.client, "set_registered_model_alias", raced)
+    registry.promote(name, "1", judged(None))
+    assert aliases(registry, name) == {"champion": "1"} and calls == ["champion"] * 2
 
 
 # ---- A job that dies -----------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import pytest
 from pipeline.config import AugmentConfig, EncodeConfig, GeneratorConfig
 from pipeline.errors import DataError
 from pipeline.progress import Progress
-from pipeline.tracking.runs import Tracker
+from pipeline.tracking.runs import RunLogger, Tracker, curves
 from pipeline.tracking.steps import (
     DONE,
     Step,
@@ -196,3 +196,15 @@ def test_a_model_that_was_removed_or_altered_is_made_again(
         damage()
         assert "removed or altered" in why(steps, tmp_path)["total"]
         assert run(steps)[1] == {"total": False}
+
+
+def test_curves_are_a_runs_metrics_over_its_steps(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    with tracker.run("train") as run:
+        logger = RunLogger(run)
+        for step, loss in ((20, 2.0), (10, 3.0), (20, 1.0)):  # step 20 again, after an interruption
+            logger.metrics({"train_loss": loss, "images_per_s": 5.0}, step=step)
+        logger.metrics({"train_loss": 1.0})
+    found = curves(tracker.uri, run.run_id, "train_", "validation_")
+    assert found == {"train_loss": [(10, 3.0), (20, 1.0)]}
+    assert curves(tracker.uri, "gone", "train_") == curves(tracker.uri, None, "train_") == {}
