@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import io
 import logging
 import os
 import platform
@@ -24,7 +25,7 @@ from collections.abc import Iterable, Iterator
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from pipeline import __version__
 from pipeline.errors import ResourceError
@@ -41,6 +42,10 @@ STDERR = 2
 HARMLESS = "core_worker.*has constructor arguments in the object store"
 """An error, so called, that Ray logs of every actor of Ray Data's: they take what they do from the
 object store, whose owner is this process, and it lives as long as they do."""
+
+EXPECTED = "worker processes have been started on node"
+"""A warning that Ray prints of a local Ray as this one is meant to be: with more logical CPUs than
+the machine has (LOCAL_LOGICAL_CPUS)."""
 
 ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -153,6 +158,23 @@ def quiet_actors() -> Iterator[None]:
             grep.wait(timeout=5)
 
 
+class RayPrints(io.TextIOBase):
+    """What Ray prints in this process, written to `target` but for the warning EXPECTED."""
+
+    def __init__(self, target: TextIO) -> None:
+        self._target, self._dropped = target, False
+
+    def write(self, text: str) -> int:
+        ends_dropped = self._dropped and text == "\n"  # print writes the end of a line by itself
+        self._dropped = EXPECTED in text
+        if not (self._dropped or ends_dropped):
+            self._target.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._target.flush()
+
+
 @contextlib.contextmanager
 def ray_runtime(*, debug: bool = False) -> Iterator[None]:
     """Ray for the duration of a job; a local one that this call started is shut down after.
@@ -161,7 +183,8 @@ def ray_runtime(*, debug: bool = False) -> Iterator[None]:
     """
     import ray
 
-    with contextlib.redirect_stdout(sys.stderr):
+    prints = sys.stderr if debug else RayPrints(sys.stderr)
+    with contextlib.redirect_stdout(prints):
         started = start_ray(debug=debug)
         if not debug:
             quiet_ray_data()

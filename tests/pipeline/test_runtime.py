@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
 
 import pytest
 
-from pipeline.runtime import set_environment
+from pipeline.runtime import RayPrints, set_environment
 
 SCRIPT = """
 import resource
@@ -45,6 +47,15 @@ def test_the_users_environment_comes_first(monkeypatch: pytest.MonkeyPatch) -> N
     set_environment()
     assert os.environ["GOMP_SPINCOUNT"] == "7"
     assert os.environ["RAY_DEDUP_LOGS"] == "1"
+
+
+def test_what_ray_prints_is_shown_but_for_the_expected_warning() -> None:
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(RayPrints(shown)):
+        print("(raylet) WARNING: 8 PYTHON worker processes have been started on node: f593")
+        print("(raylet) Raylet is terminated.")
+        print()
+    assert shown.getvalue() == "(raylet) Raylet is terminated.\n\n"
 
 
 def test_the_ground_floor_imports_neither_ray_nor_pytorch() -> None:
