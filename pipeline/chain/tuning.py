@@ -202,9 +202,13 @@ def _search(session: Session, trials: Sequence[Trial], context: StepContext) -> 
 
 @contextlib.contextmanager
 def _quiet_tune() -> Iterator[None]:
-    """Keep Tune from writing log files of its own, and from ending the search as if it were done
-    when Ctrl-C is pressed."""
-    wanted = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1"}
+    """Keep Tune from writing log files of its own, from printing a table that `verbose=0` does not
+    stop, and from ending the search as if it were done when Ctrl-C is pressed."""
+    wanted = {
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    }
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

@@ -54,6 +54,10 @@ def check_judges(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
+Width = Annotated[int, Field(ge=8, le=2_048)]
+Depth = Annotated[int, Field(ge=0, le=32)]
+
+
 class AlignerConfig(Config):
     """The contrastive image-caption model that evaluation retrieves captions with."""
 
@@ -64,8 +68,12 @@ class AlignerConfig(Config):
         False, description="train on from the weights of `source` instead of taking it as it is"
     )
     embedding: int = Field(256, ge=8, description="dimensions of the shared space")
-    widths: tuple[int, int, int] = Field((96, 192, 384), description="channels of the three stages")
-    depths: tuple[int, int, int] = Field((2, 2, 2), description="residual blocks of the stages")
+    widths: tuple[Width, Width, Width] = Field(
+        (96, 192, 384), description="channels of the three stages"
+    )
+    depths: tuple[Depth, Depth, Depth] = Field(
+        (2, 2, 2), description="residual blocks of the stages"
+    )
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="while training")
     degraded: float = Field(
         0.5,
