@@ -18,7 +18,7 @@ from typing import Any
 from pipeline.artifacts import bundle_digest
 from pipeline.bundles.registry import ResolvedModel
 from pipeline.chain.plan import Plan
-from pipeline.chain.table import JUDGE, aligner_of, bundles_of, pixels_of, tokenizer_of
+from pipeline.chain.table import bundles_of, judge_steps, judges_of, pixels_of, tokenizer_of
 from pipeline.contracts import Decision, Interval, RuleVerdict
 from pipeline.evaluation import reports
 from pipeline.evaluation.measured import SHUFFLED
@@ -65,7 +65,7 @@ def contest(plan: Plan, results: Results, champion: ResolvedModel | None) -> Con
 def evaluation_step(plan: Plan, contest: Contest) -> Step:
     """The plan's candidates and the given bundles on the same images, the floors beside them."""
     inputs = {name: bundle_digest(path) for name, path in contest.given.items()}
-    if plan.aligner is not None:
+    if plan.aligner is not None and "aligner" in plan.recipe.evaluate.judges:
         inputs["aligner"] = bundle_digest(plan.aligner)
     if plan.tokenizer.source is not None and not plan.tokenizer.trains:
         inputs["tokenizer"] = bundle_digest(plan.tokenizer.source)
@@ -83,9 +83,8 @@ def evaluation_step(plan: Plan, contest: Contest) -> Step:
 def evaluation_needs(plan: Plan) -> tuple[str, ...]:
     """The steps that the evaluation needs."""
     candidates = [candidate.step for candidate in plan.candidates.values()]
-    trained = ["aligner"] if plan.aligner is None else []
     tokenizer = ["tokenizer"] if plan.tokenizer.trains else []
-    return ("preprocess", *tokenizer, *candidates, *trained, JUDGE)
+    return ("preprocess", *tokenizer, *candidates, *judge_steps(plan))
 
 
 def champion_subject(plan: Plan, results: Results, champion: ResolvedModel | None) -> str | None:
@@ -129,7 +128,7 @@ def _evaluate(plan: Plan, contest: Contest, context: StepContext) -> dict[str, A
     ]
     judges = judge_specs(
         config.judges,
-        trained={"aligner": aligner_of(plan, results), "imagenet": results[JUDGE].bundle},
+        trained=judges_of(plan, results),
         caption_encoder=plan.encoder.config,
         cache=plan.cache,
     )

@@ -74,6 +74,20 @@ def aligner_of(plan: Plan, results: Results) -> Path:
     return results["aligner"].bundle if plan.aligner is None else plan.aligner
 
 
+def judge_steps(plan: Plan) -> list[str]:
+    """The steps that train the judges which the evaluation asks."""
+    steps = {"imagenet": JUDGE} if plan.aligner else {"aligner": "aligner", "imagenet": JUDGE}
+    return [step for judge, step in steps.items() if judge in plan.recipe.evaluate.judges]
+
+
+def judges_of(plan: Plan, results: Results) -> dict[str, Path]:
+    """The directories of the judges which the evaluation asks, by name, but for a hub's."""
+    known = {
+        "aligner": lambda: aligner_of(plan, results), "imagenet": lambda: results[JUDGE].bundle
+    }  # fmt: skip
+    return {name: known[name]() for name in plan.recipe.evaluate.judges if name in known}
+
+
 def bundles_of(plan: Plan, results: Results) -> dict[str, Path]:
     """The candidates' bundles by name."""
     return {name: results[c.step].bundle for name, c in plan.candidates.items()}

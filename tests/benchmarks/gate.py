@@ -41,7 +41,7 @@ from pipeline.artifacts import ASSETS
 from pipeline.bundles.bundle import load_generator
 from pipeline.chain.plan import Plan, resolve
 from pipeline.chain.promotion import decide
-from pipeline.chain.table import JUDGE, aligner_of, pixels_of, tokenizer_of
+from pipeline.chain.table import JUDGE, judges_of, pixels_of, tokenizer_of
 from pipeline.chain.workflow import run_steps
 from pipeline.config import PromoteConfig, load_recipe
 from pipeline.contracts import Decision
@@ -221,12 +221,10 @@ class Home:
         wanted = [*floors, *subjects]
         missing = [s for s in wanted if not (self.folder / f"{s.name}.parquet").exists()]
         if missing:
-            recipe, trained = self.plan.recipe, self.results
+            recipe = self.plan.recipe
             judges = judge_specs(
                 self.config.judges,
-                trained={
-                    "aligner": aligner_of(self.plan, trained), "imagenet": trained[JUDGE].bundle
-                },
+                trained=judges_of(self.plan, self.results),
                 caption_encoder=self.plan.encoder.config,
                 cache=self.plan.cache,
             )  # fmt: skip

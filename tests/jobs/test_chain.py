@@ -195,6 +195,7 @@ def test_another_encoder_than_the_bases_is_refused_at_once(home: Path) -> None:
         retrain(plan, Killer(), check_servable=lambda bundle: None)
 
 
+@pytest.mark.slow
 def test_a_bases_decoder_is_tuned_and_its_tokens_stay(outcome: Outcome, home: Path) -> None:
     settings = [f"base={outcome.bundle}", "tokenizer.train.policy=head"]
     plan = resolve(load_recipe("smoke", settings, environment={}), home)

@@ -25,7 +25,8 @@ SETTINGS = (
     "generator.family=independent", "generator.independent.hidden=16",
     "generator.tasks=[text_to_image,lower_half]",
     "tokenizer.name=mean_colour", "tokenizer.mean_colour.bits=2",
-    "aligner={source: asset:aligner}", "promote.model_name=plugins", "promote.unjudged=true",
+    "aligner={source: asset:aligner}", "evaluate.judges=[aligner]", "promote.model_name=plugins",
+    "promote.unjudged=true",
 )  # fmt: skip
 
 

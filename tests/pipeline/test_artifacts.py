@@ -39,11 +39,10 @@ def test_it_is_made_once_with_the_folders_above(tmp_path: Path) -> None:
 
 
 def test_of_several_processes_the_first_makes_it(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    for attempt in range(20):
-        with context.Pool(AT_ONCE) as pool:
-            seen = pool.map(partial(publish_number, tmp_path / str(attempt)), range(AT_ONCE))
-        assert len(set(seen)) == 1
+    with multiprocessing.get_context("fork").Pool(AT_ONCE) as pool:
+        for attempt in range(20):
+            publish = partial(publish_number, tmp_path / str(attempt))
+            assert len(set(pool.map(publish, range(AT_ONCE), chunksize=1))) == 1
     assert len(list(tmp_path.iterdir())) == 20, "scratch is left"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.artifacts import ASSETS, WEIGHTS
+from pipeline.chain.judging import evaluation_needs
 from pipeline.chain.plan import Plan, resolve
 from pipeline.chain.preflight import check, check_candidate
 from pipeline.config import load_recipe
@@ -204,3 +205,11 @@ def test_weights_of_a_language_model_that_are_cut_off_are_told(home: Path, tmp_p
     broken = replace(plan, encoder=replace(plan.encoder, source=str(there)))
     with pytest.raises(PretrainedNotFoundError, match=f"{weights} cannot be read"):
         check(broken)
+
+
+def test_only_judges_that_are_asked_are_trained(home: Path) -> None:
+    both, one = (
+        evaluation_needs(resolve(load_recipe("smoke", settings, environment={}), home))
+        for settings in ([], ["evaluate.judges=[aligner]"])
+    )
+    assert {"aligner", "judge"} <= set(both) and set(both) - set(one) == {"judge"}
