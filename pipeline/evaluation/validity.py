@@ -20,7 +20,8 @@ FLOORS = ("tokenizer", "blurred", "untuned", SHUFFLED)
 CHANCE_FACTOR = 3.0
 """The share of real images whose caption a judge finds must be this many times that of chance."""
 REMEDIES = {
-    "aligner": "train an aligner on these captions (aligner.source=null), or leave its metrics out",
+    "aligner": "tune the aligner on these captions (aligner.tune=true; aligner.source=null trains "
+    "one from scratch), or leave its metrics out",
     "style_match": "evaluate styles that differ (evaluate.styles), or leave style_match out",
 }
 REMEDY = "train this judge on these captions, or leave its metrics out of promote"
