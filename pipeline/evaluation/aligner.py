@@ -161,6 +161,8 @@ class Aligner(TrainableNetwork):
 def aligner_shape_of_source(config: AlignerConfig, source: Aligner | None) -> AlignerConfig:
     """The recipe's section; what it leaves open of the network's shape is taken from the source.
 
+    It no longer names the source, since an aligner that was tuned is complete without it.
+
     Raises:
         RecipeError: the recipe sets a shape that is not the source's.
     """
@@ -168,7 +170,7 @@ def aligner_shape_of_source(config: AlignerConfig, source: Aligner | None) -> Al
         return config
     whose = f"that of aligner.source={config.source}"
     values = shaped_like(config, source.config, SHAPE_FIELDS, section="aligner", whose=whose)
-    return AlignerConfig.model_validate(values)
+    return AlignerConfig.model_validate({**values, "source": None, "tune": False})
 
 
 class AlignerObjective(Objective):
