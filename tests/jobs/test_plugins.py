@@ -63,15 +63,24 @@ def test_what_plugins_made_is_trained_judged_and_promoted(outcome: dict[str, Any
     assert outcome["metrics"]["candidate"]["validation_loss"] > 0
 
 
-def test_it_draws_without_a_server_and_with_one(outcome: dict[str, Any], home: Path) -> None:
+@pytest.fixture(scope="module")
+def drawn(outcome: dict[str, Any], home: Path) -> Image.Image:
+    """An image by `tessera generate`."""
     out = home / "apple.png"
-    drawn = tessera(
+    done = tessera(
         "generate", "a red apple", "--model", "models:/plugins@champion", "--out", str(out),
         "--seed", "4", home=home,
     )  # fmt: skip
-    assert drawn.returncode == 0, drawn.stderr
-    alone = Image.open(out)
-    assert alone.size == (64, 64)
+    assert done.returncode == 0, done.stderr
+    return Image.open(out)
+
+
+def test_it_draws_without_a_server(drawn: Image.Image) -> None:
+    assert drawn.size == (64, 64)
+
+
+@pytest.mark.slow
+def test_the_service_draws_the_same(drawn: Image.Image, home: Path) -> None:
     arguments = "models:/plugins@champion", "--home", str(home)
     environment = {**os.environ, registry.PLUGINS: str(PLUGINS)}
     with tessera_serve(*arguments, ready_timeout_s=120, env=environment) as (url, _):
@@ -82,7 +91,7 @@ def test_it_draws_without_a_server_and_with_one(outcome: dict[str, Any], home: P
         )
         with urllib.request.urlopen(request, timeout=60) as answer:
             served = json.load(answer)["data"][0]["b64_json"]
-    assert Image.open(BytesIO(b64decode(served))).tobytes() == alone.tobytes()
+    assert Image.open(BytesIO(b64decode(served))).tobytes() == drawn.tobytes()
 
 
 def test_mistakes_in_its_section_are_explained(home: Path) -> None:
