@@ -110,7 +110,7 @@ def _in_words(entry: Entry, number: str) -> str:
     over = f"over {entry.over}" if entry.over else "as the first"
     return {
         "promote": f"promoted {over}",
-        "rollback": f"came back for {entry.over}",
+        "rollback": f"came back for {entry.over}" if entry.over else "came back",
         "moved": "alias set in MLflow",
         "refuse": "refused",
     }[entry.kind]

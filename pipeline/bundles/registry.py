@@ -274,8 +274,11 @@ class ModelRegistry:
         self._decide("promote", name, version, verdict, standing)
 
     def refuse(self, name: str, version: str, verdict: Verdict) -> None:
-        """Note in the log that a version was not promoted, and why."""
+        """Note in the log that a version was not promoted, and why, unless it says so already."""
         log = DecisionLog(self.client, name)
+        about = [entry for entry in log.entries() if entry.version == version]
+        if about and about[-1].kind == "refuse" and about[-1].reasons == verdict.reasons:
+            return
         log.append("refuse", version, verdict, follows=log.last().number)
 
     def rollback(self, name: str, reason: str) -> Standing:
@@ -289,13 +292,13 @@ class ModelRegistry:
         """
         standing = self.standing(name)
         previous = standing.aliases.get(PREVIOUS)
-        if previous in (None, standing.champion):
+        if previous is None or previous == standing.champion:
             raise PromotionError(
                 f"{name} has no previous champion to go back to; `tessera models {name}` lists its "
                 "versions, and `tessera promote` makes one of them champion"
             )
-        verdict = Verdict(True, standing.champion, (reason,))
-        return self._decide("rollback", name, previous, verdict, standing)
+        left = standing.champion or standing.last.version or None  # its alias may have been removed
+        return self._decide("rollback", name, previous, Verdict(True, left, (reason,)), standing)
 
     def _decide(
         self, kind: Literal["promote", "rollback"], name: str, version: str, verdict: Verdict,
@@ -306,13 +309,16 @@ class ModelRegistry:
         holds = log.holds(decision)
         standing = self.standing(name)
         if not holds:
-            raise _overtaken(standing)
+            raise _overtaken(standing) if kind == "promote" else _went_already(name, standing)
         return standing
 
     def _apply(self, name: str, decision: Entry) -> None:
         """Set the aliases as a decision says; those of versions that were deleted stay unset."""
         if decision.over is not None and self.version(name, number=decision.over) is not None:
             self._set_alias(name, PREVIOUS, decision.over)
+        elif self._aliases(name).get(PREVIOUS) == decision.version:
+            what = f"whether version {decision.version} of {name} is no longer the {PREVIOUS}"
+            insist(what, lambda: self.client.delete_registered_model_alias(name, PREVIOUS))
         if self.version(name, number=decision.version) is not None:
             self._set_alias(name, CHAMPION, decision.version)
 
@@ -409,6 +415,14 @@ def _overtaken(standing: Standing) -> PromotionError:
         now = f"another job promoted version {standing.champion}"
     return PromotionError(
         f"{now} meanwhile: run the same command again to be judged against what is champion now"
+    )
+
+
+def _went_already(name: str, standing: Standing) -> PromotionError:
+    return PromotionError(
+        f"another job changed the champion of {name} meanwhile, to version {standing.champion}; "
+        f"`tessera models {name}` says why. Nothing was rolled back here: do it again only if "
+        "that version is to go as well"
     )
 
 

@@ -83,7 +83,7 @@ def write_card(
     *,
     pixels: Path,
     seconds: Mapping[str, float],
-) -> str:
+) -> None:
     """Write README.md, CREDITS.csv and the candidate's first images as samples.png into a folder.
 
     Args:
@@ -92,9 +92,6 @@ def write_card(
         manifests: of the shard sets.
         pixels: the preprocessed images, which name their source, licence and author.
         seconds: of each step of the chain.
-
-    Returns:
-        README.md's text.
     """
     folder.mkdir(parents=True, exist_ok=True)
     credits = credits_of(pixels)
@@ -133,7 +130,6 @@ def write_card(
         ),
     )  # fmt: skip
     (folder / "README.md").write_text(text, encoding="utf-8")
-    return text
 
 
 def credits_of(pixels: Path) -> pa.Table:

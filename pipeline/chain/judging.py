@@ -22,7 +22,7 @@ from pipeline.chain.table import bundles_of, judge_steps, judges_of, pixels_of, 
 from pipeline.contracts import Decision, Interval, RuleVerdict
 from pipeline.evaluation import reports
 from pipeline.evaluation.measured import SHUFFLED
-from pipeline.tracking.runs import RunLogger, curves, recorded_run
+from pipeline.tracking.runs import RunHandle, RunLogger, curves, recorded_run
 from pipeline.tracking.steps import Results, Step, StepContext, StepResult, step_settings
 
 CARD = "card"
@@ -204,9 +204,7 @@ def gate_step(plan: Plan, contest: Contest) -> Step:
 def _gate(plan: Plan, contest: Contest, context: StepContext) -> dict[str, Any]:
     from pipeline.chain.card import write_card
     from pipeline.chain.promotion import choose, decide
-    from pipeline.chain.reporting import write_page
 
-    pixels = pixels_of(context.results)
     evaluation = evaluation_of(context.results["evaluate"])
     comparisons = {name: evaluation.comparison(contest.incumbent, name) for name in plan.candidates}
     winner, choice = next(iter(plan.candidates)), tuple[str, ...]()
@@ -215,18 +213,34 @@ def _gate(plan: Plan, contest: Contest, context: StepContext) -> dict[str, Any]:
     decision = decide(
         comparisons[winner], evaluation.validity, plan.recipe.promote, candidates=len(comparisons)
     )
-    card = write_card(
+    write_card(
         context.path / CARD, plan.recipe, evaluation, winner, list(plan.shards.values()),
-        pixels=pixels, seconds=context.seconds,
+        pixels=pixels_of(context.results), seconds=context.seconds,
     )  # fmt: skip
-    trained = recorded_run(context.results[plan.candidates[winner].step].path)
-    write_page(
-        context.path / reports.PAGE, plan, evaluation, pixels,
-        title=plan.recipe.name, subject=winner, decision=decision, card=card,
-        curves=curves(context.run.tracking_uri, trained, "train_", "validation_"),
-    )  # fmt: skip
-    RunLogger(context.run).files(context.path / reports.PAGE, folder="")
+    ruling = Ruling(winner, choice, decision, context.path / reports.PAGE, context.path / CARD)
+    write_report(plan, context.results, evaluation, ruling, context.run)
     return {"winner": winner, "choice": list(choice), "decision": asdict(decision)}
+
+
+def write_report(
+    plan: Plan, results: Results, evaluation: reports.Evaluation, ruling: Ruling, run: RunHandle
+) -> None:
+    """Write a ruling's page, and the same as JSON beside it.
+
+    Args:
+        results: of preprocessing and the candidates' steps.
+        run: of the gate's step.
+    """
+    from pipeline.chain.reporting import write_page
+
+    trained = recorded_run(results[plan.candidates[ruling.winner].step].path)
+    write_page(
+        ruling.page, plan, evaluation, pixels_of(results),
+        title=plan.recipe.name, subject=ruling.winner, decision=ruling.decision,
+        card=(ruling.card / "README.md").read_text(encoding="utf-8"),
+        curves=curves(run.tracking_uri, trained, "train_", "validation_"),
+    )  # fmt: skip
+    RunLogger(run).files(ruling.page, folder="")
 
 
 def ruling_of(step: StepResult) -> Ruling:

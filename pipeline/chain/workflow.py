@@ -9,6 +9,7 @@ Ray is started when the first step has work to do; with nothing to do it is not 
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,11 +28,12 @@ from pipeline.chain.judging import (
     evaluation_step,
     gate_step,
     ruling_of,
+    write_report,
 )
 from pipeline.chain.plan import Plan
 from pipeline.chain.table import pixels_of, training_steps
 from pipeline.contracts import Decision, EvalReport
-from pipeline.errors import TesseraError
+from pipeline.errors import PromotionError, TesseraError
 from pipeline.evaluation.reports import Evaluation, metric_values
 from pipeline.runtime import check_disk, ray_runtime
 from pipeline.tracking.runs import RunHandle, RunLogger, Tracker, recorded_run
@@ -273,9 +275,14 @@ def _promote(
         record["choice"] = judged.ruling.choice
     session.workspace.tracker.log_decision(parent, record)
     if decision.promoted:
-        session.models.promote(name, version, verdict)
-    elif session.workspace.seconds["gate"]:  # it was not decided before
+        try:
+            session.models.promote(name, version, verdict)
+        except PromotionError as error:
+            _show(session, judged, _refused(decision, str(error)))
+            raise
+    else:
         session.models.refuse(name, version, verdict)
+    _show(session, judged, decision)
     return decision, version
 
 
@@ -284,9 +291,24 @@ def _if_servable(decision: Decision, bundle: Path, check_servable: CheckServable
     try:
         check_servable(bundle)
     except TesseraError as error:
-        reason = f"not promoted: it won, but cannot be served: {error}"
-        return replace(decision, promoted=False, reasons=(reason, *decision.reasons[1:]))
+        return _refused(decision, f"it won, but cannot be served: {error}")
     return decision
+
+
+def _refused(decision: Decision, reason: str) -> Decision:
+    """A decision to promote that came to nothing."""
+    reasons = (f"not promoted: {reason}", *decision.reasons[1:])
+    return replace(decision, promoted=False, reasons=reasons)
+
+
+def _show(session: Session, judged: Judged, decision: Decision) -> None:
+    """Write the report again if it shows another decision than came of the gate's in the end."""
+    ruling = judged.ruling
+    shown = json.loads(ruling.page.with_suffix(".json").read_text(encoding="utf-8"))["decision"]
+    if (shown["promoted"], tuple(shown["reasons"])) != (decision.promoted, decision.reasons):
+        run = RunHandle(session.workspace.parent.tracking_uri, recorded_run(ruling.page.parent))
+        final = replace(ruling, decision=decision)
+        write_report(session.plan, session.results, judged.evaluation, final, run)
 
 
 def other_splits(plan: Plan, champion: ResolvedModel | None) -> Iterator[str]:

@@ -346,3 +346,44 @@ def test_a_verdict_survives_its_tag() -> None:
     verdict = Verdict(False, None, ("no: 差", "yes"), "runs:/abc")
     assert Verdict.from_json(verdict.to_json()) == verdict
     assert "差" in verdict.to_json() and json.loads(verdict.to_json())["over"] is None
+
+
+@pytest.mark.parametrize("registry", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_rollback_after_the_champion_was_removed(
+    deleted: bool, registry: ModelRegistry, name: str
+) -> None:
+    registry.promote(name, "1", judged(None))
+    registry.promote(name, "2", judged("1"))
+    registry.client.delete_registered_model_alias(name, "champion")
+    if deleted:
+        registry.client.delete_model_version(name, "2")
+    registry.rollback(name, "it is gone")
+    left = {} if deleted else {"previous": "2"}
+    assert aliases(registry, name) == {"champion": "1", **left}
+
+
+@pytest.mark.parametrize("registry", ["sqlite"], indirect=True)
+def test_a_rollback_that_came_too_late_is_not_to_be_repeated(
+    registry: ModelRegistry, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.promote(name, "1", judged(None))
+    registry.promote(name, "2", judged("1"))
+    real = DecisionLog.append
+
+    def late(self: DecisionLog, *args: Any, **options: Any) -> str:
+        real(self, "rollback", "1", judged("2"), follows=options["follows"])
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(DecisionLog, "append", late)
+    with pytest.raises(PromotionError, match=r"to version 1; .*Nothing was rolled back here"):
+        registry.rollback(name, "so do I")
+    assert aliases(registry, name) == {"champion": "1", "previous": "2"}
+
+
+@pytest.mark.parametrize("registry", ["sqlite"], indirect=True)
+def test_a_refusal_is_noted_once(registry: ModelRegistry, name: str) -> None:
+    for reasons in (("KID rose",), ("KID rose",), ("it is slow",)):
+        registry.refuse(name, "3", Verdict(False, None, reasons))
+    noted = [entry.reasons for entry in DecisionLog(registry.client, name).entries()]
+    assert noted == [("KID rose",), ("it is slow",)]
