@@ -2,13 +2,13 @@
 
 Fields, types and defaults are those that `openai.OpenAI().images.generate(...)` sends; seed, style,
 negative_prompt, guidance_scale, temperature, num_steps and variation travel in its `extra_body`.
-Unknown fields are refused, never ignored. In JSON types are strict ("2" is not 2) and null means
-the default, as at OpenAI; a form's fields are text, so "2" is 2 there, and null is unknown.
+Unknown fields are refused, never ignored. null and empty text mean the default, and text that is a
+number is one, in JSON as in forms (text_values.py); a form knows no null.
 """
 
 from __future__ import annotations
 
-import unicodedata
+import re
 from typing import Annotated, Any, Literal
 
 from fastapi import UploadFile
@@ -31,6 +31,7 @@ from starlette.datastructures import UploadFile as ParsedFile
 from pipeline.config import MAX_GUIDANCE, MAX_STEPS, MAX_TEMPERATURE
 from pipeline.contracts import MAX_SEED, GenerationRequest
 from serve.messages import ImageFormat, OutputOptions
+from serve.text_values import BLANK, allow_text, one_line, typed_values
 
 CHAMPION = "champion"
 """The model name that stands for whatever is being served."""
@@ -38,33 +39,34 @@ CHAMPION = "champion"
 MAX_IMAGES = 10
 """Images per request; ServeConfig.max_queued_requests is at least as large."""
 
-MAX_PROMPT_CHARS = 1000
+MAX_PROMPT_CHARS = 32_000
+RANDOM_SEED = -1
+"""What programs around other image models send for a random seed."""
+
 MAX_PARTIAL_IMAGES = 3
 
-_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-_CONTROL = r"\x00-\x1f\x7f-\x9f"
-_INNER = rf"[^{_CONTROL}]{{0,{MAX_PROMPT_CHARS - 2}}}"
-_ONE_LINE = rf"^[{_SPACE}]*[^{_SPACE}{_CONTROL}]({_INNER}[^{_SPACE}{_CONTROL}])?[{_SPACE}]*$"
-"""What `Prompt` checks, for the schema: up to MAX_PROMPT_CHARS characters, none of them a control
-character, and any blanks around them."""
+_CONTROL = r"\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f"
+"""Control characters (Unicode category Cc) that are no blanks: NUL, escape, ..."""
+
+_READABLE = rf"^[{BLANK}]*[^{BLANK}{_CONTROL}][^{_CONTROL}]*$"
+"""What `Prompt` checks, for the schema: not blank, and without control characters."""
 
 
-def _printable(prompt: str) -> str:
-    """Refuse control characters (Unicode category Cc: NUL, escape, line breaks, ...)."""
-    for position, char in enumerate(prompt):
-        if unicodedata.category(char) == "Cc":
-            raise ValueError(
-                f"control character U+{ord(char):04X} at position {position}; "
-                "write the prompt as one line of text"
-            )
-    return prompt
+def _as_one_line(prompt: str) -> str:
+    """Line breaks, tabs and runs of blanks become single spaces; control characters are refused."""
+    line = one_line(prompt)
+    if found := re.search(f"[{_CONTROL}]", line):
+        raise ValueError(
+            f"control character U+{ord(found[0]):04X} at position {found.start()}; leave it out"
+        )
+    return line
 
 
 Prompt = Annotated[
     str,
-    StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_PROMPT_CHARS),
-    AfterValidator(_printable),
-    WithJsonSchema({"type": "string", "minLength": 1, "pattern": _ONE_LINE}),
+    StringConstraints(max_length=MAX_PROMPT_CHARS),
+    AfterValidator(_as_one_line),
+    WithJsonSchema({"type": "string", "maxLength": MAX_PROMPT_CHARS, "pattern": _READABLE}),
 ]
 
 
@@ -75,15 +77,6 @@ def _is_file(value: Any) -> Any:
 
 
 ImageFile = Annotated[UploadFile, BeforeValidator(_is_file)]
-
-
-def _null_is_default(schema: dict[str, Any]) -> None:
-    """A JSON body's schema: every field that may be left out may be null as well."""
-    for name in schema["properties"].keys() - set(schema.get("required", ())):
-        field = schema["properties"][name]
-        if "anyOf" not in field:
-            kept = {k: field.pop(k) for k in field.keys() - {"title", "description", "default"}}
-            field["anyOf"] = [kept, {"type": "null"}]
 
 
 def _no_null(schema: dict[str, Any]) -> None:
@@ -103,7 +96,7 @@ class ImageOptions(BaseModel):
         frozen=True,
         strict=True,
         allow_inf_nan=False,
-        json_schema_extra=_null_is_default,
+        json_schema_extra=allow_text,
     )
 
     model: str = Field(CHAMPION, description="'champion' or the served model's own name")
@@ -124,9 +117,9 @@ class ImageOptions(BaseModel):
     )
     seed: int | None = Field(
         None,
-        ge=0,
+        ge=RANDOM_SEED,
         lt=MAX_SEED + 1,  # OpenAPI's limits are floats: 2**63 is one, 2**63 - 1 is not
-        description="image i is generated with seed + i; random if absent",
+        description="image i is generated with seed + i; random if absent or -1",
     )
     style: str | None = Field(None, description="one of the styles that GET /v1/models lists")
     negative_prompt: Prompt | None = Field(None, description="what guidance leads away from")
@@ -144,15 +137,13 @@ class ImageOptions(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _as_json_means_it(cls, body: Any) -> Any:
-        """A null stands for the default, and 2.0 is an integer (JSON Schema, 6.1.1)."""
-        if not isinstance(body, dict):
-            return body
-        return {
-            key: int(value) if isinstance(value, float) and value.is_integer() else value
-            for key, value in body.items()
-            if value is not None
-        }
+    def _typed(cls, body: Any) -> Any:
+        return typed_values(body, cls.model_fields) if isinstance(body, dict) else body
+
+    @field_validator("seed")
+    @classmethod
+    def _random(cls, value: int | None) -> int | None:
+        return None if value == RANDOM_SEED else value
 
     @field_validator("background", mode="before")
     @classmethod
@@ -214,9 +205,7 @@ class ImageOptions(BaseModel):
 class ImageRequest(ImageOptions):
     """POST /v1/images/generations, a JSON body."""
 
-    prompt: Prompt = Field(
-        description=f"what to draw, in any language the model reads; {MAX_PROMPT_CHARS} characters"
-    )
+    prompt: Prompt = Field(description="what to draw, in any language the model reads")
 
     @property
     def prompt_text(self) -> str:

@@ -199,9 +199,10 @@ FORMS: list[tuple[str, dict[str, Any], Any, int, str | None, str]] = [
         "prompt",
         "invalid_value",
     ),
-    ("edits", {"prompt": "a", "n": ""}, {"image": IMAGE}, 400, "n", "invalid_value"),
-    ("edits", {"prompt": ""}, {"image": IMAGE}, 400, "prompt", "invalid_value"),
-    ("edits", {"prompt": "a" * 20_000}, {"image": IMAGE}, 400, None, "invalid_multipart"),
+    ("edits", {"prompt": ""}, {"image": IMAGE}, 400, "prompt", "missing_required_parameter"),
+    ("edits", {"prompt": "a" * 32_001}, {"image": IMAGE}, 400, "prompt", "invalid_value"),
+    ("edits", {"prompt": "a" * 200_000}, {"image": IMAGE}, 400, None, "invalid_multipart"),
+    ("edits", {"prompt": "a", "x": ""}, {"image": IMAGE}, 400, "x", "unknown_parameter"),
     (
         "edits",
         {"prompt": "a"},
