@@ -306,6 +306,17 @@ class SteppedGenerator(ImageGenerator, Protocol):
 
 
 @runtime_checkable
+class StepChoosingGenerator(ImageGenerator, Protocol):
+    """A generator whose requests may choose the number of decoding steps.
+
+    Attributes:
+        num_steps: of a request that does not choose.
+    """
+
+    num_steps: int
+
+
+@runtime_checkable
 class ImageTokenizer(Protocol):
     """An image <-> a grid of discrete tokens. Encoding, generators and evaluation know no more.
 

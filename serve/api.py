@@ -46,8 +46,12 @@ from serve.schemas import (
     ModelList,
     VariationRequest,
 )
-from serve.service import Client, ImageService, check_model
+from serve.service import Client, ImageService
 from serve.settings import ServiceConfig
+from serve.understand import Understood, check_model
+
+UNUSED_HEADER = "x-tessera-unused"
+"""The fields that were sent and change nothing, by name."""
 
 GENERATOR = "generator"
 """The name of the generator deployment."""
@@ -91,7 +95,6 @@ ERRORS: dict[int | str, dict[str, Any]] = {"4XX": _ENVELOPE, "5XX": _ENVELOPE}
 
 IMAGES: dict[str, Any] = {
     "response_model": ImagesResponse,
-    "response_model_exclude_none": True,
     "responses": {200: {"content": {"text/event-stream": {}}, "description": "images, or events"}},
 }
 """What every route that generates answers with."""
@@ -106,7 +109,7 @@ open_router = APIRouter()
 @guarded_router.post("/v1/images/generations", **IMAGES)
 async def generate_images(
     request: Request, client: Caller, service: Service, body: ImageRequest
-) -> ImagesResponse | Response:
+) -> Response:
     """Generate n images of a prompt."""
     return await _answer(request, service, client, body, "image_generation")
 
@@ -117,7 +120,7 @@ async def edit_image(
     client: Caller,
     service: Service,
     body: Annotated[EditRequest, Form(media_type=MULTIPART)],
-) -> ImagesResponse | Response:
+) -> Response:
     """Generate an image anew where its mask is transparent; all else stays as it is."""
     mask = await body.mask.read() if body.mask else None
     upload = Upload(await body.image.read(), mask)
@@ -130,7 +133,7 @@ async def vary_image(
     client: Caller,
     service: Service,
     body: Annotated[VariationRequest, Form(media_type=MULTIPART)],
-) -> ImagesResponse | Response:
+) -> Response:
     """Generate an image again, a share of its tokens anew."""
     upload = Upload(await body.image.read(), share=body.variation)
     return await _answer(request, service, client, body, "image_variation", upload)
@@ -143,19 +146,30 @@ async def _answer(
     body: ImageOptions,
     event: str,
     upload: Upload | None = None,
-) -> ImagesResponse | Response:
+) -> Response:
     request.state.log_fields |= {
         "pictures": body.n,
         "prompt_chars": len(body.prompt_text),
         "user": body.user,
         "seed": body.seed,
     }
+    asked = await service.understand(body, upload)
     if not body.stream:
-        return images_response(body, await service.generate(body, client, upload))
-    images = service.stream(body, client, upload)
-    first = await anext(images)  # an error before the first image still has a status of its own
-    events = stream_events(event, body, first, images, request)
-    return StreamingResponse(events, media_type="text/event-stream")
+        images = await service.generate(asked, client)
+        answer = images_response(asked, images).model_dump_json(exclude_none=True)
+        return Response(answer, headers=_notes(request, asked), media_type="application/json")
+    stream = service.stream(asked, client)
+    first = await anext(stream)  # an error before the first image still has a status of its own
+    events = stream_events(event, asked, first, stream, request)
+    return StreamingResponse(events, headers=_notes(request, asked), media_type="text/event-stream")
+
+
+def _notes(request: Request, asked: Understood) -> dict[str, str]:
+    """Headers that say what of a request was not used; the log says it, too."""
+    if not asked.unused:
+        return {}
+    request.state.log_fields["unused"] = asked.unused
+    return {UNUSED_HEADER: ", ".join(asked.unused)}
 
 
 @guarded_router.get("/v1/models")
@@ -244,7 +258,7 @@ def _add_middleware(api: FastAPI, counted: Metrics, service: ServiceConfig) -> N
             allow_origins=list(service.cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],  # OpenAI's clients send headers of their own
-            expose_headers=[REQUEST_ID, "retry-after", CODE_HEADER],
+            expose_headers=[REQUEST_ID, "retry-after", CODE_HEADER, UNUSED_HEADER],
         )
 
 

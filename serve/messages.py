@@ -21,6 +21,18 @@ PROBE_REQUEST = GenerationRequest(prompt="a red circle")
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 
+Fit = Literal["pad", "crop", "refuse"]
+"""What becomes of an image of another shape: padded with white, cropped to its middle, or refused
+as every other size is."""
+
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
+
+def written(size: Size) -> str:
+    """As OpenAI's API writes it, for example "64x48"."""
+    return f"{size[0]}x{size[1]}"
+
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -34,6 +46,7 @@ class ModelInfo:
         loaded: when it was loaded, Unix time in seconds.
         tasks: what it was trained for; edits and variations need "completion".
         notice: why a newer version is not served; empty if the newest one is.
+        num_steps: decoding steps of a request that names none; None where no request may choose.
     """
 
     name: str
@@ -43,19 +56,29 @@ class ModelInfo:
     loaded: int
     tasks: frozenset[str] = frozenset({"text_to_image"})
     notice: str = ""
+    num_steps: int | None = None
 
     @property
     def size(self) -> str:
-        """As OpenAI's API writes it, for example "64x64"."""
-        return f"{self.image_size}x{self.image_size}"
+        """Of its images, as OpenAI's API writes it."""
+        return written((self.image_size, self.image_size))
 
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """How an image is encoded; quality is 0 to 100 and for jpeg and webp alone."""
+    """How an image is delivered.
+
+    Attributes:
+        format: of the file.
+        quality: 0 to 100, for jpeg and webp alone.
+        size: of the image; None: as it was drawn.
+        fit: how an image of another shape comes to that size.
+    """
 
     format: ImageFormat = "png"
     quality: int = 100
+    size: Size | None = None
+    fit: Fit = "pad"
 
 
 @dataclass(frozen=True)
@@ -113,22 +136,26 @@ class Timing:
 
 @dataclass(frozen=True)
 class PartialImage:
-    """An image between two decoding steps, encoded; `index` counts from 0."""
+    """An image between two decoding steps, encoded; `index` counts from 0. `size` is as of a
+    `GeneratedImage`."""
 
     index: int
     encoded: bytes = field(repr=False)
     seed: int = 0
+    size: Size | None = None
 
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """A finished image, encoded, and the model that generated it."""
+    """A finished image, encoded, and the model that generated it; `size` is None where it is
+    delivered as it was drawn."""
 
     encoded: bytes = field(repr=False)
     seed: int
     model: ModelInfo
     timing: Timing | None = None
     tokens: TokenCount | None = None
+    size: Size | None = None
 
 
 @dataclass(frozen=True)

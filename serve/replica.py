@@ -23,7 +23,8 @@ from pipeline.bundles.provenance import UNFINISHED, describe
 from pipeline.contracts import GenerationRequest, ImageGenerator
 from pipeline.errors import RequestError
 from serve.batch import DeadlineExceeded, QueuedRequest
-from serve.content_credentials import load_signer
+from serve.content_credentials import Sign, load_signer
+from serve.delivery import deliver
 from serve.encode import encode
 from serve.engine import Engine, model_thread
 from serve.messages import (
@@ -34,7 +35,9 @@ from serve.messages import (
     OutputOptions,
     PartialImage,
     Refusal,
+    Size,
     Timing,
+    written,
 )
 from serve.safety import load_safety
 from serve.settings import ServiceConfig
@@ -100,12 +103,12 @@ class GeneratorReplica:
         queued = self._submit(job, prepared)
         try:
             async for index, pixels in _partial_images(queued):
-                file = partial(encode, output=job.output, metadata=UNFINISHED)
-                encoded = await asyncio.to_thread(self._checked, pixels, file)
-                if isinstance(encoded, Refusal):
-                    yield encoded
+                file = partial(_file, output=job.output, metadata=UNFINISHED)
+                made = await asyncio.to_thread(self._checked, pixels, file)
+                if isinstance(made, Refusal):
+                    yield made
                     return
-                yield PartialImage(index, encoded, prepared.seed)
+                yield PartialImage(index, made.encoded, prepared.seed, made.size)
             yield await self._finish(job, prepared, queued)
         finally:
             queued.done.cancel()
@@ -147,26 +150,49 @@ class GeneratorReplica:
         info, began = self._served.info_of(raw.model), time.monotonic()
         metadata = describe(request, model=info.name, version=info.version)
         composite = request.canvas is not None
-        file = partial(self._file, output=job.output, metadata=metadata, composite=composite)
-        encoded = await asyncio.to_thread(self._checked, raw.pixels, file)
-        if isinstance(encoded, Refusal):
-            return encoded
+        file = partial(
+            _file, output=job.output, metadata=metadata, composite=composite, sign=self._sign
+        )
+        made = await asyncio.to_thread(self._checked, raw.pixels, file)
+        if isinstance(made, Refusal):
+            return made
         encode_s = time.monotonic() - began
         timing = Timing(raw.queue_s, raw.model_s, encode_s, batch_size=raw.batch_size)
-        return GeneratedImage(encoded, request.seed, info, timing, raw.tokens)
+        return GeneratedImage(made.encoded, request.seed, info, timing, raw.tokens, made.size)
 
-    def _checked(self, pixels: Tensor, file: Callable[[Tensor], bytes]) -> bytes | Refusal:
+    def _checked(self, pixels: Tensor, file: Callable[[Tensor], _File]) -> _File | Refusal:
         """A finished or unfinished image as a file, or why the safety hook refuses it."""
         reason = self._safety.picture(pixels.permute(1, 2, 0).contiguous().numpy())
         if reason is not None:
             return Refusal(reason, None, "content_policy_violation")
         return file(pixels)
 
-    def _file(
-        self, pixels: Tensor, output: OutputOptions, metadata: Mapping[str, str], composite: bool
-    ) -> bytes:
-        encoded = encode(pixels, output, metadata, composite=composite)
-        return self._sign(encoded, output.format, composite)
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """An image as it is delivered; `size` is None where that is as it was drawn."""
+
+    encoded: bytes
+    size: Size | None
+
+
+def _file(
+    drawn: Tensor,
+    output: OutputOptions,
+    metadata: Mapping[str, str],
+    *,
+    composite: bool = False,
+    sign: Sign | None = None,
+) -> _File:
+    """Bring an image to the size that was asked for, and encode it; where that is another than the
+    model draws, the metadata names both."""
+    pixels = deliver(drawn, output)
+    size = None if pixels.shape == drawn.shape else (pixels.shape[2], pixels.shape[1])
+    if size is not None:
+        own = written((drawn.shape[2], drawn.shape[1]))
+        metadata = {**metadata, "drawn": own, "delivered": written(size)}
+    encoded = encode(pixels, output, metadata, composite=composite)
+    return _File(sign(encoded, output.format, composite) if sign else encoded, size)
 
 
 async def _partial_images(queued: QueuedRequest) -> AsyncIterator[tuple[int, Tensor]]:

@@ -1,9 +1,10 @@
 """The bodies of OpenAI's images API, as far as Tessera speaks it: what goes over the wire.
 
-Fields, types and defaults are those that `openai.OpenAI().images.generate(...)` sends; seed, style,
+Fields, types and defaults are those that `openai.OpenAI().images.generate(...)` sends; seed,
 negative_prompt, guidance_scale, temperature, num_steps and variation travel in its `extra_body`.
-Unknown fields are refused, never ignored. null and empty text mean the default, and text that is a
-number is one, in JSON as in forms (text_values.py); a form knows no null.
+Names that no image model of OpenAI's ever took are refused. null and empty text mean the default,
+and text that is a number is one, in JSON as in forms (text_values.py); a form knows no null.
+understand.py says what comes of each field.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
-    ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
@@ -29,9 +29,9 @@ from pydantic_core import PydanticCustomError
 from starlette.datastructures import UploadFile as ParsedFile
 
 from pipeline.config import MAX_GUIDANCE, MAX_STEPS, MAX_TEMPERATURE
-from pipeline.contracts import MAX_SEED, GenerationRequest
-from serve.messages import ImageFormat, OutputOptions
-from serve.text_values import BLANK, allow_text, one_line, typed_values
+from pipeline.contracts import MAX_SEED
+from serve.messages import ImageFormat
+from serve.text_values import BLANK, allow_text, amid_blanks, one_line, typed_values
 
 CHAMPION = "champion"
 """The model name that stands for whatever is being served."""
@@ -70,6 +70,28 @@ Prompt = Annotated[
 ]
 
 
+_SIDE = "(1[6-9]|[2-9][0-9]|[1-9][0-9]{2}|1[0-9]{3}|20[0-3][0-9]|204[0-8])"
+_SIZE = rf"auto|{_SIDE}x{_SIDE}"
+
+
+def _is_size(size: str) -> str:
+    size = one_line(size)
+    if not re.fullmatch(_SIZE, size):
+        raise ValueError("write WIDTHxHEIGHT with 16 to 2048 pixels each, or 'auto'")
+    return size
+
+
+ImageSize = Annotated[
+    str,
+    AfterValidator(_is_size),
+    WithJsonSchema({"type": "string", "pattern": amid_blanks(_SIZE)}),
+]
+
+Quality = Literal["auto", "standard", "low", "medium", "high", "hd"]
+
+_UNUSED = "accepted as some model of OpenAI's takes it; unused"
+
+
 def _is_file(value: Any) -> Any:
     if not isinstance(value, ParsedFile):
         raise PydanticCustomError("file_type", "send it as a file, with a file name")
@@ -101,14 +123,21 @@ class ImageOptions(BaseModel):
 
     model: str = Field(CHAMPION, description="'champion' or the served model's own name")
     n: int = Field(1, ge=1, le=MAX_IMAGES, description="number of images; 1 for a stream")
-    size: str = Field("auto", description="WIDTHxHEIGHT as the model generates, or 'auto'")
+    size: ImageSize = Field(
+        "auto", description="WIDTHxHEIGHT, 16 to 2048 pixels each; 'auto' is the model's own"
+    )
     response_format: Literal["b64_json", "url"] = Field(
         "b64_json", description="'url' gives a data: URL; images are not stored"
     )
     output_format: ImageFormat = "png"
     output_compression: int | None = Field(
-        None, ge=0, le=100, description="quality of jpeg and webp, 100 if absent; not for png"
+        None, ge=0, le=100, description="quality of jpeg and webp, 100 if absent; unused for png"
     )
+    quality: Quality = Field(
+        "auto", description="sets num_steps: low half of the model's own, high and hd twice as many"
+    )
+    moderation: Literal["auto", "low"] | None = Field(None, description=_UNUSED)
+    input_fidelity: Literal["low", "high"] | None = Field(None, description=_UNUSED)
     background: Literal["auto", "opaque"] = Field(
         "auto", description="images are opaque: the model knows no transparency"
     )
@@ -121,7 +150,9 @@ class ImageOptions(BaseModel):
         lt=MAX_SEED + 1,  # OpenAPI's limits are floats: 2**63 is one, 2**63 - 1 is not
         description="image i is generated with seed + i; random if absent or -1",
     )
-    style: str | None = Field(None, description="one of the styles that GET /v1/models lists")
+    style: str | None = Field(
+        None, description="one of those that GET /v1/models lists; vivid and natural always pass"
+    )
     negative_prompt: Prompt | None = Field(None, description="what guidance leads away from")
     guidance_scale: float | None = Field(
         None, ge=1, le=MAX_GUIDANCE, description="classifier-free guidance; 1 switches it off"
@@ -152,54 +183,10 @@ class ImageOptions(BaseModel):
             raise ValueError("the model draws opaque pictures; leave background out")
         return value
 
-    @field_validator("output_compression")
-    @classmethod
-    def _lossy_alone(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value not in (None, 100) and info.data.get("output_format") == "png":
-            raise ValueError("png is lossless; choose output_format jpeg or webp")
-        return value
-
-    @field_validator("stream")
-    @classmethod
-    def _one_image(cls, value: bool, info: ValidationInfo) -> bool:
-        if value and info.data.get("n") != 1:
-            raise ValueError("a stream carries one picture; ask for n=1")
-        if value and info.data.get("response_format") == "url":
-            raise ValueError("a stream carries base64; ask for response_format b64_json")
-        return value
-
-    @field_validator("partial_images")
-    @classmethod
-    def _in_a_stream(cls, value: int, info: ValidationInfo) -> int:
-        if value and info.data.get("stream") is False:
-            raise ValueError("pictures in the making come in a stream; ask for stream=true")
-        return value
-
     @property
     def prompt_text(self) -> str:
         """The prompt, empty where the request has none."""
         return ""
-
-    @property
-    def output(self) -> OutputOptions:
-        """How the images are to be encoded."""
-        quality = 100 if self.output_compression is None else self.output_compression
-        return OutputOptions(self.output_format, quality)
-
-    def generation_requests(self, first_seed: int) -> list[GenerationRequest]:
-        """One request per image, each with its own seed (wrapping after MAX_SEED)."""
-        return [
-            GenerationRequest(
-                prompt=self.prompt_text,
-                seed=(first_seed + i) % (MAX_SEED + 1),
-                style=self.style,
-                guidance_scale=self.guidance_scale,
-                temperature=self.temperature,
-                num_steps=self.num_steps,
-                negative_prompt=self.negative_prompt,
-            )
-            for i in range(self.n)
-        ]
 
 
 class ImageRequest(ImageOptions):

@@ -31,6 +31,7 @@ from pipeline.config import Config, ServeConfig, load_serve_section
 from pipeline.config.overrides import stated
 from pipeline.config.section import merged
 from pipeline.errors import RecipeError
+from serve.messages import Fit
 
 
 class ApiKey(Config):
@@ -63,6 +64,11 @@ class ServiceConfig(Config):
     )
     blocked_words: tuple[str, ...] = Field((), description="in addition to serve/blocked.txt")
     c2pa: C2paConfig | None = Field(None, description="sign images; needs the extra c2pa")
+    fit: Fit = Field(
+        "pad",
+        description="what becomes of an image of another shape than the model's: 'pad' with white, "
+        "'crop', or 'refuse', which refuses every size but the model's",
+    )
     deadline_s: float = Field(
         60, gt=0, le=3600, description="seconds within which a request is answered"
     )

@@ -77,7 +77,7 @@ def allow_text(schema: dict[str, Any]) -> None:
             field["anyOf"] = [kept]
         choices = [choice for choice in field["anyOf"] if choice != {"type": "null"}]
         patterns = [pattern for choice in choices if (pattern := _as_text(choice))]
-        choices += [{"type": "string", "pattern": _around(pattern)} for pattern in patterns]
+        choices += [{"type": "string", "pattern": amid_blanks(pattern)} for pattern in patterns]
         field["anyOf"] = [*choices, NOT_SET, {"type": "null"}]
 
 
@@ -108,5 +108,6 @@ def integers(low: int, high: int) -> str:
     return "|".join([*branches, digits])
 
 
-def _around(pattern: str) -> str:
+def amid_blanks(pattern: str) -> str:
+    """A regular expression of text that may have blanks around it."""
     return rf"^[{BLANK}]*({pattern})[{BLANK}]*$"

@@ -36,6 +36,7 @@ from serve.responses import stream_events
 from serve.safety import WordList, load_safety
 from serve.schemas import ImageRequest
 from serve.settings import ApiKey, ServiceConfig, resolve_service
+from serve.understand import understand
 
 KEY, DIGEST = new_key()
 KEYED = ServiceConfig(
@@ -476,7 +477,8 @@ def test_a_stream_that_fails_is_no_success() -> None:
         request.scope["app"] = SimpleNamespace(
             state=SimpleNamespace(pool=SimpleNamespace(model_info=lambda: asyncio.sleep(0, MODEL)))
         )
-        told = stream_events("image_generation", ImageRequest(prompt="a"), IMAGE, late(), request)
+        asked = understand(ImageRequest(prompt="a"), None, MODEL, ServiceConfig())
+        told = stream_events("image_generation", asked, IMAGE, late(), request)
         await StreamingResponse(told)(scope, receive, send)
 
     sent: list[Any] = []

@@ -6,17 +6,24 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from direct import ask_replica, generation
+from harness import settings
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from serve.messages import Fit, ModelInfo
+from serve.schemas import ImageRequest
+from serve.settings import ServiceConfig
 from serve.text_values import integers
+from serve.understand import understand
 
 
 def opened(answer: Any, index: int = 0) -> Image.Image:
@@ -95,3 +102,131 @@ def test_the_longest_prompts_leave_room_in_every_file(kind: str, char: str, tmp_
 def test_the_schema_knows_integers_as_text(low: int, high: int, number: int) -> None:
 
     assert bool(re.fullmatch(integers(low, high), str(number))) == (low <= number <= high)
+
+
+UNUSED: list[tuple[dict[str, Any], str]] = [
+    ({}, ""),
+    ({"quality": "auto", "background": "auto", "output_format": "png", "size": "auto"}, ""),
+    ({"quality": "standard", "size": "auto"}, ""),
+    ({"quality": "low"}, ""),
+    ({"quality": "hd", "num_steps": 3}, "quality"),
+    ({"style": "vivid"}, "style"),
+    ({"style": "noto"}, ""),
+    ({"moderation": "low"}, "moderation"),
+    ({"moderation": "auto", "quality": "low", "num_steps": 1}, "quality, moderation"),
+    ({"input_fidelity": "high"}, "input_fidelity"),
+    ({"output_compression": 100}, "output_compression"),
+    ({"output_compression": 50, "output_format": "jpeg"}, ""),
+    ({"partial_images": 2}, "partial_images"),
+    ({"stream": True, "response_format": "url"}, "response_format"),
+    ({"user": "me", "seed": 1}, ""),
+]
+
+
+@pytest.mark.parametrize(("sent", "unused"), UNUSED)
+def test_what_changes_nothing_is_named(
+    sent: dict[str, Any], unused: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="ray.serve"):
+        (answer,), (job,) = ask_replica([generation(**sent)], tmp_path)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers.get("x-tessera-unused", "") == unused
+    (line,) = [record.http for record in caplog.records if hasattr(record, "http")]
+    assert ", ".join(line.get("unused", ())) == unused
+    assert job.request.style == (sent.get("style") if "style" not in unused else None)
+
+
+@pytest.mark.parametrize(
+    ("quality", "steps"),
+    [("auto", None), ("standard", None), ("medium", None), ("low", 6), ("high", 24), ("hd", 24)],
+)
+def test_quality_is_a_number_of_steps(quality: str, steps: int | None, tmp_path: Path) -> None:
+    asked = [generation(quality=quality)]
+    (answer,), (job,) = ask_replica(asked, tmp_path, num_steps=12)
+    assert (answer.status_code, job.request.num_steps) == (200, steps)
+    _, (job,) = ask_replica(asked, tmp_path, num_steps=1)
+    assert job.request.num_steps in (None, 1, 2)
+    _, (job,) = ask_replica(asked, tmp_path, num_steps=50)
+    assert job.request.num_steps in (None, 25, 64)
+
+
+def test_a_style_of_the_model_is_drawn_whatever_its_name(tmp_path: Path) -> None:
+    (answer,), (job,) = ask_replica([generation(style="vivid")], tmp_path, styles=("vivid",))
+    assert job.request.style == "vivid" and "x-tessera-unused" not in answer.headers
+
+
+def test_a_model_of_fixed_steps_says_that_quality_is_unused() -> None:
+    body = ImageRequest(prompt="a", quality="high")
+    fixed = ModelInfo("tiny", "3", 64, (), loaded=0, num_steps=None)
+    understood = understand(body, None, fixed, ServiceConfig())
+    assert (understood.request.num_steps, understood.unused) == (None, ("quality",))
+
+
+def described(image: Image.Image) -> dict[str, str]:
+    """What a PNG says of itself."""
+    return dict(image.text)  # type: ignore[attr-defined]
+
+
+def drawn(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.parametrize("size", ["512x512", "1024x1024", "32x32", " 256x256 "])
+def test_a_square_of_any_size_is_the_drawn_one_resized(size: str, tmp_path: Path) -> None:
+    asked = [generation(seed=1, size="auto"), generation(seed=1, size=size)]
+    (plain, resized), _ = ask_replica(asked, tmp_path)
+    side = int(size.split("x")[0])
+    wanted = opened(plain).resize((side, side), Image.Resampling.LANCZOS)
+    assert np.array_equal(drawn(opened(resized)), drawn(wanted))
+    assert resized.json()["size"] == f"{side}x{side}"
+    said = described(opened(resized))
+    assert (said["drawn"], said["delivered"]) == ("64x64", f"{side}x{side}")
+    assert plain.json()["size"] == "64x64" and "drawn" not in described(opened(plain))
+
+
+@pytest.mark.parametrize("size", ["1792x1024", "1024x1792", "2048x16", "16x2048"])
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+@pytest.mark.parametrize("fit", ["pad", "crop"])
+def test_another_shape_is_padded_or_cropped(size: str, kind: str, fit: Fit, tmp_path: Path) -> None:
+    service = settings(fit=fit)
+    (answer,), _ = ask_replica([generation(size=size, output_format=kind)], tmp_path, service)
+    image = opened(answer)
+    assert (f"{image.width}x{image.height}", answer.json()["size"]) == (size, size)
+    if kind == "png":
+        corner = drawn(image)[:, :3] if image.width > image.height else drawn(image)[:3]
+        assert bool((corner == 255).all()) == (fit == "pad")
+
+
+def test_a_setting_refuses_other_sizes(tmp_path: Path) -> None:
+    asked = [generation(size="512x512"), generation(size="64x64"), generation(size="auto")]
+    answers, _ = ask_replica(asked, tmp_path, settings(fit="refuse"))
+    assert [answer.status_code for answer in answers] == [400, 200, 200]
+    assert answers[0].json()["error"]["param"] == "size"
+    assert "64x64" in answers[0].json()["error"]["message"]
+
+
+def test_a_stream_delivers_the_size_too(tmp_path: Path) -> None:
+    (answer,), _ = ask_replica([generation(size="96x64", stream=True, partial_images=1)], tmp_path)
+    events = [json.loads(line[6:]) for line in answer.text.splitlines() if line[:5] == "data:"]
+    assert [event["size"] for event in events] == ["96x64"] * 2
+    for event in events:
+        image = Image.open(io.BytesIO(base64.b64decode(event["b64_json"])), formats=["PNG"])
+        assert image.size == (96, 64)
+
+
+def test_each_size_is_kept_as_an_image_of_its_own(tmp_path: Path) -> None:
+    sizes = ("64x64", "auto", "128x128", "128x64", "128x128")
+    answers, jobs = ask_replica(
+        [generation(seed=1, size=size) for size in sizes], tmp_path, settings()
+    )
+    assert [answer.json()["size"] for answer in answers] == [
+        "64x64", "64x64", "128x128", "128x64", "128x128",
+    ]  # fmt: skip
+    assert len(jobs) == 3
+
+
+def test_pixels_are_charged_as_they_are_delivered() -> None:
+    model = ModelInfo("tiny", "3", 64, (), loaded=0)
+    for size, pixels in (("auto", 4096), ("32x32", 4096), ("1024x512", 524_288)):
+        body = ImageRequest(prompt="a", size=size)
+        assert understand(body, None, model, ServiceConfig()).pixels == pixels

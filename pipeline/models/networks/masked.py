@@ -304,6 +304,7 @@ class MaskedGenerator:
         self._condition = lru_cache(MAX_CONDITIONINGS)(condition)
         self.styles = spec.styles
         self.image_size = parts.tokenizer.image_size
+        self.num_steps = config.num_steps
 
     def generate(
         self, requests: Sequence[GenerationRequest], *, on_step: OnStep | None = None
