@@ -28,14 +28,13 @@ from serve.cache import MAX_KEY_CHARS
 from serve.errors import CODE_HEADER, REQUEST_ID, install_error_handlers
 from serve.guard import MULTIPART, GuardedRoute
 from serve.listener import Address, listening
-from serve.messages import Upload
+from serve.messages import GeneratedImage, PartialImage, Upload
 from serve.metrics import Metrics
 from serve.middleware import BodyMiddleware, OriginGuardMiddleware, RequestLogMiddleware
 from serve.pool import ReplicaPool
 from serve.responses import images_response, model_entry, stream_events
 from serve.safety import load_safety
 from serve.schemas import (
-    CHAMPION,
     EditRequest,
     ErrorEnvelope,
     Health,
@@ -48,10 +47,16 @@ from serve.schemas import (
 )
 from serve.service import Client, ImageService
 from serve.settings import ServiceConfig
-from serve.understand import Understood, check_model
+from serve.understand import Understood, check_model, model_names
 
-UNUSED_HEADER = "x-tessera-unused"
+_OWN = "x-tessera-"
+UNUSED_HEADER = f"{_OWN}unused"
 """The fields that were sent and change nothing, by name."""
+TOKENS_HEADERS = {
+    "prompt": f"{_OWN}prompt-tokens",
+    "negative_prompt": f"{_OWN}negative-prompt-tokens",
+}
+"""By field, of a prompt that is cut: tokens used/given."""
 
 GENERATOR = "generator"
 """The name of the generator deployment."""
@@ -64,6 +69,11 @@ async def _pool(request: Request) -> ReplicaPool:
 
 async def _service(request: Request) -> ImageService:
     service: ImageService = request.app.state.image_service
+    return service
+
+
+async def _settings(request: Request) -> ServiceConfig:
+    service: ServiceConfig = request.app.state.settings
     return service
 
 
@@ -87,6 +97,7 @@ async def _client(
 
 Pool = Annotated[ReplicaPool, Depends(_pool)]
 Service = Annotated[ImageService, Depends(_service)]
+Settings = Annotated[ServiceConfig, Depends(_settings)]
 Caller = Annotated[Client, Depends(_client)]
 
 _ENVELOPE = {"model": ErrorEnvelope, "description": "serve/README.md lists the codes"}
@@ -157,34 +168,45 @@ async def _answer(
     if not body.stream:
         images = await service.generate(asked, client)
         answer = images_response(asked, images).model_dump_json(exclude_none=True)
-        return Response(answer, headers=_notes(request, asked), media_type="application/json")
+        headers = _notes(request, asked, images[0])
+        return Response(answer, headers=headers, media_type="application/json")
     stream = service.stream(asked, client)
     first = await anext(stream)  # an error before the first image still has a status of its own
     events = stream_events(event, asked, first, stream, request)
-    return StreamingResponse(events, headers=_notes(request, asked), media_type="text/event-stream")
+    headers = _notes(request, asked, first)
+    return StreamingResponse(events, headers=headers, media_type="text/event-stream")
 
 
-def _notes(request: Request, asked: Understood) -> dict[str, str]:
-    """Headers that say what of a request was not used; the log says it, too."""
-    if not asked.unused:
-        return {}
-    request.state.log_fields["unused"] = asked.unused
-    return {UNUSED_HEADER: ", ".join(asked.unused)}
+def _notes(
+    request: Request, asked: Understood, image: PartialImage | GeneratedImage
+) -> dict[str, str]:
+    """Headers that say what of a request was not used; the log says it, too.
+
+    Args:
+        request: whose log line it is.
+        asked: what it was understood as.
+        image: any of its images.
+    """
+    headers = {TOKENS_HEADERS[name]: f"{c.used}/{c.given}" for name, c in image.cut.items()}
+    if asked.unused:
+        headers[UNUSED_HEADER] = ", ".join(asked.unused)
+    request.state.log_fields |= {name.removeprefix(_OWN): said for name, said in headers.items()}
+    return headers
 
 
 @guarded_router.get("/v1/models")
-async def list_models(pool: Pool) -> ModelList:
-    """The served model, under both of its names."""
+async def list_models(pool: Pool, service: Settings) -> ModelList:
+    """The served model, under each of its names."""
     model = await pool.model_info()
-    names = dict.fromkeys((CHAMPION, model.name))
+    names = model_names(model, service)
     return ModelList(data=[model_entry(name, model) for name in names])
 
 
 @guarded_router.get("/v1/models/{name}")
-async def get_model(name: str, pool: Pool) -> Model:
+async def get_model(name: str, pool: Pool, service: Settings) -> Model:
     """The served model, under one of its names."""
     model = await pool.model_info()
-    check_model(name, model)
+    check_model(name, model, service)
     return model_entry(name, model)
 
 
@@ -237,7 +259,7 @@ def create_api(
     api.include_router(guarded_router, dependencies=bearer)
     api.include_router(open_router)
     state = api.state
-    state.pool, state.access, state.metrics = pool, access, counted
+    state.pool, state.access, state.metrics, state.settings = pool, access, counted, service
     state.image_service = ImageService(pool, access, load_safety(service), counted, service)
     _add_middleware(api, counted, service)
     return api
@@ -258,7 +280,13 @@ def _add_middleware(api: FastAPI, counted: Metrics, service: ServiceConfig) -> N
             allow_origins=list(service.cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],  # OpenAI's clients send headers of their own
-            expose_headers=[REQUEST_ID, "retry-after", CODE_HEADER, UNUSED_HEADER],
+            expose_headers=[
+                REQUEST_ID,
+                "retry-after",
+                CODE_HEADER,
+                UNUSED_HEADER,
+                *TOKENS_HEADERS.values(),
+            ],
         )
 
 

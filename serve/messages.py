@@ -10,11 +10,12 @@ ingress imports this file and does without PyTorch.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from pipeline.contracts import GenerationRequest, TokenCount
+from pipeline.contracts import GenerationRequest, PromptTokens, TokenCount
 
 PROBE_REQUEST = GenerationRequest(prompt="a red circle")
 """Generated once by a model before it serves, and again when readiness is asked for."""
@@ -136,19 +137,24 @@ class Timing:
 
 @dataclass(frozen=True)
 class PartialImage:
-    """An image between two decoding steps, encoded; `index` counts from 0. `size` is as of a
+    """An image between two decoding steps, encoded; `index` counts from 0. The rest is as of a
     `GeneratedImage`."""
 
     index: int
     encoded: bytes = field(repr=False)
     seed: int = 0
     size: Size | None = None
+    cut: Mapping[str, PromptTokens] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """A finished image, encoded, and the model that generated it; `size` is None where it is
-    delivered as it was drawn."""
+    """A finished image, encoded, and the model that generated it.
+
+    Attributes:
+        size: as delivered; None: as it was drawn.
+        cut: by field the prompts that the model read only in part.
+    """
 
     encoded: bytes = field(repr=False)
     seed: int
@@ -156,6 +162,7 @@ class GeneratedImage:
     timing: Timing | None = None
     tokens: TokenCount | None = None
     size: Size | None = None
+    cut: Mapping[str, PromptTokens] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

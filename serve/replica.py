@@ -20,7 +20,12 @@ import torch
 from torch import Tensor
 
 from pipeline.bundles.provenance import UNFINISHED, describe
-from pipeline.contracts import GenerationRequest, ImageGenerator
+from pipeline.contracts import (
+    GenerationRequest,
+    ImageGenerator,
+    PromptCountingGenerator,
+    PromptTokens,
+)
 from pipeline.errors import RequestError
 from serve.batch import DeadlineExceeded, QueuedRequest
 from serve.content_credentials import Sign, load_signer
@@ -89,18 +94,20 @@ class GeneratorReplica:
 
     async def generate(self, job: ImageJob) -> GeneratedImage | Refusal:
         """Generate one image, together with whatever else waits."""
-        prepared = await self._prepare(job)
-        if isinstance(prepared, Refusal):
-            return prepared
+        try:
+            prepared = await self._prepare(job)
+        except RequestError as error:
+            return Refusal(str(error), error.param)
         return await self._finish(job, prepared, self._submit(job, prepared))
 
     async def stream(self, job: ImageJob) -> AsyncIterator[PartialImage | GeneratedImage | Refusal]:
         """Partial images of one image, then the image."""
-        prepared = await self._prepare(job)
-        if isinstance(prepared, Refusal):
-            yield prepared
+        try:
+            prepared = await self._prepare(job)
+        except RequestError as error:
+            yield Refusal(str(error), error.param)
             return
-        queued = self._submit(job, prepared)
+        seed, queued = prepared.request.seed, self._submit(job, prepared)
         try:
             async for index, pixels in _partial_images(queued):
                 file = partial(_file, output=job.output, metadata=UNFINISHED)
@@ -108,36 +115,39 @@ class GeneratorReplica:
                 if isinstance(made, Refusal):
                     yield made
                     return
-                yield PartialImage(index, made.encoded, prepared.seed, made.size)
+                yield PartialImage(index, made.encoded, seed, made.size, prepared.cut)
             yield await self._finish(job, prepared, queued)
         finally:
             queued.done.cancel()
 
-    def _submit(self, job: ImageJob, request: GenerationRequest) -> QueuedRequest:
+    def _submit(self, job: ImageJob, prepared: _Prepared) -> QueuedRequest:
         return self._engine.submit(
-            request,
+            prepared.request,
             deadline=job.deadline,
             num_partial_images=job.num_partial_images,
             num_following=job.num_following,
         )
 
-    async def _prepare(self, job: ImageJob) -> GenerationRequest | Refusal:
-        """The request with its upload as a canvas; one upload at a time, because a large one takes
-        250 MB while it is decoded."""
-        if job.upload is None:
-            return job.request
-        try:
+    async def _prepare(self, job: ImageJob) -> _Prepared:
+        """What a job takes before it is queued; one upload at a time, because a large one takes
+        250 MB while it is decoded.
+
+        Raises:
+            RequestError: the upload cannot be used.
+        """
+        request, cut = job.request, await asyncio.to_thread(_cut, job.request, self._engine.model)
+        if job.upload is not None:
             made = await asyncio.get_running_loop().run_in_executor(
                 self._uploads, canvas, job.upload, self._served.info.image_size
             )
-        except RequestError as error:
-            return Refusal(str(error), error.param)
-        return dataclasses.replace(job.request, canvas=made)
+            request = dataclasses.replace(request, canvas=made)
+        return _Prepared(request, cut)
 
     async def _finish(
-        self, job: ImageJob, request: GenerationRequest, queued: QueuedRequest
+        self, job: ImageJob, prepared: _Prepared, queued: QueuedRequest
     ) -> GeneratedImage | Refusal:
         """Await the outcome; encode the image with its provenance."""
+        request = prepared.request
         try:
             raw = await queued.done
         except RequestError as error:
@@ -158,7 +168,9 @@ class GeneratorReplica:
             return made
         encode_s = time.monotonic() - began
         timing = Timing(raw.queue_s, raw.model_s, encode_s, batch_size=raw.batch_size)
-        return GeneratedImage(made.encoded, request.seed, info, timing, raw.tokens, made.size)
+        return GeneratedImage(
+            made.encoded, request.seed, info, timing, raw.tokens, made.size, prepared.cut
+        )
 
     def _checked(self, pixels: Tensor, file: Callable[[Tensor], _File]) -> _File | Refusal:
         """A finished or unfinished image as a file, or why the safety hook refuses it."""
@@ -166,6 +178,23 @@ class GeneratorReplica:
         if reason is not None:
             return Refusal(reason, None, "content_policy_violation")
         return file(pixels)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """A job's request with its canvas, and by field the prompts that the model reads in part."""
+
+    request: GenerationRequest
+    cut: Mapping[str, PromptTokens]
+
+
+def _cut(request: GenerationRequest, model: ImageGenerator) -> dict[str, PromptTokens]:
+    """By field, the prompts of a request that are longer than the model reads."""
+    if not isinstance(model, PromptCountingGenerator):
+        return {}
+    prompts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
+    counted = {name: model.count_prompt(prompt) for name, prompt in prompts.items() if prompt}
+    return {name: tokens for name, tokens in counted.items() if tokens.used < tokens.given}
 
 
 @dataclasses.dataclass(frozen=True)

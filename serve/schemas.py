@@ -121,7 +121,7 @@ class ImageOptions(BaseModel):
         json_schema_extra=allow_text,
     )
 
-    model: str = Field(CHAMPION, description="'champion' or the served model's own name")
+    model: str = Field(CHAMPION, description="one of the names that GET /v1/models lists")
     n: int = Field(1, ge=1, le=MAX_IMAGES, description="number of images; 1 for a stream")
     size: ImageSize = Field(
         "auto", description="WIDTHxHEIGHT, 16 to 2048 pixels each; 'auto' is the model's own"

@@ -33,6 +33,12 @@ from pipeline.config.section import merged
 from pipeline.errors import RecipeError
 from serve.messages import Fit
 
+OPENAI_MODELS = (
+    "dall-e-2", "dall-e-3", "gpt-image-1", "gpt-image-1-mini", "gpt-image-1.5",
+    "chatgpt-image-latest",
+)  # fmt: skip
+"""The image models of OpenAI, whose names are written into many clients."""
+
 
 class ApiKey(Config):
     """One client. The key itself is stored nowhere, only its digest."""
@@ -59,6 +65,11 @@ class ServiceConfig(Config):
         False, description="serve without keys even where other machines reach it"
     )
     cors_origins: tuple[str, ...] = Field((), description="web pages that may call, by origin")
+    aliases: tuple[str, ...] | None = Field(
+        None,
+        description="further names that requests may call the model by; None: OPENAI_MODELS where "
+        "this machine alone is served, else none",
+    )
     safety: str = Field(
         "words", description="'words', 'off', or module:factory of a serve.safety.Safety"
     )
@@ -85,6 +96,19 @@ class ServiceConfig(Config):
     )
     log_format: Literal["json", "text"] = Field("json", description="of the replicas' logs")
     serve: ServeConfig = Field(ServeConfig(), description="replicas and batches")
+
+    @property
+    def loopback_only(self) -> bool:
+        """Whether this machine alone is served: other machines need keys, or the word to do without
+        (`check_exposure`)."""
+        return not (self.keys or self.allow_anonymous)
+
+    @property
+    def model_aliases(self) -> tuple[str, ...]:
+        """Further names that requests may call the model by."""
+        if self.aliases is None:
+            return OPENAI_MODELS if self.loopback_only else ()
+        return self.aliases
 
     @field_validator("cors_origins")
     @classmethod
@@ -156,7 +180,7 @@ def check_exposure(host: str, service: ServiceConfig) -> None:
     Raises:
         RecipeError: other machines reach `host`, and there is no key.
     """
-    if service.keys or service.allow_anonymous:
+    if not service.loopback_only:
         return
     if behind_haproxy():
         host = "0.0.0.0"  # Ray's replicas then listen on all interfaces, whatever is asked for

@@ -75,7 +75,7 @@ def understand(
     Raises:
         ApiError: 404 another model is asked for; 400 the model cannot do it.
     """
-    check_model(body.model, model)
+    check_model(body.model, model, service)
     if upload is not None and "completion" not in model.tasks:
         raise ApiError(
             400,
@@ -107,12 +107,18 @@ def understand(
     )
 
 
-def check_model(name: str, model: ModelInfo) -> None:
-    """Raises ApiError 404 unless `name` is one of the served model's two names."""
-    if name not in (CHAMPION, model.name):
+def model_names(model: ModelInfo, service: ServiceConfig) -> tuple[str, ...]:
+    """The names that a request may call the served model by."""
+    return tuple(dict.fromkeys((CHAMPION, model.name, *service.model_aliases)))
+
+
+def check_model(name: str, model: ModelInfo, service: ServiceConfig) -> None:
+    """Raises ApiError 404 unless `name` is one of the served model's names."""
+    names = model_names(model, service)
+    if name not in names:
         raise ApiError(
             404,
-            f"the model {quoted(name)} is not served here; use {CHAMPION!r} or {model.name!r}",
+            f"the model {quoted(name)} is not served here; use one of: {', '.join(names)}",
             code="model_not_found",
             param="model",
         )

@@ -15,6 +15,7 @@ from harness import CONFIG, SLOW_S, HashGenerator, Running
 from PIL import Image
 
 from pipeline.contracts import MAX_SEED
+from serve.settings import OPENAI_MODELS
 
 
 def draw(server: Running, prompt: str = "a red apple", **extra: Any) -> Any:
@@ -119,11 +120,11 @@ def test_overload_is_answered_429(server: Running) -> None:
 
 def test_models(server: Running) -> None:
     models = server.openai().models.list().data
-    assert [model.id for model in models] == ["champion", "tiny"]
+    assert [model.id for model in models] == ["champion", "tiny", *OPENAI_MODELS]
     assert models[0].styles == list(HashGenerator.styles)
     assert server.openai().models.retrieve("tiny").version == "3"
     with pytest.raises(openai.NotFoundError) as caught:
-        server.openai().images.generate(model="dall-e-3", prompt="a cat")
+        server.openai().images.generate(model="sdxl", prompt="a cat")
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
 
 

@@ -69,7 +69,7 @@ MISTAKES: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({**OK, "input_fidelity": "none"}, 400, "input_fidelity", "invalid_value"),
     ({**OK, "guidance": 3}, 400, "guidance", "unknown_parameter"),
     ({**OK, "x" * 500: 1}, 400, "x" * 64, "unknown_parameter"),
-    ({**OK, "model": "dall-e-3"}, 404, "model", "model_not_found"),
+    ({**OK, "model": "sdxl"}, 404, "model", "model_not_found"),
     ({**OK, "model": 7}, 400, "model", "invalid_type"),
 ]
 
@@ -129,7 +129,7 @@ RAW: list[tuple[str, str, bytes, dict[str, str], int, str | None, str]] = [
     ("GET", "images/generations", b"", {}, 405, None, "method_not_allowed"),
     ("POST", "images/generations/", b"{}", JSON, 404, None, "unknown_url"),
     ("GET", "nothing/%00/here", b"", {}, 404, None, "unknown_url"),
-    ("GET", "models/dall-e-3", b"", {}, 404, "model", "model_not_found"),
+    ("GET", "models/sdxl", b"", {}, 404, "model", "model_not_found"),
 ]
 
 

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from direct import ask_replica, generation
+from direct import Ask, ask_replica, generation
 from harness import settings
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipeline.contracts import PromptTokens
 from serve.messages import Fit, ModelInfo
 from serve.schemas import ImageRequest
 from serve.settings import ServiceConfig
@@ -132,7 +133,7 @@ def test_what_changes_nothing_is_named(
     assert answer.status_code == 200, answer.text
     assert answer.headers.get("x-tessera-unused", "") == unused
     (line,) = [record.http for record in caplog.records if hasattr(record, "http")]
-    assert ", ".join(line.get("unused", ())) == unused
+    assert line.get("unused", "") == unused
     assert job.request.style == (sent.get("style") if "style" not in unused else None)
 
 
@@ -230,3 +231,52 @@ def test_pixels_are_charged_as_they_are_delivered() -> None:
     for size, pixels in (("auto", 4096), ("32x32", 4096), ("1024x512", 524_288)):
         body = ImageRequest(prompt="a", size=size)
         assert understand(body, None, model, ServiceConfig()).pixels == pixels
+
+
+def words_read(prompt: str) -> PromptTokens:
+    """A model that reads eight words."""
+    given = len(prompt.split())
+    return PromptTokens(min(given, 8), given)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_cut_of_a_prompt_is_told(stream: bool, tmp_path: Path) -> None:
+    asked = [
+        generation(prompt="word " * 30, negative_prompt="word " * 9, seed=1, stream=stream),
+        generation(prompt="word " * 30, seed=1, stream=stream),
+        generation(prompt="word " * 8, negative_prompt="word", seed=1, stream=stream),
+    ]
+    answers, _ = ask_replica(asked + asked, tmp_path, settings(), count_prompt=words_read)
+    told = [
+        (answer.headers.get("x-tessera-prompt-tokens"),
+         answer.headers.get("x-tessera-negative-prompt-tokens"))
+        for answer in answers
+    ]  # fmt: skip
+    assert told == [("8/30", "8/9"), ("8/30", None), (None, None)] * 2
+
+
+LISTED: Ask = ("GET", "/v1/models", {})
+
+
+@pytest.mark.parametrize(
+    ("service", "served", "refused"),
+    [
+        (settings(), ["gpt-image-1", "dall-e-2", "dall-e-3"], ["sdxl"]),
+        (settings(aliases=("sdxl",)), ["sdxl"], ["dall-e-3"]),
+        (settings(aliases=()), [], ["dall-e-3"]),
+        (settings(allow_anonymous=True), [], ["dall-e-3"]),
+        (settings(allow_anonymous=True, aliases=("dall-e-3",)), ["dall-e-3"], ["dall-e-2"]),
+    ],
+)
+def test_names_that_clients_have_fixed(
+    service: ServiceConfig, served: list[str], refused: list[str], tmp_path: Path
+) -> None:
+    names = ["champion", "tiny", *served, *refused]
+    asked = [generation(model=name) for name in names]
+    asked += [("GET", f"/v1/models/{name}", {}) for name in names]
+    (models, *answers), _ = ask_replica([LISTED, *asked], tmp_path, service)
+    statuses = [answer.status_code for answer in answers]
+    assert statuses == ([200] * (2 + len(served)) + [404] * len(refused)) * 2
+    assert {answer.json()["model"] for answer in answers[: 2 + len(served)]} == {"tiny"}
+    listed = [model["id"] for model in models.json()["data"]]
+    assert set(names) - set(refused) <= set(listed) and not set(refused) & set(listed)
