@@ -132,9 +132,10 @@ async def edit_image(
     service: Service,
     body: Annotated[EditRequest, Form(media_type=MULTIPART)],
 ) -> Response:
-    """Generate an image anew where its mask is transparent; all else stays as it is."""
+    """Generate an image anew where its mask says so, and all else stays as it is; without a mask,
+    anywhere, as much as `strength` says."""
     mask = await body.mask.read() if body.mask else None
-    upload = Upload(await body.image.read(), mask)
+    upload = Upload(await body.image.read(), mask, share=body.strength)
     return await _answer(request, service, client, body, "image_edit", upload)
 
 
@@ -146,7 +147,8 @@ async def vary_image(
     body: Annotated[VariationRequest, Form(media_type=MULTIPART)],
 ) -> Response:
     """Generate an image again, a share of its tokens anew."""
-    upload = Upload(await body.image.read(), share=body.variation)
+    image = await body.image.read()
+    upload = Upload(image, share=body.variation, transparency_is_mask=False)
     return await _answer(request, service, client, body, "image_variation", upload)
 
 
@@ -188,8 +190,8 @@ def _notes(
         image: any of its images.
     """
     headers = {TOKENS_HEADERS[name]: f"{c.used}/{c.given}" for name, c in image.cut.items()}
-    if asked.unused:
-        headers[UNUSED_HEADER] = ", ".join(asked.unused)
+    if unused := (*asked.unused, *image.unused):
+        headers[UNUSED_HEADER] = ", ".join(unused)
     request.state.log_fields |= {name.removeprefix(_OWN): said for name, said in headers.items()}
     return headers
 

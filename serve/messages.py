@@ -82,26 +82,36 @@ class OutputOptions:
     fit: Fit = "pad"
 
 
+STRENGTH = 0.8
+"""Share of an image's tokens that an edit without a mask generates anew, unless it says otherwise:
+the shipped base begins to follow the prompt at 0.7 and keeps the layout up to 0.9."""
+
+
 @dataclass(frozen=True)
 class Upload:
     """A client's image to start from: still encoded, and not looked at yet.
 
     Attributes:
-        image: a square PNG, WebP or JPEG.
-        mask: a PNG of the same size, fully transparent where the image is generated anew. None:
-            the image's own transparency is the mask, unless `share` is given.
-        share: fraction of the image tokens that is generated anew, in (0, 1].
+        image: a PNG, WebP or JPEG.
+        mask: an image of the same shape that says where to generate anew: it is fully transparent
+            there, or white in black.
+        share: fraction of the image tokens that is generated anew where nothing says which, in
+            (0, 1]; None: STRENGTH.
+        transparency_is_mask: without `mask`, the image is generated anew where it is fully
+            transparent, if it is so anywhere.
     """
 
     image: bytes = field(repr=False)
     mask: bytes | None = field(default=None, repr=False)
     share: float | None = None
+    transparency_is_mask: bool = True
 
     @cached_property
     def digest(self) -> bytes:
         """sha256 of the whole upload, computed once for all images that start from it."""
         files = [file and hashlib.sha256(file).digest() for file in (self.image, self.mask)]
-        return hashlib.sha256(repr((files, self.share)).encode()).digest()
+        content = files, self.share, self.transparency_is_mask
+        return hashlib.sha256(repr(content).encode()).digest()
 
 
 @dataclass(frozen=True)
@@ -145,6 +155,7 @@ class PartialImage:
     seed: int = 0
     size: Size | None = None
     cut: Mapping[str, PromptTokens] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -154,6 +165,7 @@ class GeneratedImage:
     Attributes:
         size: as delivered; None: as it was drawn.
         cut: by field the prompts that the model read only in part.
+        unused: fields that were sent and change nothing, as the replica alone can tell.
     """
 
     encoded: bytes = field(repr=False)
@@ -163,6 +175,7 @@ class GeneratedImage:
     tokens: TokenCount | None = None
     size: Size | None = None
     cut: Mapping[str, PromptTokens] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

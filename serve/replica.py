@@ -29,7 +29,7 @@ from pipeline.contracts import (
 from pipeline.errors import RequestError
 from serve.batch import DeadlineExceeded, QueuedRequest
 from serve.content_credentials import Sign, load_signer
-from serve.delivery import deliver
+from serve.delivery import Placement, deliver
 from serve.encode import encode
 from serve.engine import Engine, model_thread
 from serve.messages import (
@@ -46,7 +46,7 @@ from serve.messages import (
 )
 from serve.safety import load_safety
 from serve.settings import ServiceConfig
-from serve.uploads import canvas
+from serve.uploads import lay_out
 from serve.versions import FindVersion, FollowedModel, ModelVersion, load_newest
 
 
@@ -110,12 +110,14 @@ class GeneratorReplica:
         seed, queued = prepared.request.seed, self._submit(job, prepared)
         try:
             async for index, pixels in _partial_images(queued):
-                file = partial(_file, output=job.output, metadata=UNFINISHED)
+                file = partial(_file, job.output, prepared.placement, metadata=UNFINISHED)
                 made = await asyncio.to_thread(self._checked, pixels, file)
                 if isinstance(made, Refusal):
                     yield made
                     return
-                yield PartialImage(index, made.encoded, seed, made.size, prepared.cut)
+                yield PartialImage(
+                    index, made.encoded, seed, made.size, prepared.cut, prepared.unused
+                )
             yield await self._finish(job, prepared, queued)
         finally:
             queued.done.cancel()
@@ -136,12 +138,15 @@ class GeneratorReplica:
             RequestError: the upload cannot be used.
         """
         request, cut = job.request, await asyncio.to_thread(_cut, job.request, self._engine.model)
-        if job.upload is not None:
-            made = await asyncio.get_running_loop().run_in_executor(
-                self._uploads, canvas, job.upload, self._served.info.image_size
-            )
-            request = dataclasses.replace(request, canvas=made)
-        return _Prepared(request, cut)
+        if job.upload is None:
+            return _Prepared(request, cut)
+        image_size, fit = self._served.info.image_size, job.output.fit
+        laid_out = await asyncio.get_running_loop().run_in_executor(
+            self._uploads, lay_out, job.upload, image_size, fit
+        )
+        request = dataclasses.replace(request, canvas=laid_out.canvas)
+        given = laid_out.masked and job.upload.share is not None
+        return _Prepared(request, cut, laid_out.placement, ("strength",) if given else ())
 
     async def _finish(
         self, job: ImageJob, prepared: _Prepared, queued: QueuedRequest
@@ -159,18 +164,19 @@ class GeneratorReplica:
             raise
         info, began = self._served.info_of(raw.model), time.monotonic()
         metadata = describe(request, model=info.name, version=info.version)
-        composite = request.canvas is not None
         file = partial(
-            _file, output=job.output, metadata=metadata, composite=composite, sign=self._sign
-        )
+            _file, job.output, prepared.placement,
+            metadata=metadata, composite=request.canvas is not None, sign=self._sign,
+        )  # fmt: skip
         made = await asyncio.to_thread(self._checked, raw.pixels, file)
         if isinstance(made, Refusal):
             return made
         encode_s = time.monotonic() - began
         timing = Timing(raw.queue_s, raw.model_s, encode_s, batch_size=raw.batch_size)
         return GeneratedImage(
-            made.encoded, request.seed, info, timing, raw.tokens, made.size, prepared.cut
-        )
+            made.encoded, request.seed, info, timing, raw.tokens, made.size,
+            prepared.cut, prepared.unused,
+        )  # fmt: skip
 
     def _checked(self, pixels: Tensor, file: Callable[[Tensor], _File]) -> _File | Refusal:
         """A finished or unfinished image as a file, or why the safety hook refuses it."""
@@ -182,10 +188,12 @@ class GeneratorReplica:
 
 @dataclasses.dataclass(frozen=True)
 class _Prepared:
-    """A job's request with its canvas, and by field the prompts that the model reads in part."""
+    """A job's request with its canvas; the rest is as of a GeneratedImage and a LaidOut."""
 
     request: GenerationRequest
     cut: Mapping[str, PromptTokens]
+    placement: Placement | None = None
+    unused: tuple[str, ...] = ()
 
 
 def _cut(request: GenerationRequest, model: ImageGenerator) -> dict[str, PromptTokens]:
@@ -206,16 +214,17 @@ class _File:
 
 
 def _file(
-    drawn: Tensor,
     output: OutputOptions,
-    metadata: Mapping[str, str],
+    placement: Placement | None,
+    drawn: Tensor,
     *,
+    metadata: Mapping[str, str],
     composite: bool = False,
     sign: Sign | None = None,
 ) -> _File:
-    """Bring an image to the size that was asked for, and encode it; where that is another than the
-    model draws, the metadata names both."""
-    pixels = deliver(drawn, output)
+    """Bring an image to the shape and size that were asked for, and encode it; where that is not as
+    the model draws, the metadata names both sizes."""
+    pixels = deliver(drawn, output, placement)
     size = None if pixels.shape == drawn.shape else (pixels.shape[2], pixels.shape[1])
     if size is not None:
         own = written((drawn.shape[2], drawn.shape[1]))

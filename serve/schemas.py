@@ -30,7 +30,7 @@ from starlette.datastructures import UploadFile as ParsedFile
 
 from pipeline.config import MAX_GUIDANCE, MAX_STEPS, MAX_TEMPERATURE
 from pipeline.contracts import MAX_SEED
-from serve.messages import ImageFormat
+from serve.messages import STRENGTH, ImageFormat
 from serve.text_values import BLANK, allow_text, amid_blanks, one_line, typed_values
 
 CHAMPION = "champion"
@@ -207,18 +207,25 @@ class UploadForm(BaseModel):
     image: ImageFile = Field(
         exclude=True,
         validation_alias=AliasChoices("image", "image[]"),  # OpenAI's client may send a list of one
-        description="square PNG, WebP or JPEG to start from",
+        description="PNG, WebP or JPEG to start from",
     )
 
 
 class EditRequest(ImageRequest, UploadForm):
-    """POST /v1/images/edits, a form: what to draw where the mask is transparent."""
+    """POST /v1/images/edits, a form: what to draw where the mask says so, or anywhere."""
 
     mask: ImageFile | None = Field(
         None,
         exclude=True,
-        description="PNG of the same size, transparent where to draw; without one the image's own "
-        "transparency counts",
+        description="image of the same shape, where to draw fully transparent, or white in black; "
+        "without one the image's own transparency counts",
+    )
+    strength: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="without a mask: share of the image's tokens that is generated anew, "
+        f"{STRENGTH:g} if absent",
     )
 
 

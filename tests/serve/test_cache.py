@@ -35,7 +35,11 @@ def test_a_kept_picture_does_not_keep_its_upload() -> None:
         replace(JOB, upload=None),
         replace(JOB, upload=Upload(bytes(10**6))),
         replace(JOB, upload=Upload(bytes(10**6), share=0.5)),
+        replace(JOB, upload=Upload(bytes(10**6), share=0.5, transparency_is_mask=False)),
         replace(JOB, upload=Upload(b"mask", mask=bytes(10**6))),
+        replace(JOB, output=OutputOptions(size=(128, 64))),
+        replace(JOB, output=OutputOptions(size=(64, 128))),
+        replace(JOB, output=OutputOptions(fit="crop")),
     ],
 )
 def test_what_the_picture_depends_on_is_another_picture(other: ImageJob) -> None:

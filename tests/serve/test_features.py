@@ -165,12 +165,12 @@ MASK = ("mask.png", png(mask()))
 FORMS: list[tuple[str, dict[str, Any], Any, int, str | None, str]] = [
     ("edits", {"prompt": "a"}, {"mask": MASK}, 400, "image", "missing_required_parameter"),
     ("edits", {}, {"image": IMAGE, "mask": MASK}, 400, "prompt", "missing_required_parameter"),
-    ("edits", {"prompt": "a"}, {"image": IMAGE}, 400, "mask", "invalid_value"),
+    ("edits", {"prompt": "a", "strength": "0"}, {"image": IMAGE}, 400, "strength", "invalid_value"),
     ("edits", {"prompt": "a"}, {"image": IMAGE, "mask": IMAGE}, 400, "mask", "invalid_value"),
     (
         "edits",
         {"prompt": "a"},
-        {"image": IMAGE, "mask": ("m.png", png(mask(64)))},
+        {"image": IMAGE, "mask": ("m.png", png(mask().crop((0, 0, 128, 64))))},
         400,
         "mask",
         "invalid_value",
@@ -229,7 +229,7 @@ FORMS: list[tuple[str, dict[str, Any], Any, int, str | None, str]] = [
     (
         "variations",
         {},
-        {"image": ("a.png", png(source().crop((0, 0, 100, 50))))},
+        {"image": ("a.png", png(source().resize((200, 20))))},
         400,
         "image",
         "invalid_value",

@@ -17,10 +17,10 @@ from direct import Ask, ask_replica, generation
 from harness import settings
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from pipeline.contracts import PromptTokens
-from serve.messages import Fit, ModelInfo
+from serve.messages import STRENGTH, Fit, ModelInfo
 from serve.schemas import ImageRequest
 from serve.settings import ServiceConfig
 from serve.text_values import integers
@@ -280,3 +280,112 @@ def test_names_that_clients_have_fixed(
     assert {answer.json()["model"] for answer in answers[: 2 + len(served)]} == {"tiny"}
     listed = [model["id"] for model in models.json()["data"]]
     assert set(names) - set(refused) <= set(listed) and not set(refused) & set(listed)
+
+
+def photo(width: int, height: int, kind: str = "JPEG") -> bytes:
+    """A photograph-like file: blue, with a red ellipse."""
+    image = Image.new("RGB", (width, height), (90, 160, 220))
+    box = (width // 4, height // 4, width // 2, height // 2)
+    ImageDraw.Draw(image).ellipse(box, fill=(200, 30, 30))
+    stream = io.BytesIO()
+    image.save(stream, kind)
+    return stream.getvalue()
+
+
+def hole(width: int, height: int, *, alpha: bool) -> bytes:
+    """A mask that is open in its upper left quarter: transparent there, or white in black."""
+    if alpha:
+        image, fill = Image.new("RGBA", (width, height), "black"), (0, 0, 0, 0)
+    else:
+        image, fill = Image.new("RGB", (width, height)), (255, 255, 255)
+    ImageDraw.Draw(image).rectangle((0, 0, width // 2 - 1, height // 2 - 1), fill=fill)
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def edit(image: bytes, mask: bytes | None = None, *, field: str = "image", **form: str) -> Ask:
+    """A request to edit an image, as a form."""
+    files = [(field, ("x", image))] + ([("mask", ("m.png", mask))] if mask else [])
+    return "POST", "/v1/images/edits", {"data": {"prompt": "a top hat"} | form, "files": files}
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "kind", "delivered"),
+    [
+        (256, 256, "PNG", "64x64"),
+        (640, 480, "JPEG", "64x48"),
+        (480, 640, "JPEG", "48x64"),
+        (1000, 125, "WEBP", "64x8"),
+    ],
+)
+def test_a_plain_photograph_is_edited_and_given_back_in_its_shape(
+    width: int, height: int, kind: str, delivered: str, tmp_path: Path
+) -> None:
+    asked = [
+        edit(photo(width, height, kind), field="image[]", model="champion", quality="auto"),
+        edit(photo(width, height, kind), strength="0.3"),
+        edit(photo(width, height, kind), size="1024x1024"),
+        edit(photo(width, height, kind), size=f"{width}x{height}"),
+    ]
+    answers, jobs = ask_replica(asked, tmp_path)
+    assert [answer.status_code for answer in answers] == [200] * 4, answers[0].text
+    assert [answer.json()["size"] for answer in answers] == [
+        delivered, delivered, "1024x1024", f"{width}x{height}",
+    ]  # fmt: skip
+    assert "{}x{}".format(*opened(answers[0]).size) == delivered
+    assert [job.upload.share for job in jobs] == [None, 0.3, None, None]
+    said = json.loads(described(opened(answers[0]))["settings"])
+    assert (said["task"], said["variation"]) == ("completion", STRENGTH)
+    assert not any("x-tessera-unused" in answer.headers for answer in answers)
+
+
+@pytest.mark.parametrize("alpha", [True, False])
+@pytest.mark.parametrize("fit", ["pad", "crop"])
+@pytest.mark.parametrize("of_the_models_size", [True, False])
+def test_a_photograph_changes_where_its_mask_is_open(
+    alpha: bool, fit: Fit, of_the_models_size: bool, tmp_path: Path
+) -> None:
+    mask = hole(64, 48, alpha=alpha) if of_the_models_size else hole(640, 480, alpha=alpha)
+    (answer,), _ = ask_replica([edit(photo(640, 480), mask)], tmp_path, settings(fit=fit))
+    assert answer.status_code == 200, answer.text
+    given = Image.open(io.BytesIO(photo(640, 480)))
+    image = opened(answer)
+    assert image.size == ((64, 48) if fit == "pad" else (85, 64))
+    changed = np.abs(drawn(image).astype(int) - drawn(given.resize(image.size))).max(2) > 60
+    width, height = image.width // 2, image.height // 2
+    start = 0 if fit == "pad" else 10  # what was cropped stays as it was
+    assert changed[: height - 2, start : width - 2].mean() > 0.8
+    assert changed[height + 2 :].mean() < 0.02 and changed[:, width + 2 :].mean() < 0.02
+    assert not changed[:, :start].any()
+
+
+def test_strength_beside_a_mask_is_named_as_unused(tmp_path: Path) -> None:
+    transparent = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    stream = io.BytesIO()
+    transparent.save(stream, "PNG")
+    asked = [
+        edit(photo(64, 64), hole(64, 64, alpha=True), strength="0.5", input_fidelity="high"),
+        edit(stream.getvalue(), strength="0.5"),
+        edit(photo(64, 64), strength="0.5"),
+    ]
+    answers, _ = ask_replica(asked, tmp_path)
+    unused = [answer.headers.get("x-tessera-unused") for answer in answers]
+    assert unused == ["input_fidelity, strength", "strength", None]
+
+
+def test_a_setting_refuses_other_shapes(tmp_path: Path) -> None:
+    asked = [edit(photo(640, 480)), edit(photo(256, 256))]
+    (refused, drawn), _ = ask_replica(asked, tmp_path, settings(fit="refuse"))
+    assert (refused.status_code, drawn.status_code) == (400, 200)
+    assert "not square" in refused.json()["error"]["message"]
+
+
+def test_several_images_are_refused_by_name(tmp_path: Path) -> None:
+    form = [("image[]", ("x.png", photo(64, 64))), ("image[]", ("y.png", photo(64, 64)))]
+    several = ("POST", "/v1/images/edits", {"data": {"prompt": "a hat"}, "files": form})
+    as_json = ("POST", "/v1/images/edits", {"json": {"prompt": "a hat", "images": []}})
+    (answer, told), _ = ask_replica([several, as_json], tmp_path)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "image")
+    assert "starts from one image" in answer.json()["error"]["message"]
+    assert told.status_code == 415 and "multipart/form-data" in told.json()["error"]["message"]
