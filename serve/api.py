@@ -1,7 +1,7 @@
 """The ingress: OpenAI's images API over HTTP.
 
     POST /v1/images/generations, /v1/images/edits, /v1/images/variations
-    GET  /v1/models, /v1/models/NAME     GET /healthz, /readyz, /metrics, /openapi.json
+    GET  /v1/models, /v1/models/NAME     GET /files/NAME, /healthz, /readyz, /metrics, /openapi.json
 
 Routes are plain FastAPI functions over a `ReplicaPool`, which tests replace:
 
@@ -10,9 +10,9 @@ Routes are plain FastAPI functions over a `ReplicaPool`, which tests replace:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from fastapi import APIRouter, Depends, FastAPI, Form, Header, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
@@ -24,11 +24,11 @@ from starlette.types import Lifespan
 
 from pipeline import __version__
 from serve.access import AccessControl
-from serve.cache import MAX_KEY_CHARS
-from serve.errors import CODE_HEADER, REQUEST_ID, install_error_handlers
+from serve.cache import MAX_KEY_CHARS, LinkedImages
+from serve.errors import CODE_HEADER, REQUEST_ID, ApiError, install_error_handlers
 from serve.guard import MULTIPART, GuardedRoute
 from serve.listener import Address, listening
-from serve.messages import GeneratedImage, PartialImage, Upload
+from serve.messages import GeneratedImage, ImageFormat, PartialImage, Upload
 from serve.metrics import Metrics
 from serve.middleware import BodyMiddleware, OriginGuardMiddleware, RequestLogMiddleware
 from serve.pool import ReplicaPool
@@ -110,6 +110,9 @@ IMAGES: dict[str, Any] = {
 }
 """What every route that generates answers with."""
 
+FILES: dict[str, Any] = {f"image/{kind}": {} for kind in get_args(ImageFormat)}
+"""What images are by media type."""
+
 guarded_router = APIRouter(route_class=GuardedRoute)
 """Routes that need an API key where there are keys."""
 
@@ -169,7 +172,8 @@ async def _answer(
     asked = await service.understand(body, upload)
     if not body.stream:
         images = await service.generate(asked, client)
-        answer = images_response(asked, images).model_dump_json(exclude_none=True)
+        urls = _links(request, client, asked, images) if asked.links else None
+        answer = images_response(asked, images, urls).model_dump_json(exclude_none=True)
         headers = _notes(request, asked, images[0])
         return Response(answer, headers=headers, media_type="application/json")
     stream = service.stream(asked, client)
@@ -177,6 +181,17 @@ async def _answer(
     events = stream_events(event, asked, first, stream, request)
     headers = _notes(request, asked, first)
     return StreamingResponse(events, headers=headers, media_type="text/event-stream")
+
+
+def _links(
+    request: Request, client: Client, asked: Understood, images: Sequence[GeneratedImage]
+) -> list[str]:
+    """URLs under which a client's images are to be had for an hour."""
+    service: ServiceConfig = request.app.state.settings
+    links: LinkedImages = request.app.state.links
+    base = (service.public_url or str(request.base_url)).rstrip("/")
+    names = [links.add(client.name, image.encoded, asked.output.format) for image in images]
+    return [f"{base}/files/{name}" for name in names]
 
 
 def _notes(
@@ -194,6 +209,20 @@ def _notes(
         headers[UNUSED_HEADER] = ", ".join(unused)
     request.state.log_fields |= {name.removeprefix(_OWN): said for name, said in headers.items()}
     return headers
+
+
+@guarded_router.get("/files/{name}", response_class=Response, responses={200: {"content": FILES}})
+async def get_file(request: Request, name: str) -> Response:
+    """An image that an answer links to; to the client that asked for it, for an hour."""
+    links: LinkedImages = request.app.state.links
+    found = links.get(request.state.client_name, name)
+    if found is None:
+        raise ApiError(
+            404,
+            "there is no such image, or no longer: URLs are good for an hour; ask for it again",
+            code="file_not_found",
+        )
+    return Response(found.encoded, media_type=f"image/{found.format}")
 
 
 @guarded_router.get("/v1/models")
@@ -262,6 +291,7 @@ def create_api(
     api.include_router(open_router)
     state = api.state
     state.pool, state.access, state.metrics, state.settings = pool, access, counted, service
+    state.links = LinkedImages(service.link_bytes)
     state.image_service = ImageService(pool, access, load_safety(service), counted, service)
     _add_middleware(api, counted, service)
     return api

@@ -25,12 +25,28 @@ from serve.understand import Understood
 logger = logging.getLogger("ray.serve")
 
 
-def images_response(asked: Understood, images: Sequence[GeneratedImage]) -> ImagesResponse:
-    """The answer to a request; `images` are at least one."""
+def images_response(
+    asked: Understood, images: Sequence[GeneratedImage], urls: Sequence[str] | None
+) -> ImagesResponse:
+    """The answer to a request.
+
+    Args:
+        asked: the request.
+        images: at least one.
+        urls: where the images are, one each; None: they are in the answer itself.
+    """
     model = images[-1].model
     return ImagesResponse(
         created=int(time.time()),
-        data=[_image_data(asked, image) for image in images],
+        data=[
+            ImageData(
+                b64_json=base64.b64encode(image.encoded).decode() if urls is None else None,
+                url=None if urls is None else urls[index],
+                seed=image.seed,
+                model_version=image.model.version,
+            )
+            for index, image in enumerate(images)
+        ],
         size=_size(images[-1], model),
         output_format=asked.output.format,
         usage=_usage(images),
@@ -99,14 +115,6 @@ def _size(image: PartialImage | GeneratedImage, model: ModelInfo) -> str:
 
 def _event(name: str, data: str) -> str:
     return f"event: {name}\ndata: {data}\n\n"
-
-
-def _image_data(asked: Understood, image: GeneratedImage) -> ImageData:
-    encoded = base64.b64encode(image.encoded).decode()
-    if asked.links:
-        url = f"data:image/{asked.output.format};base64,{encoded}"
-        return ImageData(url=url, seed=image.seed, model_version=image.model.version)
-    return ImageData(b64_json=encoded, seed=image.seed, model_version=image.model.version)
 
 
 def _usage(images: Sequence[GeneratedImage]) -> Usage | None:

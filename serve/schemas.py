@@ -126,8 +126,8 @@ class ImageOptions(BaseModel):
     size: ImageSize = Field(
         "auto", description="WIDTHxHEIGHT, 16 to 2048 pixels each; 'auto' is the model's own"
     )
-    response_format: Literal["b64_json", "url"] = Field(
-        "b64_json", description="'url' gives a data: URL; images are not stored"
+    response_format: Literal["b64_json", "url"] | None = Field(
+        None, description="'url' is good for an hour; the service's setting if absent"
     )
     output_format: ImageFormat = "png"
     output_compression: int | None = Field(
@@ -238,10 +238,10 @@ class VariationRequest(ImageOptions, UploadForm):
 
 
 class ImageData(BaseModel):
-    """One image, as base64 or as a data: URL."""
+    """One image, as base64 or as a URL."""
 
     b64_json: str | None = Field(None, description="base64; its metadata says how it was made")
-    url: str | None = Field(None, description="a data: URL")
+    url: str | None = Field(None, description="good for an hour; asks for the same key")
     seed: int = Field(description="generates this image again")
     model_version: str = Field(description="that generated it; others may be of another version")
 

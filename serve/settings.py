@@ -80,6 +80,21 @@ class ServiceConfig(Config):
         description="what becomes of an image of another shape than the model's: 'pad' with white, "
         "'crop', or 'refuse', which refuses every size but the model's",
     )
+    response_format: Literal["auto", "b64_json", "url"] = Field(
+        "auto",
+        description="of answers to requests that name none; 'auto' is as OpenAI does: 'url' for "
+        "dall-e-2 and dall-e-3, else 'b64_json'",
+    )
+    link_bytes: int = Field(
+        256_000_000,
+        ge=130_000_000,  # of ten images of 2048 x 2048 pixels
+        description="images kept for an hour under the URLs of answers with response_format url",
+    )
+    public_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s?#]+$",
+        description="where clients reach the service, for those URLs; None: as a request names it",
+    )
     deadline_s: float = Field(
         60, gt=0, le=3600, description="seconds within which a request is answered"
     )

@@ -23,6 +23,9 @@ from serve.settings import ServiceConfig
 STEPS_BY_QUALITY: Mapping[Quality, float] = {"low": 0.5, "high": 2.0, "hd": 2.0}
 """Decoding steps as a multiple of the model's own number; 1 for every other quality."""
 
+URL_MODELS = frozenset({"dall-e-2", "dall-e-3"})
+"""OpenAI's models that answer with URLs unless they are asked not to."""
+
 OPENAI_STYLES = frozenset({"vivid", "natural"})
 """Of dall-e-3: no style is asked for, unless the model has one of that name."""
 
@@ -101,7 +104,7 @@ def understand(
         output=OutputOptions(body.output_format, quality, _size(body, model, service), service.fit),
         upload=upload,
         num_partial_images=body.partial_images if body.stream else 0,
-        links=body.response_format == "url" and not body.stream,
+        links=not body.stream and _format(body, service) == "url",
         unused=tuple(_unused(body, model)),
         sent=body.model_dump_json(),
     )
@@ -134,6 +137,15 @@ def _size(body: ImageOptions, model: ModelInfo, service: ServiceConfig) -> Size 
         )
     width, height = body.size.split("x")
     return int(width), int(height)
+
+
+def _format(body: ImageOptions, service: ServiceConfig) -> str:
+    """How the images are answered: as the request says, else as the service's setting does."""
+    if body.response_format is not None:
+        return body.response_format
+    if service.response_format == "auto":
+        return "url" if body.model in URL_MODELS else "b64_json"
+    return service.response_format
 
 
 def _style(body: ImageOptions, model: ModelInfo) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,12 +44,15 @@ class DirectHandle:
 
 
 def ask_replica(
-    asked: Sequence[Ask], home: Path, service: ServiceConfig | None = None, **model: Any
+    asked: Sequence[Ask | Callable[[httpx.Response], Ask]],
+    home: Path,
+    service: ServiceConfig | None = None,
+    **model: Any,
 ) -> tuple[list[httpx.Response], list[Any]]:
     """The answers of a service in turn, and the jobs that its replica got.
 
     Args:
-        asked: the requests.
+        asked: the requests; a function makes one of the answer before it.
         home: where the generator may log.
         service: settings; those of one small replica by default.
         model: attributes that the generator has instead of its own.
@@ -67,7 +70,11 @@ def ask_replica(
         api = create_api(ReplicaPool(handle), config)  # type: ignore[arg-type]
         transport = httpx.ASGITransport(api, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
-            return [await http.request(*each[:2], **each[2]) for each in asked], handle.jobs
+            answers = list[httpx.Response]()
+            for each in asked:
+                method, path, more = each(answers[-1]) if callable(each) else each
+                answers.append(await http.request(method, path, **more))
+            return answers, handle.jobs
 
     return asyncio.run(send())
 

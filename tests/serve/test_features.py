@@ -83,9 +83,10 @@ def test_formats_say_that_a_machine_drew(server: Running, kind: str) -> None:
         background="opaque", extra_body={"seed": 3, "negative_prompt": "green"},
     )  # fmt: skip
     url = answer.data[0].url
-    assert url.startswith(f"data:image/{kind};base64,") and answer.data[0].b64_json is None
+    assert url.startswith(f"{server.url}/files/") and answer.data[0].b64_json is None
     with urllib.request.urlopen(url) as opened:
         content = opened.read()
+        assert opened.headers["content-type"] == f"image/{kind}"
     picture = Image.open(io.BytesIO(content), formats=[kind])
     assert picture.size == (64, 64) and answer.output_format == kind
     assert source_type(composite=False).encode() in content

@@ -8,9 +8,11 @@ import io
 import json
 import logging
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from direct import Ask, ask_replica, generation
@@ -20,9 +22,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from pipeline.contracts import PromptTokens
+from serve.access import new_key
 from serve.messages import STRENGTH, Fit, ModelInfo
 from serve.schemas import ImageRequest
-from serve.settings import ServiceConfig
+from serve.settings import ApiKey, ServiceConfig
 from serve.text_values import integers
 from serve.understand import understand
 
@@ -389,3 +392,75 @@ def test_several_images_are_refused_by_name(tmp_path: Path) -> None:
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "image")
     assert "starts from one image" in answer.json()["error"]["message"]
     assert told.status_code == 415 and "multipart/form-data" in told.json()["error"]["message"]
+
+
+def linked(answer: httpx.Response, **headers: str) -> Ask:
+    """A request for the first image that an answer links to."""
+    return "GET", answer.json()["data"][0]["url"], {"headers": headers}
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_a_url_is_a_real_one(kind: str, tmp_path: Path) -> None:
+    asked = generation(response_format="url", output_format=kind, seed=1)
+    (answer, file, again, other), _ = ask_replica([asked, linked, asked, linked], tmp_path)
+    (image,) = answer.json()["data"]
+    assert re.fullmatch(rf"http://test/files/[\w-]{{43}}\.{kind}", image["url"])
+    assert "b64_json" not in image and image["url"] != again.json()["data"][0]["url"]
+    assert (file.status_code, file.headers["content-type"]) == (200, f"image/{kind}")
+    assert file.content == other.content
+    assert Image.open(io.BytesIO(file.content), formats=[kind]).size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("service", "sent", "format_"),
+    [
+        (settings(), {}, "b64_json"),
+        (settings(), {"model": "gpt-image-1"}, "b64_json"),
+        (settings(), {"model": "dall-e-3"}, "url"),
+        (settings(), {"model": "dall-e-2", "response_format": "b64_json"}, "b64_json"),
+        (settings(), {"response_format": "url"}, "url"),
+        (settings(response_format="url"), {}, "url"),
+        (settings(response_format="url"), {"response_format": "b64_json"}, "b64_json"),
+        (settings(response_format="b64_json"), {"model": "dall-e-3"}, "b64_json"),
+    ],
+)
+def test_the_default_format_is_a_setting(
+    service: ServiceConfig, sent: dict[str, Any], format_: str, tmp_path: Path
+) -> None:
+    (answer,), _ = ask_replica([generation(**sent)], tmp_path, service)
+    assert {"b64_json", "url"} & answer.json()["data"][0].keys() == {format_}
+
+
+def test_a_url_asks_for_the_key_of_whoever_asked(tmp_path: Path) -> None:
+    keys = {name: new_key() for name in ("alice", "bob")}
+    service = settings(keys=[ApiKey(name=name, sha256=keys[name][1]) for name in keys])
+    alice, bob = ({"authorization": f"Bearer {key}"} for key, _ in keys.values())
+    method, path, body = generation(response_format="url")
+    drawn: Ask = (method, path, body | {"headers": alice})
+    asked: list[Any] = []
+    for sender in (alice, bob, {}):
+        asked += [drawn, partial(linked, **sender)]
+    answers, _ = ask_replica(asked, tmp_path, service)
+    assert [file.status_code for file in answers[1::2]] == [200, 404, 401]
+
+
+@pytest.mark.parametrize(
+    ("service", "host", "base"),
+    [
+        (settings(), "images.example:8443", "http://images.example:8443"),
+        (settings(public_url="https://a.example/images/"), "b", "https://a.example/images"),
+    ],
+)
+def test_a_url_names_the_host_that_the_client_asked(
+    service: ServiceConfig, host: str, base: str, tmp_path: Path
+) -> None:
+    method, path, body = generation(response_format="url")
+    (answer,), _ = ask_replica(
+        [(method, path, body | {"headers": {"host": host}})], tmp_path, service
+    )
+    assert answer.json()["data"][0]["url"].startswith(f"{base}/files/")
+
+
+def test_a_url_that_is_not_known_is_not_found(tmp_path: Path) -> None:
+    (answer,), _ = ask_replica([("GET", "/files/nothing.png", {})], tmp_path)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "file_not_found")
