@@ -122,7 +122,7 @@ class ImageOptions(BaseModel):
     )
 
     model: str = Field(CHAMPION, description="one of the names that GET /v1/models lists")
-    n: int = Field(1, ge=1, le=MAX_IMAGES, description="number of images; 1 for a stream")
+    n: int = Field(1, ge=1, le=MAX_IMAGES, description="number of images")
     size: ImageSize = Field(
         "auto", description="WIDTHxHEIGHT, 16 to 2048 pixels each; 'auto' is the model's own"
     )

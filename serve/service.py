@@ -48,6 +48,13 @@ class Client:
     idempotency_key: str | None = None
 
 
+@dataclasses.dataclass
+class _Charge:
+    """What was charged for: the images that the client has already are not paid back."""
+
+    num_delivered: int = 0
+
+
 class ImageService:
     """Answers requests for images.
 
@@ -109,7 +116,7 @@ class ImageService:
     async def stream(
         self, asked: Understood, client: Client
     ) -> AsyncIterator[PartialImage | GeneratedImage]:
-        """Partial images of the one image, then the image; raises as `generate` does."""
+        """Partial images of each image, then the image, as they come; raises as `generate` does."""
         if client.idempotency_key is not None:
             raise ApiError(
                 400,
@@ -117,10 +124,11 @@ class ImageService:
                 code="invalid_value",
                 param="idempotency-key",
             )
-        (job,) = self._jobs(asked, client)
-        with self._charged(client, 1, asked.pixels):
-            async for image in self._pool.stream(job):
-                yield image
+        with self._charged(client, asked.num_images, asked.pixels) as charge:
+            async with contextlib.aclosing(self._pool.stream(self._jobs(asked, client))) as images:
+                async for image in images:
+                    charge.num_delivered += isinstance(image, GeneratedImage)
+                    yield image
 
     async def _generate(self, asked: Understood, client: Client) -> list[GeneratedImage]:
         """Images out of the result cache, which knows those with a seed, and the others anew."""
@@ -144,18 +152,20 @@ class ImageService:
             return await self._pool.generate(jobs)
 
     @contextlib.contextmanager
-    def _charged(self, client: Client, num_images: int, pixels: int) -> Iterator[None]:
+    def _charged(self, client: Client, num_images: int, pixels: int) -> Iterator[_Charge]:
         """Charge for images that are generated in this context; those that fail cost nothing.
 
         A client that leaves meanwhile pays, and so does one whose images were generated and then
         withheld by the safety hook.
         """
         self._access.charge(client.name, num_images=num_images, pixels=pixels)
+        charge = _Charge()
         try:
-            yield
+            yield charge
         except Exception as error:
             if not (isinstance(error, ApiError) and error.code == "content_policy_violation"):
-                self._access.refund(client.name, num_images=num_images, pixels=pixels)
+                failed = num_images - charge.num_delivered
+                self._access.refund(client.name, num_images=failed, pixels=pixels)
             raise
 
     def _deadline_s(self, client: Client) -> float:

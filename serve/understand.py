@@ -86,8 +86,6 @@ def understand(
             code="unsupported_task",
             param="image",
         )
-    if body.stream and body.n != 1:
-        raise _unsupported("stream", "True", "a stream carries one picture; ask for n=1")
     quality = 100 if body.output_compression is None else body.output_compression
     return Understood(
         model=model,

@@ -211,7 +211,7 @@ def test_a_setting_refuses_other_sizes(tmp_path: Path) -> None:
 
 def test_a_stream_delivers_the_size_too(tmp_path: Path) -> None:
     (answer,), _ = ask_replica([generation(size="96x64", stream=True, partial_images=1)], tmp_path)
-    events = [json.loads(line[6:]) for line in answer.text.splitlines() if line[:5] == "data:"]
+    events = streamed(answer)
     assert [event["size"] for event in events] == ["96x64"] * 2
     for event in events:
         image = Image.open(io.BytesIO(base64.b64decode(event["b64_json"])), formats=["PNG"])
@@ -464,3 +464,29 @@ def test_a_url_names_the_host_that_the_client_asked(
 def test_a_url_that_is_not_known_is_not_found(tmp_path: Path) -> None:
     (answer,), _ = ask_replica([("GET", "/files/nothing.png", {})], tmp_path)
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "file_not_found")
+
+
+def streamed(answer: httpx.Response) -> list[dict[str, Any]]:
+    """The events of a stream."""
+    return [json.loads(line[6:]) for line in answer.text.splitlines() if line[:5] == "data:"]
+
+
+def test_a_stream_carries_several_images(tmp_path: Path) -> None:
+    asked = [
+        generation(prompt="slow apple", n=3, seed=5, stream=True, partial_images=2),
+        generation(prompt="slow apple", n=3, seed=5),
+    ]
+    (stream, plain), jobs = ask_replica(asked, tmp_path)
+    for image in plain.json()["data"]:
+        partial_1, partial_2, done = (e for e in streamed(stream) if e["seed"] == image["seed"])
+        assert [partial_1["partial_image_index"], partial_2["partial_image_index"]] == [0, 1]
+        assert done["type"] == "image_generation.completed"
+        assert done["b64_json"] == image["b64_json"]
+    assert len(streamed(stream)) == 9
+    assert [job.num_following for job in jobs[:3]] == [2, 1, 0], "they are drawn together"
+
+
+@pytest.mark.parametrize("prompt", ["refuse slow", "explode slow"])
+def test_a_stream_of_several_fails_as_one(prompt: str, tmp_path: Path) -> None:
+    (answer,), _ = ask_replica([generation(prompt=prompt, n=3, stream=True)], tmp_path)
+    assert answer.status_code == (400 if "refuse" in prompt else 500)

@@ -56,7 +56,7 @@ def _what_no_schema_says(case: Case) -> None:
         case.headers.pop(header, None)
     if not isinstance(case.body, dict):
         return
-    unwanted = {"model", "style"} | ({"n"} if case.body.get("stream") else set())
+    unwanted = {"model", "style"}
     seed = case.body.get("seed")
     if isinstance(seed, (int, float)) and seed > MAX_SEED:  # it lost its last digits as a float
         unwanted.add("seed")
