@@ -325,6 +325,7 @@ class ErrorEnvelope(BaseModel):
     """Every answer that is not a success."""
 
     error: ErrorDetail
+    detail: str = Field(description="the message again, where clients of FastAPI services look")
 
 
 class Health(BaseModel):

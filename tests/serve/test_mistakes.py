@@ -77,6 +77,9 @@ def check_envelope(answer: httpx.Response, status: int, param: str | None, code:
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["code"]) == (status, param, code)
     assert set(error) == {"message", "type", "param", "code"}
+    assert (
+        answer.json().keys() == {"error", "detail"} and answer.json()["detail"] == error["message"]
+    )
     assert error["type"] == "invalid_request_error"
     assert 0 < len(error["message"]) < 400 and "Traceback" not in error["message"]
 

@@ -69,8 +69,10 @@ def _what_no_schema_says(case: Case) -> None:
 
 def _image_name(case: Case) -> str:
     """Of an image that the server links to."""
-    url = f"{case.operation.base_url}/v1/images/generations"
-    answer = httpx.post(url, json={"prompt": "a", "response_format": "url"})
+    base = str(case.operation.base_url).removesuffix("/")
+    answer = httpx.post(
+        f"{base}/v1/images/generations", json={"prompt": "a", "response_format": "url"}
+    )
     return str(answer.json()["data"][0]["url"].rpartition("/")[2])
 
 
