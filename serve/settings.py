@@ -33,10 +33,7 @@ from pipeline.config.section import merged
 from pipeline.errors import RecipeError
 from serve.messages import Fit
 
-OPENAI_MODELS = (
-    "dall-e-2", "dall-e-3", "gpt-image-1", "gpt-image-1-mini", "gpt-image-1.5",
-    "chatgpt-image-latest",
-)  # fmt: skip
+OPENAI_MODELS = ("dall-e-2", "dall-e-3", "gpt-image-1", "gpt-image-*", "chatgpt-image-*")
 """The image models of OpenAI, whose names are written into many clients."""
 
 
@@ -67,8 +64,8 @@ class ServiceConfig(Config):
     cors_origins: tuple[str, ...] = Field((), description="web pages that may call, by origin")
     aliases: tuple[str, ...] | None = Field(
         None,
-        description="further names that requests may call the model by; None: OPENAI_MODELS where "
-        "this machine alone is served, else none",
+        description="further names that requests may call the model by; * stands for any text. "
+        "None: OPENAI_MODELS where this machine alone is served, else none",
     )
     safety: str = Field(
         "words", description="'words', 'off', or module:factory of a serve.safety.Safety"

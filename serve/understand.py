@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 from pipeline.config import MAX_STEPS
 from pipeline.contracts import MAX_SEED, GenerationRequest
@@ -109,14 +110,16 @@ def understand(
 
 
 def model_names(model: ModelInfo, service: ServiceConfig) -> tuple[str, ...]:
-    """The names that a request may call the served model by."""
-    return tuple(dict.fromkeys((CHAMPION, model.name, *service.model_aliases)))
+    """The names that a request may call the served model by, but for those that an alias with a *
+    stands for."""
+    aliases = (alias for alias in service.model_aliases if "*" not in alias)
+    return tuple(dict.fromkeys((CHAMPION, model.name, *aliases)))
 
 
 def check_model(name: str, model: ModelInfo, service: ServiceConfig) -> None:
     """Raises ApiError 404 unless `name` is one of the served model's names."""
     names = model_names(model, service)
-    if name not in names:
+    if name not in names and not any(fnmatchcase(name, alias) for alias in service.model_aliases):
         raise ApiError(
             404,
             f"the model {quoted(name)} is not served here; use one of: {', '.join(names)}",
