@@ -77,6 +77,7 @@ class GeneratorReplica:
         )
         self._served.watch()
         self._uploads = ThreadPoolExecutor(1, thread_name_prefix="upload")
+        self._prompts = ThreadPoolExecutor(1, thread_name_prefix="prompt")
         self._lost: torch.AcceleratorError | None = None
 
     def _take_over(self, model: ImageGenerator) -> None:
@@ -137,13 +138,12 @@ class GeneratorReplica:
         Raises:
             RequestError: the upload cannot be used.
         """
-        request, cut = job.request, await asyncio.to_thread(_cut, job.request, self._engine.model)
+        in_thread, request = asyncio.get_running_loop().run_in_executor, job.request
+        cut = await in_thread(self._prompts, _cut, request, self._engine.model)
         if job.upload is None:
             return _Prepared(request, cut)
         image_size, fit = self._served.info.image_size, job.output.fit
-        laid_out = await asyncio.get_running_loop().run_in_executor(
-            self._uploads, lay_out, job.upload, image_size, fit
-        )
+        laid_out = await in_thread(self._uploads, lay_out, job.upload, image_size, fit)
         request = dataclasses.replace(request, canvas=laid_out.canvas)
         given = laid_out.masked and job.upload.share is not None
         return _Prepared(request, cut, laid_out.placement, ("strength",) if given else ())

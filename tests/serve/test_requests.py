@@ -36,6 +36,62 @@ def opened(answer: Any, index: int = 0) -> Image.Image:
     return Image.open(io.BytesIO(encoded), formats=["PNG", "JPEG", "WEBP"])
 
 
+SENT: list[tuple[str, dict[str, Any], str, str]] = [
+    ("Open WebUI", {"n": 1, "size": "512x512", "response_format": "b64_json"}, "512x512", ""),
+    ("Open WebUI, no size", {"n": 1, "response_format": "b64_json"}, "64x64", ""),
+    ("Open WebUI before 0.9, no size", {"size": "", "response_format": "b64_json"}, "64x64", ""),
+    ("Open WebUI, no model", {"model": "dall-e-2", "n": 1}, "64x64", ""),
+    ("Nextcloud", {"size": "1024x1024", "n": 1, "model": "tiny"}, "1024x1024", ""),
+    (
+        "Vercel AI SDK",
+        {"n": 1, "size": "1024x1024", "response_format": "b64_json"},
+        "1024x1024",
+        "",
+    ),
+    (
+        "LibreChat",
+        {
+            "model": "gpt-image-1", "n": 1, "background": "auto", "output_format": "png",
+            "quality": "auto", "size": "auto",
+        },
+        "64x64",
+        "",
+    ),
+    ("LangChain, Python", {"model": "dall-e-2", "n": 1, "size": "1024x1024"}, "1024x1024", ""),
+    ("LangChain, Python, all set", {"size": "auto", "quality": "standard"}, "64x64", ""),
+    (
+        "LangChain, JavaScript",
+        {
+            "model": "dall-e-3", "n": 1, "size": "1024x1024", "response_format": "url",
+            "style": "vivid", "quality": "standard",
+        },
+        "1024x1024",
+        "style",
+    ),
+    ("a chat bot", {"quality": "low"}, "64x64", ""),
+    ("a moderated client", {"moderation": "low"}, "64x64", "moderation"),
+    ("front ends of A1111 and ComfyUI", {"seed": -1, "negative_prompt": ""}, "64x64", ""),
+]  # fmt: skip
+"""Who sends by default what beside the prompt, the size that they get, and what is unused."""
+
+
+@pytest.mark.parametrize(("who", "sent", "size", "unused"), SENT, ids=lambda value: str(value)[:24])
+def test_popular_clients_get_their_image(
+    who: str, sent: dict[str, Any], size: str, unused: str, tmp_path: Path
+) -> None:
+    (answer, file), _ = ask_replica([generation(**sent), linked_or_models], tmp_path)
+    assert answer.status_code == 200, f"{who}: {answer.text}"
+    assert answer.json()["size"] == size
+    assert answer.headers.get("x-tessera-unused", "") == unused
+    image = opened(answer) if "b64_json" in answer.text else Image.open(io.BytesIO(file.content))
+    assert "{}x{}".format(*image.size) == size
+
+
+def linked_or_models(answer: httpx.Response) -> Ask:
+    """A request for the image that an answer links to, if it does."""
+    return linked(answer) if "url" in answer.json()["data"][0] else LISTED
+
+
 @pytest.mark.parametrize(
     ("sent", "meant"),
     [
