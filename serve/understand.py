@@ -45,7 +45,7 @@ class Understood:
         num_partial_images: unfinished images to show of each.
         links: deliver URLs instead of the images themselves.
         unused: the names of fields that were sent and change nothing.
-        sent: all fields as they were sent, as JSON.
+        sent: all fields as JSON, by which a request that is sent again is known.
     """
 
     model: ModelInfo

@@ -231,7 +231,7 @@ def drawn(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.asarray(image.convert("RGB"))
 
 
-@pytest.mark.parametrize("size", ["512x512", "1024x1024", "32x32", " 256x256 "])
+@pytest.mark.parametrize("size", ["512x512", "32x32", " 256x256 "])
 def test_a_square_of_any_size_is_the_drawn_one_resized(size: str, tmp_path: Path) -> None:
     asked = [generation(seed=1, size="auto"), generation(seed=1, size=size)]
     (plain, resized), _ = ask_replica(asked, tmp_path)
@@ -244,7 +244,7 @@ def test_a_square_of_any_size_is_the_drawn_one_resized(size: str, tmp_path: Path
     assert plain.json()["size"] == "64x64" and "drawn" not in described(opened(plain))
 
 
-@pytest.mark.parametrize("size", ["1792x1024", "1024x1792", "2048x16", "16x2048"])
+@pytest.mark.parametrize("size", ["448x256", "256x448", "2048x16", "16x2048"])
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
 @pytest.mark.parametrize("fit", ["pad", "crop"])
 def test_another_shape_is_padded_or_cropped(size: str, kind: str, fit: Fit, tmp_path: Path) -> None:
@@ -385,13 +385,13 @@ def test_a_plain_photograph_is_edited_and_given_back_in_its_shape(
     asked = [
         edit(photo(width, height, kind), field="image[]", model="champion", quality="auto"),
         edit(photo(width, height, kind), strength="0.3"),
-        edit(photo(width, height, kind), size="1024x1024"),
+        edit(photo(width, height, kind), size="128x128"),
         edit(photo(width, height, kind), size=f"{width}x{height}"),
     ]
     answers, jobs = ask_replica(asked, tmp_path)
     assert [answer.status_code for answer in answers] == [200] * 4, answers[0].text
     assert [answer.json()["size"] for answer in answers] == [
-        delivered, delivered, "1024x1024", f"{width}x{height}",
+        delivered, delivered, "128x128", f"{width}x{height}",
     ]  # fmt: skip
     assert "{}x{}".format(*opened(answers[0]).size) == delivered
     assert [job.upload.share for job in jobs] == [None, 0.3, None, None]
