@@ -33,8 +33,11 @@ from pipeline.config.section import merged
 from pipeline.errors import RecipeError
 from serve.messages import Fit
 
-OPENAI_MODELS = ("dall-e-2", "dall-e-3", "gpt-image-1", "gpt-image-*", "chatgpt-image-*")
-"""The image models of OpenAI, whose names are written into many clients."""
+LOCAL_ALIASES = (
+    "tessera", "dall-e-2", "dall-e-3", "gpt-image-1", "gpt-image-*", "chatgpt-image-*",
+)  # fmt: skip
+"""What clients call the model where nobody chose a name: a trained model's usual one, and OpenAI's
+image models, whose names are written into many clients."""
 
 
 class ApiKey(Config):
@@ -65,7 +68,7 @@ class ServiceConfig(Config):
     aliases: tuple[str, ...] | None = Field(
         None,
         description="further names that requests may call the model by; * stands for any text. "
-        "None: OPENAI_MODELS where this machine alone is served, else none",
+        "None: LOCAL_ALIASES where this machine alone is served, else none",
     )
     safety: str = Field(
         "words", description="'words', 'off', or module:factory of a serve.safety.Safety"
@@ -119,7 +122,7 @@ class ServiceConfig(Config):
     def model_aliases(self) -> tuple[str, ...]:
         """Further names that requests may call the model by."""
         if self.aliases is None:
-            return OPENAI_MODELS if self.loopback_only else ()
+            return LOCAL_ALIASES if self.loopback_only else ()
         return self.aliases
 
     @field_validator("cors_origins")

@@ -41,7 +41,7 @@ SENT: list[tuple[str, dict[str, Any], str, str]] = [
     ("Open WebUI, no size", {"n": 1, "response_format": "b64_json"}, "64x64", ""),
     ("Open WebUI before 0.9, no size", {"size": "", "response_format": "b64_json"}, "64x64", ""),
     ("Open WebUI, no model", {"model": "dall-e-2", "n": 1}, "64x64", ""),
-    ("Nextcloud", {"size": "1024x1024", "n": 1, "model": "tiny"}, "1024x1024", ""),
+    ("Nextcloud", {"size": "1024x1024", "n": 1, "model": "tessera"}, "1024x1024", ""),
     (
         "Vercel AI SDK",
         {"n": 1, "size": "1024x1024", "response_format": "b64_json"},
