@@ -306,6 +306,38 @@ class SteppedGenerator(ImageGenerator, Protocol):
 
 
 @runtime_checkable
+class StepChoosingGenerator(ImageGenerator, Protocol):
+    """A generator whose requests may choose the number of decoding steps.
+
+    Attributes:
+        num_steps: of a request that does not choose.
+    """
+
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """How much of a prompt a model reads.
+
+    Attributes:
+        used: tokens that are read; the rest of the prompt is cut.
+        given: tokens that the prompt has, those included that the encoder puts around it.
+    """
+
+    used: int
+    given: int
+
+
+@runtime_checkable
+class PromptCountingGenerator(ImageGenerator, Protocol):
+    """A generator that tells how much of a prompt it reads."""
+
+    def count_prompt(self, prompt: str) -> PromptTokens:
+        """May be called from any thread, while the generator works."""
+
+
+@runtime_checkable
 class ImageTokenizer(Protocol):
     """An image <-> a grid of discrete tokens. Encoding, generators and evaluation know no more.
 
@@ -373,6 +405,9 @@ class CaptionEncoder(Protocol):
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """B captions -> states float (B, L, width) and mask bool (B, L), L <= max_tokens."""
 
+    def count_tokens(self, caption: str) -> int:
+        """Tokens of a caption before it is cut; from any thread."""
+
 
 class CaptionTokenizer(Protocol):
     """Reads captions as token ids, for families built around a language model of their own.
@@ -386,6 +421,9 @@ class CaptionTokenizer(Protocol):
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """B captions -> ids int64 (B, L) and mask bool (B, L); an empty caption stands for none
         and has a mask that is all False."""
+
+    def count_tokens(self, caption: str) -> int:
+        """Tokens of a caption before it is cut; from any thread."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The ingress: OpenAI's images API over HTTP.
 
     POST /v1/images/generations, /v1/images/edits, /v1/images/variations
-    GET  /v1/models, /v1/models/NAME     GET /healthz, /readyz, /metrics, /openapi.json
+    GET  /v1/models, /v1/models/NAME     GET /files/NAME, /healthz, /readyz, /metrics, /openapi.json
 
 Routes are plain FastAPI functions over a `ReplicaPool`, which tests replace:
 
@@ -10,9 +10,9 @@ Routes are plain FastAPI functions over a `ReplicaPool`, which tests replace:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from fastapi import APIRouter, Depends, FastAPI, Form, Header, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
@@ -24,18 +24,17 @@ from starlette.types import Lifespan
 
 from pipeline import __version__
 from serve.access import AccessControl
-from serve.cache import MAX_KEY_CHARS
-from serve.errors import CODE_HEADER, REQUEST_ID, install_error_handlers
+from serve.cache import MAX_KEY_CHARS, LinkedImages
+from serve.errors import CODE_HEADER, REQUEST_ID, ApiError, install_error_handlers
 from serve.guard import MULTIPART, GuardedRoute
 from serve.listener import Address, listening
-from serve.messages import Upload
+from serve.messages import GeneratedImage, ImageFormat, PartialImage, Upload
 from serve.metrics import Metrics
 from serve.middleware import BodyMiddleware, OriginGuardMiddleware, RequestLogMiddleware
 from serve.pool import ReplicaPool
 from serve.responses import images_response, model_entry, stream_events
 from serve.safety import load_safety
 from serve.schemas import (
-    CHAMPION,
     EditRequest,
     ErrorEnvelope,
     Health,
@@ -46,8 +45,18 @@ from serve.schemas import (
     ModelList,
     VariationRequest,
 )
-from serve.service import Client, ImageService, check_model
+from serve.service import Client, ImageService
 from serve.settings import ServiceConfig
+from serve.understand import Understood, check_model, model_names
+
+_OWN = "x-tessera-"
+UNUSED_HEADER = f"{_OWN}unused"
+"""The fields that were sent and change nothing, by name."""
+TOKENS_HEADERS = {
+    "prompt": f"{_OWN}prompt-tokens",
+    "negative_prompt": f"{_OWN}negative-prompt-tokens",
+}
+"""By field, of a prompt that is cut: tokens used/given."""
 
 GENERATOR = "generator"
 """The name of the generator deployment."""
@@ -60,6 +69,11 @@ async def _pool(request: Request) -> ReplicaPool:
 
 async def _service(request: Request) -> ImageService:
     service: ImageService = request.app.state.image_service
+    return service
+
+
+async def _settings(request: Request) -> ServiceConfig:
+    service: ServiceConfig = request.app.state.settings
     return service
 
 
@@ -83,6 +97,7 @@ async def _client(
 
 Pool = Annotated[ReplicaPool, Depends(_pool)]
 Service = Annotated[ImageService, Depends(_service)]
+Settings = Annotated[ServiceConfig, Depends(_settings)]
 Caller = Annotated[Client, Depends(_client)]
 
 _ENVELOPE = {"model": ErrorEnvelope, "description": "serve/README.md lists the codes"}
@@ -91,10 +106,12 @@ ERRORS: dict[int | str, dict[str, Any]] = {"4XX": _ENVELOPE, "5XX": _ENVELOPE}
 
 IMAGES: dict[str, Any] = {
     "response_model": ImagesResponse,
-    "response_model_exclude_none": True,
     "responses": {200: {"content": {"text/event-stream": {}}, "description": "images, or events"}},
 }
 """What every route that generates answers with."""
+
+FILES: dict[str, Any] = {f"image/{kind}": {} for kind in get_args(ImageFormat)}
+"""What images are by media type."""
 
 guarded_router = APIRouter(route_class=GuardedRoute)
 """Routes that need an API key where there are keys."""
@@ -106,7 +123,7 @@ open_router = APIRouter()
 @guarded_router.post("/v1/images/generations", **IMAGES)
 async def generate_images(
     request: Request, client: Caller, service: Service, body: ImageRequest
-) -> ImagesResponse | Response:
+) -> Response:
     """Generate n images of a prompt."""
     return await _answer(request, service, client, body, "image_generation")
 
@@ -117,10 +134,11 @@ async def edit_image(
     client: Caller,
     service: Service,
     body: Annotated[EditRequest, Form(media_type=MULTIPART)],
-) -> ImagesResponse | Response:
-    """Generate an image anew where its mask is transparent; all else stays as it is."""
+) -> Response:
+    """Generate an image anew where its mask says so, and all else stays as it is; without a mask,
+    anywhere, as much as `strength` says."""
     mask = await body.mask.read() if body.mask else None
-    upload = Upload(await body.image.read(), mask)
+    upload = Upload(await body.image.read(), mask, share=body.strength)
     return await _answer(request, service, client, body, "image_edit", upload)
 
 
@@ -130,9 +148,10 @@ async def vary_image(
     client: Caller,
     service: Service,
     body: Annotated[VariationRequest, Form(media_type=MULTIPART)],
-) -> ImagesResponse | Response:
+) -> Response:
     """Generate an image again, a share of its tokens anew."""
-    upload = Upload(await body.image.read(), share=body.variation)
+    image = await body.image.read()
+    upload = Upload(image, share=body.variation, transparency_is_mask=False)
     return await _answer(request, service, client, body, "image_variation", upload)
 
 
@@ -143,34 +162,82 @@ async def _answer(
     body: ImageOptions,
     event: str,
     upload: Upload | None = None,
-) -> ImagesResponse | Response:
+) -> Response:
     request.state.log_fields |= {
         "pictures": body.n,
         "prompt_chars": len(body.prompt_text),
         "user": body.user,
         "seed": body.seed,
     }
+    asked = await service.understand(body, upload)
     if not body.stream:
-        return images_response(body, await service.generate(body, client, upload))
-    images = service.stream(body, client, upload)
-    first = await anext(images)  # an error before the first image still has a status of its own
-    events = stream_events(event, body, first, images, request)
-    return StreamingResponse(events, media_type="text/event-stream")
+        images = await service.generate(asked, client)
+        urls = _links(request, client, asked, images) if asked.links else None
+        answer = images_response(asked, images, urls).model_dump_json(exclude_none=True)
+        headers = _notes(request, asked, images[0])
+        return Response(answer, headers=headers, media_type="application/json")
+    stream = service.stream(asked, client)
+    first = await anext(stream)  # an error before the first image still has a status of its own
+    events = stream_events(event, asked, first, stream, request)
+    headers = _notes(request, asked, first)
+    return StreamingResponse(events, headers=headers, media_type="text/event-stream")
+
+
+def _links(
+    request: Request, client: Client, asked: Understood, images: Sequence[GeneratedImage]
+) -> list[str]:
+    """URLs under which a client's images are to be had for an hour."""
+    service: ServiceConfig = request.app.state.settings
+    links: LinkedImages = request.app.state.links
+    base = (service.public_url or str(request.base_url)).rstrip("/")
+    names = [links.add(client.name, image.encoded, asked.output.format) for image in images]
+    return [f"{base}/files/{name}" for name in names]
+
+
+def _notes(
+    request: Request, asked: Understood, image: PartialImage | GeneratedImage
+) -> dict[str, str]:
+    """Headers that say what of a request was not used; the log says it, too.
+
+    Args:
+        request: whose log line it is.
+        asked: what it was understood as.
+        image: any of its images.
+    """
+    headers = {TOKENS_HEADERS[name]: f"{c.used}/{c.given}" for name, c in image.cut.items()}
+    if unused := (*asked.unused, *image.unused):
+        headers[UNUSED_HEADER] = ", ".join(unused)
+    request.state.log_fields |= {name.removeprefix(_OWN): said for name, said in headers.items()}
+    return headers
+
+
+@guarded_router.get("/files/{name}", response_class=Response, responses={200: {"content": FILES}})
+async def get_file(request: Request, name: str) -> Response:
+    """An image that an answer links to; to the client that asked for it, for an hour."""
+    links: LinkedImages = request.app.state.links
+    found = links.get(request.state.client_name, name)
+    if found is None:
+        raise ApiError(
+            404,
+            "there is no such image, or no longer: URLs are good for an hour; ask for it again",
+            code="file_not_found",
+        )
+    return Response(found.encoded, media_type=f"image/{found.format}")
 
 
 @guarded_router.get("/v1/models")
-async def list_models(pool: Pool) -> ModelList:
-    """The served model, under both of its names."""
+async def list_models(pool: Pool, service: Settings) -> ModelList:
+    """The served model, under each of its names."""
     model = await pool.model_info()
-    names = dict.fromkeys((CHAMPION, model.name))
+    names = model_names(model, service)
     return ModelList(data=[model_entry(name, model) for name in names])
 
 
 @guarded_router.get("/v1/models/{name}")
-async def get_model(name: str, pool: Pool) -> Model:
+async def get_model(name: str, pool: Pool, service: Settings) -> Model:
     """The served model, under one of its names."""
     model = await pool.model_info()
-    check_model(name, model)
+    check_model(name, model, service)
     return model_entry(name, model)
 
 
@@ -223,7 +290,8 @@ def create_api(
     api.include_router(guarded_router, dependencies=bearer)
     api.include_router(open_router)
     state = api.state
-    state.pool, state.access, state.metrics = pool, access, counted
+    state.pool, state.access, state.metrics, state.settings = pool, access, counted, service
+    state.links = LinkedImages(service.link_bytes)
     state.image_service = ImageService(pool, access, load_safety(service), counted, service)
     _add_middleware(api, counted, service)
     return api
@@ -244,7 +312,13 @@ def _add_middleware(api: FastAPI, counted: Metrics, service: ServiceConfig) -> N
             allow_origins=list(service.cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],  # OpenAI's clients send headers of their own
-            expose_headers=[REQUEST_ID, "retry-after", CODE_HEADER],
+            expose_headers=[
+                REQUEST_ID,
+                "retry-after",
+                CODE_HEADER,
+                UNUSED_HEADER,
+                *TOKENS_HEADERS.values(),
+            ],
         )
 
 

@@ -1,4 +1,5 @@
-"""Images that need not be generated again, in the memory of the one ingress process, bounded.
+"""Images kept in the memory of the one ingress process, bounded: some need not be generated again,
+others are fetched by their URL.
 
 ResultCache         the same image asked for again, by anyone: on two CPU cores a cached image is
                     answered in 1 ms, a generated one in 210 (medians of `tessera bench serve
@@ -6,6 +7,7 @@ ResultCache         the same image asked for again, by anyone: on two CPU cores 
 IdempotencyCache    the same request sent again by its client, because the first answer was lost:
                     without it a retry is generated and charged twice, and its images differ if
                     it named no seed (tests/serve/test_access.py, test_cache.py).
+LinkedImages        images of answers with `response_format: url`, until the client fetches them.
 """
 
 from __future__ import annotations
@@ -14,14 +16,15 @@ import asyncio
 import contextvars
 import dataclasses
 import hashlib
+import secrets
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from cachetools import LRUCache, TTLCache
 
 from serve.errors import ApiError, quoted
-from serve.messages import GeneratedImage, ImageJob
+from serve.messages import GeneratedImage, ImageFormat, ImageJob
 
 _OVERHEAD_BYTES = 1_024
 MAX_KEYS = 1_024
@@ -29,6 +32,10 @@ MAX_KEYS = 1_024
 MAX_ANSWER_BYTES = 64_000_000
 """Bytes of their answers, of all clients together."""
 MAX_KEY_CHARS = 255
+LINK_TTL_S = 3_600.0
+"""Seconds for which the URL of an image is good, as OpenAI's are."""
+
+V = TypeVar("V")
 
 
 class ResultCache:
@@ -61,6 +68,55 @@ def _key(job: ImageJob, version: str) -> bytes:
     return hashlib.sha256(repr(content).encode()).digest()
 
 
+class FairCache(Generic[V]):
+    """What is kept for each client for a while, in bounded memory, so that no client's entries push
+    out another's while that has fewer bytes.
+
+    Args:
+        max_bytes: of all clients together; beyond, the client with the most loses its oldest.
+        ttl_s: seconds that an entry is kept.
+        size: an entry's bytes.
+        max_entries: per client; None: as many as there is room for.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        max_bytes: int,
+        ttl_s: float,
+        size: Callable[[V], int],
+        *,
+        max_entries: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._max_bytes, self._ttl_s, self._size = max_bytes, ttl_s, size
+        self._max_entries, self._clock = max_entries, clock
+        self._entries: dict[str, TTLCache[str, V]] = {}
+
+    def get(self, client: str, key: str) -> V | None:
+        """An entry of this client's, if it is kept."""
+        found: V | None = self._of(client).get(key)
+        return found
+
+    def put(self, client: str, key: str, entry: V) -> None:
+        """Keep an entry, unless it alone is too large."""
+        if self._size(entry) > self._max_bytes:
+            return
+        own = self._of(client)
+        own[key] = entry
+        if self._max_entries is not None and len(own) > self._max_entries:
+            own.popitem()
+        while sum(kept.currsize for kept in self._entries.values()) > self._max_bytes:
+            max(self._entries.values(), key=lambda kept: kept.currsize).popitem()
+
+    def _of(self, client: str) -> TTLCache[str, V]:
+        if client not in self._entries:
+            self._entries[client] = TTLCache(
+                self._max_bytes, self._ttl_s, timer=self._clock, getsizeof=self._size
+            )
+        return self._entries[client]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Entry:
     """A request's content as a sha256, and the task that answers it."""
@@ -73,9 +129,8 @@ class IdempotencyCache:
     """Requests by their Idempotency-Key: one that is sent again gets the first one's answer.
 
     The work goes on when the client that sent it has gone, because it may send it again. Failures
-    are forgotten at once, answers when they are `ttl_s` old. Before that a client's oldest answer
-    goes where it has more than MAX_KEYS of them; where those of all clients are more than
-    MAX_ANSWER_BYTES, the oldest of the client with the most bytes.
+    are forgotten at once, answers when they are `ttl_s` old; at most MAX_KEYS are kept per client
+    and MAX_ANSWER_BYTES of all clients', see FairCache.
 
     Args:
         ttl_s: seconds that an answer is kept.
@@ -83,9 +138,14 @@ class IdempotencyCache:
     """
 
     def __init__(self, ttl_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._ttl_s, self._clock = ttl_s, clock
         self._running: dict[tuple[str, str], _Entry] = {}
-        self._answered: dict[str, TTLCache[str, _Entry]] = {}
+        self._answered = FairCache[_Entry](
+            MAX_ANSWER_BYTES,
+            ttl_s,
+            lambda entry: _size(entry.task.result()),
+            max_entries=MAX_KEYS,
+            clock=clock,
+        )
 
     async def run_once(
         self,
@@ -106,7 +166,7 @@ class IdempotencyCache:
             ApiError: 409 the key was used for other content.
         """
         digest = hashlib.sha256(repr(content).encode()).digest()
-        entry = self._running.get((client, key)) or self._answers(client).get(key)
+        entry = self._running.get((client, key)) or self._answered.get(client, key)
         if entry is None:
             # a context of its own: Serve cancels what belongs to a request when its client goes
             task = asyncio.get_running_loop().create_task(work(), context=contextvars.Context())
@@ -121,24 +181,44 @@ class IdempotencyCache:
             )
         return await asyncio.shield(entry.task)
 
-    def _answers(self, client: str) -> TTLCache[str, _Entry]:
-        if client not in self._answered:
-            self._answered[client] = TTLCache(
-                MAX_ANSWER_BYTES,
-                self._ttl_s,
-                timer=self._clock,
-                getsizeof=lambda entry: _size(entry.task.result()),
-            )
-        return self._answered[client]
-
     def _finished(self, client: str, key: str) -> None:
-        """Keep the answer, if the work did not fail, within the limits."""
-        entry, answers = self._running.pop((client, key)), self._answers(client)
-        failed = entry.task.cancelled() or entry.task.exception() is not None
-        if failed or _size(entry.task.result()) > MAX_ANSWER_BYTES:
-            return
-        answers[key] = entry
-        if len(answers) > MAX_KEYS:
-            answers.popitem()
-        while sum(kept.currsize for kept in self._answered.values()) > MAX_ANSWER_BYTES:
-            max(self._answered.values(), key=lambda kept: kept.currsize).popitem()
+        """Keep the answer, if the work did not fail."""
+        entry = self._running.pop((client, key))
+        if not entry.task.cancelled() and entry.task.exception() is None:
+            self._answered.put(client, key, entry)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinkedImage:
+    """An image under a URL."""
+
+    encoded: bytes
+    format: ImageFormat
+
+
+class LinkedImages:
+    """Images that answers link to, each under a name that nobody can guess, for LINK_TTL_S.
+
+    Args:
+        max_bytes: of all of them together, see FairCache.
+        clock: seconds.
+    """
+
+    def __init__(self, max_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._images = FairCache[LinkedImage](
+            max_bytes, LINK_TTL_S, lambda image: len(image.encoded) + _OVERHEAD_BYTES, clock=clock
+        )
+
+    def add(self, client: str, encoded: bytes, kind: ImageFormat) -> str:
+        """Keep an image for a client.
+
+        Returns:
+            Its name, 256 random bits and the format's extension.
+        """
+        name = f"{secrets.token_urlsafe(32)}.{kind}"
+        self._images.put(client, name, LinkedImage(encoded, kind))
+        return name
+
+    def get(self, client: str, name: str) -> LinkedImage | None:
+        """The image of this name, if it is kept for this client."""
+        return self._images.get(client, name)

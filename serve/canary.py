@@ -170,11 +170,11 @@ def draw(url: str, manifest: BundleManifest, canary: CanaryConfig) -> ServableRe
 
 
 def requests(manifest: BundleManifest, prompts: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The bodies of the requests: each prompt in the default style, then one in every style."""
-    size, spec = f"{manifest.image_size}x{manifest.image_size}", manifest.model_spec
-    styles = [*(None for _ in prompts), *spec.styles]
+    """The bodies of the requests: each prompt in the default style, then one in every style. None
+    names a size, which the service would enlarge any image to."""
+    styles = [*(None for _ in prompts), *manifest.model_spec.styles]
     for seed, style in enumerate(styles):
-        body = {"prompt": prompts[seed % len(prompts)], "size": size, "seed": seed}
+        body = {"prompt": prompts[seed % len(prompts)], "seed": seed}
         yield body if style is None else {**body, "style": style}
 
 

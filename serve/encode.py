@@ -17,6 +17,8 @@ import io
 import json
 from collections.abc import Mapping
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from torch import Tensor
 
@@ -39,12 +41,16 @@ def source_type(composite: bool) -> str:
 
 
 def encode(
-    image: Tensor, output: OutputOptions, metadata: Mapping[str, str], *, composite: bool = False
+    image: NDArray[np.uint8] | Tensor,
+    output: OutputOptions,
+    metadata: Mapping[str, str],
+    *,
+    composite: bool = False,
 ) -> bytes:
     """A file's bytes.
 
     Args:
-        image: uint8 (3, H, W).
+        image: uint8 (3, H, W), of the size to be delivered.
         output: the file format and its quality.
         metadata: from pipeline.bundles.provenance.
         composite: parts of the image were given and not generated.

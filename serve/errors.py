@@ -1,6 +1,7 @@
 """Every answer that is not a success, in the envelope of OpenAI's API.
 
-    {"error": {"message": ..., "type": ..., "param": the field or null, "code": ...}}
+    {"error": {"message": ..., "type": ..., "param": the field or null, "code": ...},
+     "detail": the message again}
 
 Code raises `ApiError`. `install_error_handlers` makes FastAPI answer its own errors in the same
 envelope: a body of the wrong shape, one that cannot be parsed, an unknown URL. middleware.py does
@@ -77,7 +78,7 @@ class ApiError(HTTPException):
             "param": self.param,
             "code": self.code,
         }
-        return {"error": error}
+        return {"error": error, "detail": self.detail}
 
     def response(self) -> JSONResponse:
         """The answer itself."""

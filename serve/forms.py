@@ -7,19 +7,20 @@ from collections import Counter
 from fastapi import Request
 
 from serve.errors import ApiError, quoted
+from serve.schemas import MAX_PROMPT_CHARS
 
-MAX_FILES, MAX_FIELDS, MAX_FIELD_BYTES = 8, 40, 16_384
+MAX_FILES, MAX_FIELDS, MAX_FIELD_BYTES = 8, 40, 4 * MAX_PROMPT_CHARS
 
 
 async def read_form(request: Request) -> None:
     """Parse a request's form, which `request` then keeps: FastAPI takes it from there.
 
-    FastAPI itself would parse up to 1,000 files and 1,000 fields of 1 MiB, take the last of several
-    values, and an empty field for one that was left out (tests/serve/test_features.py): a request
-    would be answered that the client did not mean.
+    FastAPI itself would parse up to 1,000 files and 1,000 fields of 1 MiB, and take the last of
+    several values (tests/serve/test_features.py): a request would be answered that the client did
+    not mean.
 
     Raises:
-        ApiError: 400 a field was sent twice or is empty, or the form is damaged.
+        ApiError: 400 a field was sent twice, or the form is damaged.
         HTTPException: 400 the form exceeds a limit.
     """
     try:
@@ -29,14 +30,13 @@ async def read_form(request: Request) -> None:
     except ValueError as error:  # the parser's, or a charset's that is no text encoding
         message = f"the multipart body cannot be read: {error}"
         raise ApiError(400, message, code="invalid_multipart") from error
-    fields = [(name.removesuffix("[]"), value) for name, value in form.multi_items()]
-    for name, times in Counter(name for name, _ in fields).items():
+    names = [name.removesuffix("[]") for name, _ in form.multi_items()]
+    for name, times in Counter(names).items():
         if times > 1:
-            raise _wrong(name, "was sent more than once; send one")
-    for name, value in fields:
-        if value == "":
-            raise _wrong(name, "is empty; give it a value or leave it out")
-
-
-def _wrong(name: str, why: str) -> ApiError:
-    return ApiError(400, f"{quoted(name)} {why}", code="invalid_value", param=name[:64])
+            one = "this model starts from one image" if name == "image" else "send one"
+            raise ApiError(
+                400,
+                f"{quoted(name)} was sent {times} times; {one}",
+                code="invalid_value",
+                param=name[:64],
+            )

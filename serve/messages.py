@@ -10,16 +10,29 @@ ingress imports this file and does without PyTorch.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from pipeline.contracts import GenerationRequest, TokenCount
+from pipeline.contracts import GenerationRequest, PromptTokens, TokenCount
 
 PROBE_REQUEST = GenerationRequest(prompt="a red circle")
 """Generated once by a model before it serves, and again when readiness is asked for."""
 
 ImageFormat = Literal["png", "jpeg", "webp"]
+
+Fit = Literal["pad", "crop", "refuse"]
+"""What becomes of an image of another shape: padded with white, cropped to its middle, or refused
+as every other size is."""
+
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
+
+def written(size: Size) -> str:
+    """As OpenAI's API writes it, for example "64x48"."""
+    return f"{size[0]}x{size[1]}"
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,7 @@ class ModelInfo:
         loaded: when it was loaded, Unix time in seconds.
         tasks: what it was trained for; edits and variations need "completion".
         notice: why a newer version is not served; empty if the newest one is.
+        num_steps: decoding steps of a request that names none; None where no request may choose.
     """
 
     name: str
@@ -43,19 +57,34 @@ class ModelInfo:
     loaded: int
     tasks: frozenset[str] = frozenset({"text_to_image"})
     notice: str = ""
+    num_steps: int | None = None
 
     @property
     def size(self) -> str:
-        """As OpenAI's API writes it, for example "64x64"."""
-        return f"{self.image_size}x{self.image_size}"
+        """Of its images, as OpenAI's API writes it."""
+        return written((self.image_size, self.image_size))
 
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """How an image is encoded; quality is 0 to 100 and for jpeg and webp alone."""
+    """How an image is delivered.
+
+    Attributes:
+        format: of the file.
+        quality: 0 to 100, for jpeg and webp alone.
+        size: of the image; None: as it was drawn.
+        fit: how an image of another shape comes to that size.
+    """
 
     format: ImageFormat = "png"
     quality: int = 100
+    size: Size | None = None
+    fit: Fit = "pad"
+
+
+STRENGTH = 0.8
+"""Share of an image's tokens that an edit without a mask generates anew, unless it says otherwise:
+the shipped base begins to follow the prompt at 0.7 and keeps the layout up to 0.9."""
 
 
 @dataclass(frozen=True)
@@ -63,21 +92,26 @@ class Upload:
     """A client's image to start from: still encoded, and not looked at yet.
 
     Attributes:
-        image: a square PNG, WebP or JPEG.
-        mask: a PNG of the same size, fully transparent where the image is generated anew. None:
-            the image's own transparency is the mask, unless `share` is given.
-        share: fraction of the image tokens that is generated anew, in (0, 1].
+        image: a PNG, WebP or JPEG.
+        mask: an image of the same shape that says where to generate anew: it is fully transparent
+            there, or white in black.
+        share: fraction of the image tokens that is generated anew where nothing says which, in
+            (0, 1]; None: STRENGTH.
+        transparency_is_mask: without `mask`, the image is generated anew where it is fully
+            transparent, if it is so anywhere.
     """
 
     image: bytes = field(repr=False)
     mask: bytes | None = field(default=None, repr=False)
     share: float | None = None
+    transparency_is_mask: bool = True
 
     @cached_property
     def digest(self) -> bytes:
         """sha256 of the whole upload, computed once for all images that start from it."""
         files = [file and hashlib.sha256(file).digest() for file in (self.image, self.mask)]
-        return hashlib.sha256(repr((files, self.share)).encode()).digest()
+        content = files, self.share, self.transparency_is_mask
+        return hashlib.sha256(repr(content).encode()).digest()
 
 
 @dataclass(frozen=True)
@@ -113,22 +147,35 @@ class Timing:
 
 @dataclass(frozen=True)
 class PartialImage:
-    """An image between two decoding steps, encoded; `index` counts from 0."""
+    """An image between two decoding steps, encoded; `index` counts from 0. The rest is as of a
+    `GeneratedImage`."""
 
     index: int
     encoded: bytes = field(repr=False)
     seed: int = 0
+    size: Size | None = None
+    cut: Mapping[str, PromptTokens] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """A finished image, encoded, and the model that generated it."""
+    """A finished image, encoded, and the model that generated it.
+
+    Attributes:
+        size: as delivered; None: as it was drawn.
+        cut: by field the prompts that the model read only in part.
+        unused: fields that were sent and change nothing, as the replica alone can tell.
+    """
 
     encoded: bytes = field(repr=False)
     seed: int
     model: ModelInfo
     timing: Timing | None = None
     tokens: TokenCount | None = None
+    size: Size | None = None
+    cut: Mapping[str, PromptTokens] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

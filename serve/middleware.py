@@ -115,7 +115,7 @@ class OriginGuardMiddleware:
     def __init__(self, app: ASGIApp, service: ServiceConfig) -> None:
         self._app = app
         self._origins = frozenset(service.cors_origins)
-        self._loopback_only = not (service.keys or service.allow_anonymous)
+        self._loopback_only = service.loopback_only
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         origin = Headers(scope=scope).get("origin") if scope["type"] == "http" else None

@@ -20,7 +20,6 @@ import logging
 import time
 from collections.abc import (
     AsyncGenerator,
-    AsyncIterator,
     Awaitable,
     Callable,
     Coroutine,
@@ -106,26 +105,36 @@ class ReplicaPool:
             calls = [self._generate_one(job) for job in _numbered(jobs)]
             return await _explained(_all(calls), _left_s(jobs[0]))
 
-    async def stream(self, job: ImageJob) -> AsyncIterator[PartialImage | GeneratedImage]:
-        """Partial images of one image, then the image.
+    async def stream(
+        self, jobs: Sequence[ImageJob]
+    ) -> AsyncGenerator[PartialImage | GeneratedImage, None]:
+        """Partial images of each image, then the image; those of several as they come.
 
         Raises:
-            ApiError: as for `generate`.
+            ApiError: as for `generate`; nothing comes after it.
         """
-        with self._counted(1):
-            for attempt in range(1, ATTEMPTS + 1):
-                begun = False
-                try:
-                    async with contextlib.aclosing(self._streamed(job)) as images:
-                        async for image in images:
-                            begun = True
-                            yield image
-                    return
-                except ApiError as error:
-                    died = isinstance(error.__cause__, RayActorError)
-                    if begun or not died or attempt == ATTEMPTS:
-                        raise
-                    logger.warning("a replica died before it sent anything; trying another")
+        with self._counted(len(jobs)):
+            streams = [self._stream_one(job) for job in _numbered(jobs)]
+            async with contextlib.aclosing(_merged(streams)) as images:
+                async for image in images:
+                    yield image
+
+    async def _stream_one(
+        self, job: ImageJob
+    ) -> AsyncGenerator[PartialImage | GeneratedImage, None]:
+        for attempt in range(1, ATTEMPTS + 1):
+            begun = False
+            try:
+                async with contextlib.aclosing(self._streamed(job)) as images:
+                    async for image in images:
+                        begun = True
+                        yield image
+                return
+            except ApiError as error:
+                died = isinstance(error.__cause__, RayActorError)
+                if begun or not died or attempt == ATTEMPTS:
+                    raise
+                logger.warning("a replica died before it sent anything; trying another")
 
     async def _streamed(self, job: ImageJob) -> AsyncGenerator[PartialImage | GeneratedImage, None]:
         answers: Any = self._streaming.stream.remote(job)
@@ -276,6 +285,27 @@ async def _all(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    """What the streams yield, as it comes; if one fails or the client has gone, all are closed."""
+    coming: dict[asyncio.Future[T], AsyncGenerator[T, None]] = {}
+    try:
+        coming |= {asyncio.ensure_future(anext(stream)): stream for stream in streams}
+        while coming:
+            done, _ = await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
+            for item in done:
+                stream = coming.pop(item)
+                with contextlib.suppress(StopAsyncIteration):
+                    found = item.result()
+                    coming[asyncio.ensure_future(anext(stream))] = stream
+                    yield found
+    finally:
+        for item in coming:
+            item.cancel()
+        await asyncio.gather(*coming, return_exceptions=True)
+        for stream in streams:
+            await stream.aclose()
 
 
 async def _explained(call: Awaitable[T], timeout_s: float) -> T:

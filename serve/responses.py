@@ -11,28 +11,44 @@ from collections.abc import AsyncIterator, Sequence
 from fastapi import Request
 
 from serve.errors import ApiError, internal_error
-from serve.messages import GeneratedImage, ModelInfo, PartialImage
+from serve.messages import GeneratedImage, ModelInfo, PartialImage, written
 from serve.schemas import (
     ImageData,
     ImageEvent,
-    ImageOptions,
     ImagesResponse,
     InputDetails,
     Model,
     Usage,
 )
+from serve.understand import Understood
 
 logger = logging.getLogger("ray.serve")
 
 
-def images_response(body: ImageOptions, images: Sequence[GeneratedImage]) -> ImagesResponse:
-    """The answer to a request; `images` are at least one."""
+def images_response(
+    asked: Understood, images: Sequence[GeneratedImage], urls: Sequence[str] | None
+) -> ImagesResponse:
+    """The answer to a request.
+
+    Args:
+        asked: the request.
+        images: at least one.
+        urls: where the images are, one each; None: they are in the answer itself.
+    """
     model = images[-1].model
     return ImagesResponse(
         created=int(time.time()),
-        data=[_image_data(body, image) for image in images],
-        size=model.size,
-        output_format=body.output_format,
+        data=[
+            ImageData(
+                b64_json=base64.b64encode(image.encoded).decode() if urls is None else None,
+                url=None if urls is None else urls[index],
+                seed=image.seed,
+                model_version=image.model.version,
+            )
+            for index, image in enumerate(images)
+        ],
+        size=_size(images[-1], model),
+        output_format=asked.output.format,
         usage=_usage(images),
         model=model.name,
         model_version=model.version,
@@ -53,7 +69,7 @@ def model_entry(name: str, model: ModelInfo) -> Model:
 
 async def stream_events(
     kind: str,
-    body: ImageOptions,
+    asked: Understood,
     first: PartialImage | GeneratedImage,
     rest: AsyncIterator[PartialImage | GeneratedImage],
     request: Request,
@@ -62,9 +78,9 @@ async def stream_events(
     finished one, or `error` if it fails on the way."""
     served: ModelInfo = await request.app.state.pool.model_info()
     try:
-        yield _image_event(kind, body, first, served)
+        yield _image_event(kind, asked, first, served)
         async for image in rest:
-            yield _image_event(kind, body, image, served)
+            yield _image_event(kind, asked, image, served)
     except Exception as error:
         if not isinstance(error, ApiError):
             logger.exception("a stream failed")
@@ -74,7 +90,7 @@ async def stream_events(
 
 
 def _image_event(
-    kind: str, body: ImageOptions, image: PartialImage | GeneratedImage, served: ModelInfo
+    kind: str, asked: Understood, image: PartialImage | GeneratedImage, served: ModelInfo
 ) -> str:
     finished = image if isinstance(image, GeneratedImage) else None
     model = finished.model if finished else served
@@ -82,8 +98,8 @@ def _image_event(
         type=f"{kind}.completed" if finished else f"{kind}.partial_image",
         b64_json=base64.b64encode(image.encoded).decode(),
         created_at=int(time.time()),
-        size=model.size,
-        output_format=body.output_format,
+        size=_size(image, model),
+        output_format=asked.output.format,
         partial_image_index=image.index if isinstance(image, PartialImage) else None,
         seed=image.seed,
         usage=_usage([finished]) if finished else None,
@@ -93,16 +109,12 @@ def _image_event(
     return _event(event.type, event.model_dump_json(exclude_none=True))
 
 
+def _size(image: PartialImage | GeneratedImage, model: ModelInfo) -> str:
+    return model.size if image.size is None else written(image.size)
+
+
 def _event(name: str, data: str) -> str:
     return f"event: {name}\ndata: {data}\n\n"
-
-
-def _image_data(body: ImageOptions, image: GeneratedImage) -> ImageData:
-    encoded = base64.b64encode(image.encoded).decode()
-    if body.response_format == "url":
-        url = f"data:image/{body.output_format};base64,{encoded}"
-        return ImageData(url=url, seed=image.seed, model_version=image.model.version)
-    return ImageData(b64_json=encoded, seed=image.seed, model_version=image.model.version)
 
 
 def _usage(images: Sequence[GeneratedImage]) -> Usage | None:

@@ -22,6 +22,7 @@ from pipeline.errors import RecipeError
 from serve.settings import ServiceConfig
 
 BLOCKED = Path(__file__).with_name("blocked.txt")
+_SHORT = 1_000  # characters
 _INVISIBLE = {"Cf", "Mn"}  # zero-width characters and stacked accents hide a word from a list
 
 
@@ -61,8 +62,9 @@ class WordList(AllowAll):
 
 
 async def check_prompt(safety: Safety, prompt: str) -> str | None:
-    """Why a hook refuses a prompt; an operator's own hook may block, so it runs in a thread."""
-    if type(safety) in (AllowAll, WordList):
+    """Why a hook refuses a prompt; an operator's own hook may block, and a long prompt takes the
+    word list up to 0.5 s, so those run in a thread."""
+    if type(safety) in (AllowAll, WordList) and len(prompt) <= _SHORT:
         return safety.prompt(prompt)
     return await asyncio.to_thread(safety.prompt, prompt)
 

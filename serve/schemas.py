@@ -1,14 +1,15 @@
 """The bodies of OpenAI's images API, as far as Tessera speaks it: what goes over the wire.
 
-Fields, types and defaults are those that `openai.OpenAI().images.generate(...)` sends; seed, style,
+Fields, types and defaults are those that `openai.OpenAI().images.generate(...)` sends; seed,
 negative_prompt, guidance_scale, temperature, num_steps and variation travel in its `extra_body`.
-Unknown fields are refused, never ignored. In JSON types are strict ("2" is not 2) and null means
-the default, as at OpenAI; a form's fields are text, so "2" is 2 there, and null is unknown.
+Names that no image model of OpenAI's ever took are refused. null and empty text mean the default,
+and text that is a number is one, in JSON as in forms (text_values.py); a form knows no null.
+understand.py says what comes of each field.
 """
 
 from __future__ import annotations
 
-import unicodedata
+import re
 from typing import Annotated, Any, Literal
 
 from fastapi import UploadFile
@@ -20,7 +21,6 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
-    ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
@@ -29,8 +29,9 @@ from pydantic_core import PydanticCustomError
 from starlette.datastructures import UploadFile as ParsedFile
 
 from pipeline.config import MAX_GUIDANCE, MAX_STEPS, MAX_TEMPERATURE
-from pipeline.contracts import MAX_SEED, GenerationRequest
-from serve.messages import ImageFormat, OutputOptions
+from pipeline.contracts import MAX_SEED
+from serve.messages import STRENGTH, ImageFormat
+from serve.text_values import BLANK, allow_text, amid_blanks, one_line, typed_values
 
 CHAMPION = "champion"
 """The model name that stands for whatever is being served."""
@@ -38,34 +39,57 @@ CHAMPION = "champion"
 MAX_IMAGES = 10
 """Images per request; ServeConfig.max_queued_requests is at least as large."""
 
-MAX_PROMPT_CHARS = 1000
+MAX_PROMPT_CHARS = 32_000
+RANDOM_SEED = -1
+"""What programs around other image models send for a random seed."""
+
 MAX_PARTIAL_IMAGES = 3
 
-_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-_CONTROL = r"\x00-\x1f\x7f-\x9f"
-_INNER = rf"[^{_CONTROL}]{{0,{MAX_PROMPT_CHARS - 2}}}"
-_ONE_LINE = rf"^[{_SPACE}]*[^{_SPACE}{_CONTROL}]({_INNER}[^{_SPACE}{_CONTROL}])?[{_SPACE}]*$"
-"""What `Prompt` checks, for the schema: up to MAX_PROMPT_CHARS characters, none of them a control
-character, and any blanks around them."""
+_CONTROL = r"\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f"
+"""Control characters (Unicode category Cc) that are no blanks: NUL, escape, ..."""
+
+_READABLE = rf"^[{BLANK}]*[^{BLANK}{_CONTROL}][^{_CONTROL}]*$"
+"""What `Prompt` checks, for the schema: not blank, and without control characters."""
 
 
-def _printable(prompt: str) -> str:
-    """Refuse control characters (Unicode category Cc: NUL, escape, line breaks, ...)."""
-    for position, char in enumerate(prompt):
-        if unicodedata.category(char) == "Cc":
-            raise ValueError(
-                f"control character U+{ord(char):04X} at position {position}; "
-                "write the prompt as one line of text"
-            )
-    return prompt
+def _as_one_line(prompt: str) -> str:
+    """Line breaks, tabs and runs of blanks become single spaces; control characters are refused."""
+    line = one_line(prompt)
+    if found := re.search(f"[{_CONTROL}]", line):
+        raise ValueError(
+            f"control character U+{ord(found[0]):04X} at position {found.start()}; leave it out"
+        )
+    return line
 
 
 Prompt = Annotated[
     str,
-    StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_PROMPT_CHARS),
-    AfterValidator(_printable),
-    WithJsonSchema({"type": "string", "minLength": 1, "pattern": _ONE_LINE}),
+    StringConstraints(max_length=MAX_PROMPT_CHARS),
+    AfterValidator(_as_one_line),
+    WithJsonSchema({"type": "string", "maxLength": MAX_PROMPT_CHARS, "pattern": _READABLE}),
 ]
+
+
+_SIDE = "(1[6-9]|[2-9][0-9]|[1-9][0-9]{2}|1[0-9]{3}|20[0-3][0-9]|204[0-8])"
+_SIZE = rf"auto|{_SIDE}x{_SIDE}"
+
+
+def _is_size(size: str) -> str:
+    size = one_line(size)
+    if not re.fullmatch(_SIZE, size):
+        raise ValueError("write WIDTHxHEIGHT with 16 to 2048 pixels each, or 'auto'")
+    return size
+
+
+ImageSize = Annotated[
+    str,
+    AfterValidator(_is_size),
+    WithJsonSchema({"type": "string", "pattern": amid_blanks(_SIZE)}),
+]
+
+Quality = Literal["auto", "standard", "low", "medium", "high", "hd"]
+
+_UNUSED = "accepted as some model of OpenAI's takes it; unused"
 
 
 def _is_file(value: Any) -> Any:
@@ -75,15 +99,6 @@ def _is_file(value: Any) -> Any:
 
 
 ImageFile = Annotated[UploadFile, BeforeValidator(_is_file)]
-
-
-def _null_is_default(schema: dict[str, Any]) -> None:
-    """A JSON body's schema: every field that may be left out may be null as well."""
-    for name in schema["properties"].keys() - set(schema.get("required", ())):
-        field = schema["properties"][name]
-        if "anyOf" not in field:
-            kept = {k: field.pop(k) for k in field.keys() - {"title", "description", "default"}}
-            field["anyOf"] = [kept, {"type": "null"}]
 
 
 def _no_null(schema: dict[str, Any]) -> None:
@@ -103,19 +118,26 @@ class ImageOptions(BaseModel):
         frozen=True,
         strict=True,
         allow_inf_nan=False,
-        json_schema_extra=_null_is_default,
+        json_schema_extra=allow_text,
     )
 
-    model: str = Field(CHAMPION, description="'champion' or the served model's own name")
-    n: int = Field(1, ge=1, le=MAX_IMAGES, description="number of images; 1 for a stream")
-    size: str = Field("auto", description="WIDTHxHEIGHT as the model generates, or 'auto'")
-    response_format: Literal["b64_json", "url"] = Field(
-        "b64_json", description="'url' gives a data: URL; images are not stored"
+    model: str = Field(CHAMPION, description="one of the names that GET /v1/models lists")
+    n: int = Field(1, ge=1, le=MAX_IMAGES, description="number of images")
+    size: ImageSize = Field(
+        "auto", description="WIDTHxHEIGHT, 16 to 2048 pixels each; 'auto' is the model's own"
+    )
+    response_format: Literal["b64_json", "url"] | None = Field(
+        None, description="'url' is good for an hour; the service's setting if absent"
     )
     output_format: ImageFormat = "png"
     output_compression: int | None = Field(
-        None, ge=0, le=100, description="quality of jpeg and webp, 100 if absent; not for png"
+        None, ge=0, le=100, description="quality of jpeg and webp, 100 if absent; unused for png"
     )
+    quality: Quality = Field(
+        "auto", description="sets num_steps: low half of the model's own, high and hd twice as many"
+    )
+    moderation: Literal["auto", "low"] | None = Field(None, description=_UNUSED)
+    input_fidelity: Literal["low", "high"] | None = Field(None, description=_UNUSED)
     background: Literal["auto", "opaque"] = Field(
         "auto", description="images are opaque: the model knows no transparency"
     )
@@ -124,11 +146,13 @@ class ImageOptions(BaseModel):
     )
     seed: int | None = Field(
         None,
-        ge=0,
+        ge=RANDOM_SEED,
         lt=MAX_SEED + 1,  # OpenAPI's limits are floats: 2**63 is one, 2**63 - 1 is not
-        description="image i is generated with seed + i; random if absent",
+        description="image i is generated with seed + i; random if absent or -1",
     )
-    style: str | None = Field(None, description="one of the styles that GET /v1/models lists")
+    style: str | None = Field(
+        None, description="one of those that GET /v1/models lists; vivid and natural always pass"
+    )
     negative_prompt: Prompt | None = Field(None, description="what guidance leads away from")
     guidance_scale: float | None = Field(
         None, ge=1, le=MAX_GUIDANCE, description="classifier-free guidance; 1 switches it off"
@@ -144,15 +168,13 @@ class ImageOptions(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _as_json_means_it(cls, body: Any) -> Any:
-        """A null stands for the default, and 2.0 is an integer (JSON Schema, 6.1.1)."""
-        if not isinstance(body, dict):
-            return body
-        return {
-            key: int(value) if isinstance(value, float) and value.is_integer() else value
-            for key, value in body.items()
-            if value is not None
-        }
+    def _typed(cls, body: Any) -> Any:
+        return typed_values(body, cls.model_fields) if isinstance(body, dict) else body
+
+    @field_validator("seed")
+    @classmethod
+    def _random(cls, value: int | None) -> int | None:
+        return None if value == RANDOM_SEED else value
 
     @field_validator("background", mode="before")
     @classmethod
@@ -161,62 +183,16 @@ class ImageOptions(BaseModel):
             raise ValueError("the model draws opaque pictures; leave background out")
         return value
 
-    @field_validator("output_compression")
-    @classmethod
-    def _lossy_alone(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value not in (None, 100) and info.data.get("output_format") == "png":
-            raise ValueError("png is lossless; choose output_format jpeg or webp")
-        return value
-
-    @field_validator("stream")
-    @classmethod
-    def _one_image(cls, value: bool, info: ValidationInfo) -> bool:
-        if value and info.data.get("n") != 1:
-            raise ValueError("a stream carries one picture; ask for n=1")
-        if value and info.data.get("response_format") == "url":
-            raise ValueError("a stream carries base64; ask for response_format b64_json")
-        return value
-
-    @field_validator("partial_images")
-    @classmethod
-    def _in_a_stream(cls, value: int, info: ValidationInfo) -> int:
-        if value and info.data.get("stream") is False:
-            raise ValueError("pictures in the making come in a stream; ask for stream=true")
-        return value
-
     @property
     def prompt_text(self) -> str:
         """The prompt, empty where the request has none."""
         return ""
 
-    @property
-    def output(self) -> OutputOptions:
-        """How the images are to be encoded."""
-        quality = 100 if self.output_compression is None else self.output_compression
-        return OutputOptions(self.output_format, quality)
-
-    def generation_requests(self, first_seed: int) -> list[GenerationRequest]:
-        """One request per image, each with its own seed (wrapping after MAX_SEED)."""
-        return [
-            GenerationRequest(
-                prompt=self.prompt_text,
-                seed=(first_seed + i) % (MAX_SEED + 1),
-                style=self.style,
-                guidance_scale=self.guidance_scale,
-                temperature=self.temperature,
-                num_steps=self.num_steps,
-                negative_prompt=self.negative_prompt,
-            )
-            for i in range(self.n)
-        ]
-
 
 class ImageRequest(ImageOptions):
     """POST /v1/images/generations, a JSON body."""
 
-    prompt: Prompt = Field(
-        description=f"what to draw, in any language the model reads; {MAX_PROMPT_CHARS} characters"
-    )
+    prompt: Prompt = Field(description="what to draw, in any language the model reads")
 
     @property
     def prompt_text(self) -> str:
@@ -231,18 +207,25 @@ class UploadForm(BaseModel):
     image: ImageFile = Field(
         exclude=True,
         validation_alias=AliasChoices("image", "image[]"),  # OpenAI's client may send a list of one
-        description="square PNG, WebP or JPEG to start from",
+        description="PNG, WebP or JPEG to start from",
     )
 
 
 class EditRequest(ImageRequest, UploadForm):
-    """POST /v1/images/edits, a form: what to draw where the mask is transparent."""
+    """POST /v1/images/edits, a form: what to draw where the mask says so, or anywhere."""
 
     mask: ImageFile | None = Field(
         None,
         exclude=True,
-        description="PNG of the same size, transparent where to draw; without one the image's own "
-        "transparency counts",
+        description="image of the same shape, where to draw fully transparent, or white in black; "
+        "without one the image's own transparency counts",
+    )
+    strength: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="without a mask: share of the image's tokens that is generated anew, "
+        f"{STRENGTH:g} if absent",
     )
 
 
@@ -255,10 +238,10 @@ class VariationRequest(ImageOptions, UploadForm):
 
 
 class ImageData(BaseModel):
-    """One image, as base64 or as a data: URL."""
+    """One image, as base64 or as a URL."""
 
     b64_json: str | None = Field(None, description="base64; its metadata says how it was made")
-    url: str | None = Field(None, description="a data: URL")
+    url: str | None = Field(None, description="good for an hour; asks for the same key")
     seed: int = Field(description="generates this image again")
     model_version: str = Field(description="that generated it; others may be of another version")
 
@@ -342,6 +325,7 @@ class ErrorEnvelope(BaseModel):
     """Every answer that is not a success."""
 
     error: ErrorDetail
+    detail: str = Field(description="the message again, where clients of FastAPI services look")
 
 
 class Health(BaseModel):

@@ -31,6 +31,13 @@ from pipeline.config import Config, ServeConfig, load_serve_section
 from pipeline.config.overrides import stated
 from pipeline.config.section import merged
 from pipeline.errors import RecipeError
+from serve.messages import Fit
+
+LOCAL_ALIASES = (
+    "tessera", "dall-e-2", "dall-e-3", "gpt-image-1", "gpt-image-*", "chatgpt-image-*",
+)  # fmt: skip
+"""What clients call the model where nobody chose a name: a trained model's usual one, and OpenAI's
+image models, whose names are written into many clients."""
 
 
 class ApiKey(Config):
@@ -58,11 +65,36 @@ class ServiceConfig(Config):
         False, description="serve without keys even where other machines reach it"
     )
     cors_origins: tuple[str, ...] = Field((), description="web pages that may call, by origin")
+    aliases: tuple[str, ...] | None = Field(
+        None,
+        description="further names that requests may call the model by; * stands for any text. "
+        "None: LOCAL_ALIASES where this machine alone is served, else none",
+    )
     safety: str = Field(
         "words", description="'words', 'off', or module:factory of a serve.safety.Safety"
     )
     blocked_words: tuple[str, ...] = Field((), description="in addition to serve/blocked.txt")
     c2pa: C2paConfig | None = Field(None, description="sign images; needs the extra c2pa")
+    fit: Fit = Field(
+        "pad",
+        description="what becomes of an image of another shape than the model's: 'pad' with white, "
+        "'crop', or 'refuse', which refuses every size but the model's",
+    )
+    response_format: Literal["auto", "b64_json", "url"] = Field(
+        "auto",
+        description="of answers to requests that name none; 'auto' is as OpenAI does: 'url' for "
+        "dall-e-2 and dall-e-3, else 'b64_json'",
+    )
+    link_bytes: int = Field(
+        256_000_000,
+        ge=130_000_000,  # of ten images of 2048 x 2048 pixels
+        description="images kept for an hour under the URLs of answers with response_format url",
+    )
+    public_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s?#]+$",
+        description="where clients reach the service, for those URLs; None: as a request names it",
+    )
     deadline_s: float = Field(
         60, gt=0, le=3600, description="seconds within which a request is answered"
     )
@@ -79,6 +111,19 @@ class ServiceConfig(Config):
     )
     log_format: Literal["json", "text"] = Field("json", description="of the replicas' logs")
     serve: ServeConfig = Field(ServeConfig(), description="replicas and batches")
+
+    @property
+    def loopback_only(self) -> bool:
+        """Whether this machine alone is served: other machines need keys, or the word to do without
+        (`check_exposure`)."""
+        return not (self.keys or self.allow_anonymous)
+
+    @property
+    def model_aliases(self) -> tuple[str, ...]:
+        """Further names that requests may call the model by."""
+        if self.aliases is None:
+            return LOCAL_ALIASES if self.loopback_only else ()
+        return self.aliases
 
     @field_validator("cors_origins")
     @classmethod
@@ -150,7 +195,7 @@ def check_exposure(host: str, service: ServiceConfig) -> None:
     Raises:
         RecipeError: other machines reach `host`, and there is no key.
     """
-    if service.keys or service.allow_anonymous:
+    if not service.loopback_only:
         return
     if behind_haproxy():
         host = "0.0.0.0"  # Ray's replicas then listen on all interfaces, whatever is asked for

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
-from pipeline.contracts import ImageGenerator
+from pipeline.contracts import ImageGenerator, StepChoosingGenerator
 from serve.messages import PROBE_REQUEST, ModelInfo
 
 logger = logging.getLogger("ray.serve")
@@ -74,6 +74,7 @@ def _load(version: ModelVersion) -> tuple[ImageGenerator, ModelInfo]:
         styles=tuple(model.styles),
         loaded=int(time.time()),
         tasks=model.tasks,
+        num_steps=model.num_steps if isinstance(model, StepChoosingGenerator) else None,
     )
 
 

@@ -81,6 +81,12 @@ class HFCaptionEncoder:
             states[rows, : int(lengths[rows].max())] = self._forward([tokens[i] for i in rows])
         return states, torch.arange(longest) < lengths[:, None]
 
+    def count_tokens(self, caption: str) -> int:
+        """Tokens of a caption, of its prefix and around both, before they are cut."""
+        with self._lock:
+            found = self._tokenizer(self.prefix + caption, truncation=False, verbose=False)
+        return len(found["input_ids"])
+
     def embed(self, captions: Sequence[str]) -> Tensor:
         """Mean of the states, l2-normalised: float32 (B, width)."""
         return F.normalize(masked_mean(*self.encode(captions)), dim=-1)

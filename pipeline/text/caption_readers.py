@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.contracts import CaptionEncoder
+from pipeline.contracts import CaptionEncoder, PromptTokens
 
 REMEMBERED = 2_048
 """Captions whose states a CaptionReader keeps."""
+REMEMBERED_CHARS = 1_000
+"""Of a caption that is kept: longer ones are rare and would fill the memory."""
 
 
 class CaptionReader:
@@ -35,12 +37,22 @@ class CaptionReader:
 
     def __init__(self, encoder: CaptionEncoder) -> None:
         self.encoder = encoder
-        self._read = lru_cache(maxsize=REMEMBERED)(partial(_encode, encoder))
+        self._encode = partial(_encode, encoder)
+        self._remembered = lru_cache(maxsize=REMEMBERED)(self._encode)
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """B captions -> states float32 (B, max_tokens, width) and mask bool (B, max_tokens)."""
         states, masks = zip(*(self._read(caption) for caption in captions), strict=True)
         return torch.stack(states), torch.stack(masks)
+
+    def count(self, caption: str) -> PromptTokens:
+        """How many tokens of a caption are read."""
+        given = self.encoder.count_tokens(caption)
+        return PromptTokens(min(given, self.encoder.max_tokens), given)
+
+    def _read(self, caption: str) -> tuple[Tensor, Tensor]:
+        read = self._remembered if len(caption) <= REMEMBERED_CHARS else self._encode
+        return read(caption)
 
 
 def _encode(encoder: CaptionEncoder, caption: str) -> tuple[Tensor, Tensor]:
@@ -88,6 +100,10 @@ class KnownCaptions:
         states, masks = zip(*padded, strict=True)
         return torch.cat(states), torch.cat(masks)
 
+    def count_tokens(self, caption: str) -> int:
+        """Tokens of a known caption, as far as it was read."""
+        return int(self.read[caption][1].sum())
+
 
 class HFCaptionTokenizer:
     """Captions as token ids of a language model, padded on the left to one length. An empty caption
@@ -117,7 +133,15 @@ class HFCaptionTokenizer:
         ids = torch.zeros(len(captions), self.max_tokens, dtype=torch.long)
         mask = torch.zeros(len(captions), self.max_tokens, dtype=torch.bool)
         for row, caption in enumerate(captions):
-            found = self._tokenizer(caption)["input_ids"][: self.max_tokens] if caption else []
+            found = self._ids(caption)[: self.max_tokens] if caption else []
             ids[row, self.max_tokens - len(found) :] = torch.tensor(found, dtype=torch.long)
             mask[row, self.max_tokens - len(found) :] = True
         return ids, mask
+
+    def count_tokens(self, caption: str) -> int:
+        """Tokens of a caption before it is cut."""
+        return len(self._ids(caption))
+
+    def _ids(self, caption: str) -> list[int]:
+        found: list[int] = self._tokenizer(caption, verbose=False)["input_ids"]
+        return found

@@ -47,6 +47,7 @@ class HashGenerator:
     image_size = 64
     tasks = frozenset({"text_to_image", "completion"})
     styles = ("noto", "twemoji")
+    num_steps = STEPS
 
     def __init__(self, log: Path) -> None:
         self._log = log

@@ -25,17 +25,26 @@ from test_pool import MODEL, Call, Handle
 from pipeline.config import ServeConfig
 from pipeline.contracts import TokenCount
 from pipeline.errors import RecipeError
-from serve.access import TokenBucket, new_key
+from serve.access import AccessControl, TokenBucket, new_key
 from serve.api import create_api
 from serve.errors import ApiError
-from serve.messages import DEADLINE_EXCEEDED, GeneratedImage, ImageJob, Refusal, Timing
+from serve.messages import (
+    DEADLINE_EXCEEDED,
+    GeneratedImage,
+    ImageJob,
+    ModelInfo,
+    Refusal,
+    Timing,
+)
 from serve.metrics import Metrics
 from serve.middleware import RequestLogMiddleware
 from serve.pool import ReplicaPool
 from serve.responses import stream_events
-from serve.safety import WordList, load_safety
+from serve.safety import AllowAll, WordList, load_safety
 from serve.schemas import ImageRequest
+from serve.service import Client, ImageService
 from serve.settings import ApiKey, ServiceConfig, resolve_service
+from serve.understand import understand
 
 KEY, DIGEST = new_key()
 KEYED = ServiceConfig(
@@ -163,6 +172,29 @@ def test_what_is_not_drawn_costs_nothing(failure: Call, status: int, stream: boo
     handle = Streaming(*[failure] * 3) if stream else Handle(*[failure] * 3)
     answers = ask(failing, draw(3), draw(1), service=KEYED, handle=handle)
     assert [answer.status_code for answer in answers] == [status, 200, 429]
+
+
+def test_a_stream_that_breaks_off_costs_the_images_that_came() -> None:
+    class Pool:
+        async def model_info(self) -> ModelInfo:
+            return MODEL
+
+        async def stream(self, jobs: Sequence[ImageJob]) -> AsyncIterator[GeneratedImage]:
+            yield IMAGE
+            raise ApiError(503, "too late", code="deadline_exceeded")
+
+    access = AccessControl(KEYED.keys)
+    service = ImageService(Pool(), access, AllowAll(), Metrics(), KEYED)  # type: ignore[arg-type]
+
+    async def break_off() -> None:
+        asked = await service.understand(ImageRequest(prompt="a", n=3, stream=True))
+        with pytest.raises(ApiError, match="too late"):
+            _ = [image async for image in service.stream(asked, Client("alice"))]
+
+    asyncio.run(break_off())
+    access.charge("alice", num_images=2, pixels=1)
+    with pytest.raises(ApiError, match="3 pictures per minute"):
+        access.charge("alice", num_images=1, pixels=1)
 
 
 def test_what_is_drawn_and_withheld_is_paid_for() -> None:
@@ -476,7 +508,8 @@ def test_a_stream_that_fails_is_no_success() -> None:
         request.scope["app"] = SimpleNamespace(
             state=SimpleNamespace(pool=SimpleNamespace(model_info=lambda: asyncio.sleep(0, MODEL)))
         )
-        told = stream_events("image_generation", ImageRequest(prompt="a"), IMAGE, late(), request)
+        asked = understand(ImageRequest(prompt="a"), None, MODEL, ServiceConfig())
+        told = stream_events("image_generation", asked, IMAGE, late(), request)
         await StreamingResponse(told)(scope, receive, send)
 
     sent: list[Any] = []

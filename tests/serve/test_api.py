@@ -119,11 +119,17 @@ def test_overload_is_answered_429(server: Running) -> None:
 
 def test_models(server: Running) -> None:
     models = server.openai().models.list().data
-    assert [model.id for model in models] == ["champion", "tiny"]
+    assert [model.id for model in models] == [
+        "champion",
+        "tiny",
+        "dall-e-2",
+        "dall-e-3",
+        "gpt-image-1",
+    ]
     assert models[0].styles == list(HashGenerator.styles)
     assert server.openai().models.retrieve("tiny").version == "3"
     with pytest.raises(openai.NotFoundError) as caught:
-        server.openai().images.generate(model="dall-e-3", prompt="a cat")
+        server.openai().images.generate(model="sdxl", prompt="a cat")
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
 
 

@@ -12,7 +12,7 @@ from test_pool import MODEL
 
 from pipeline.contracts import GenerationRequest
 from serve import cache
-from serve.cache import IdempotencyCache, ResultCache
+from serve.cache import LINK_TTL_S, IdempotencyCache, LinkedImages, ResultCache
 from serve.errors import ApiError
 from serve.messages import GeneratedImage, ImageJob, OutputOptions, Upload
 
@@ -35,7 +35,11 @@ def test_a_kept_picture_does_not_keep_its_upload() -> None:
         replace(JOB, upload=None),
         replace(JOB, upload=Upload(bytes(10**6))),
         replace(JOB, upload=Upload(bytes(10**6), share=0.5)),
+        replace(JOB, upload=Upload(bytes(10**6), share=0.5, transparency_is_mask=False)),
         replace(JOB, upload=Upload(b"mask", mask=bytes(10**6))),
+        replace(JOB, output=OutputOptions(size=(128, 64))),
+        replace(JOB, output=OutputOptions(size=(64, 128))),
+        replace(JOB, output=OutputOptions(fit="crop")),
     ],
 )
 def test_what_the_picture_depends_on_is_another_picture(other: ImageJob) -> None:
@@ -131,3 +135,28 @@ def test_a_key_is_of_one_request() -> None:
         assert caught.value.code == "idempotency_key_reused"
 
     with_a_service(work)
+
+
+def test_a_linked_image_is_its_client_s_for_an_hour() -> None:
+    now = 0.0
+    links = LinkedImages(10**6, lambda: now)
+    name = links.add("alice", b"image", "webp")
+    assert (
+        name.endswith(".webp") and len(name) > 40 and name != links.add("alice", b"image", "webp")
+    )
+    found = links.get("alice", name)
+    assert found is not None and (found.encoded, found.format) == (b"image", "webp")
+    assert links.get("bob", name) is None
+    now = LINK_TTL_S - 1
+    assert links.get("alice", name) is not None
+    now = LINK_TTL_S + 1
+    assert links.get("alice", name) is None
+
+
+def test_linked_images_are_bounded_at_the_cost_of_who_holds_most() -> None:
+    links = LinkedImages(10_000)
+    mine = links.add("alice", bytes(1_000), "png")
+    others = [links.add("bob", bytes(1_000), "png") for _ in range(9)]
+    assert links.get("alice", mine) is not None
+    kept = [name for name in others if links.get("bob", name) is not None]
+    assert kept == others[-len(kept) :] and len(kept) == 3

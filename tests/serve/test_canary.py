@@ -139,7 +139,8 @@ def test_slow_images_failures_and_wrong_sizes_are_problems(
         "'explode': the service answered 500: {\"e"
     ] * 2
     large = manifest.model_copy(update={"image_size": 128})
-    assert "the service answered 400" in drawn(server, large, "a cat").problems[0]
+    problem, *_ = drawn(server, large, "a cat").problems
+    assert problem == "'a cat': the image is 64x64 pixels, not 128x128"
     style = cast(
         BundleManifest, SimpleNamespace(image_size=64, model_spec=SimpleNamespace(styles=("oil",)))
     )

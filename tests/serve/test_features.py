@@ -83,9 +83,10 @@ def test_formats_say_that_a_machine_drew(server: Running, kind: str) -> None:
         background="opaque", extra_body={"seed": 3, "negative_prompt": "green"},
     )  # fmt: skip
     url = answer.data[0].url
-    assert url.startswith(f"data:image/{kind};base64,") and answer.data[0].b64_json is None
+    assert url.startswith(f"{server.url}/files/") and answer.data[0].b64_json is None
     with urllib.request.urlopen(url) as opened:
         content = opened.read()
+        assert opened.headers["content-type"] == f"image/{kind}"
     picture = Image.open(io.BytesIO(content), formats=[kind])
     assert picture.size == (64, 64) and answer.output_format == kind
     assert source_type(composite=False).encode() in content
@@ -165,12 +166,12 @@ MASK = ("mask.png", png(mask()))
 FORMS: list[tuple[str, dict[str, Any], Any, int, str | None, str]] = [
     ("edits", {"prompt": "a"}, {"mask": MASK}, 400, "image", "missing_required_parameter"),
     ("edits", {}, {"image": IMAGE, "mask": MASK}, 400, "prompt", "missing_required_parameter"),
-    ("edits", {"prompt": "a"}, {"image": IMAGE}, 400, "mask", "invalid_value"),
+    ("edits", {"prompt": "a", "strength": "0"}, {"image": IMAGE}, 400, "strength", "invalid_value"),
     ("edits", {"prompt": "a"}, {"image": IMAGE, "mask": IMAGE}, 400, "mask", "invalid_value"),
     (
         "edits",
         {"prompt": "a"},
-        {"image": IMAGE, "mask": ("m.png", png(mask(64)))},
+        {"image": IMAGE, "mask": ("m.png", png(mask().crop((0, 0, 128, 64))))},
         400,
         "mask",
         "invalid_value",
@@ -199,9 +200,10 @@ FORMS: list[tuple[str, dict[str, Any], Any, int, str | None, str]] = [
         "prompt",
         "invalid_value",
     ),
-    ("edits", {"prompt": "a", "n": ""}, {"image": IMAGE}, 400, "n", "invalid_value"),
-    ("edits", {"prompt": ""}, {"image": IMAGE}, 400, "prompt", "invalid_value"),
-    ("edits", {"prompt": "a" * 20_000}, {"image": IMAGE}, 400, None, "invalid_multipart"),
+    ("edits", {"prompt": ""}, {"image": IMAGE}, 400, "prompt", "missing_required_parameter"),
+    ("edits", {"prompt": "a" * 32_001}, {"image": IMAGE}, 400, "prompt", "invalid_value"),
+    ("edits", {"prompt": "a" * 200_000}, {"image": IMAGE}, 400, None, "invalid_multipart"),
+    ("edits", {"prompt": "a", "x": ""}, {"image": IMAGE}, 400, "x", "unknown_parameter"),
     (
         "edits",
         {"prompt": "a"},
@@ -228,7 +230,7 @@ FORMS: list[tuple[str, dict[str, Any], Any, int, str | None, str]] = [
     (
         "variations",
         {},
-        {"image": ("a.png", png(source().crop((0, 0, 100, 50))))},
+        {"image": ("a.png", png(source().resize((200, 20))))},
         400,
         "image",
         "invalid_value",

@@ -130,7 +130,7 @@ def test_a_stream_whose_replica_died_at_once_begins_again() -> None:
             return Stream()
 
     async def all_of(pool: ReplicaPool) -> list[Any]:
-        return [answer async for answer in pool.stream(job())]
+        return [answer async for answer in pool.stream([job()])]
 
     handle = Streams()
     pool = ReplicaPool(handle)  # type: ignore[arg-type]

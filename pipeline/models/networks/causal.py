@@ -35,7 +35,14 @@ from transformers import (
 )  # fmt: skip
 
 from pipeline.config import GeneratorConfig
-from pipeline.contracts import GenerationRequest, ModelParts, ModelSpec, OnStep, TokenCount
+from pipeline.contracts import (
+    GenerationRequest,
+    ModelParts,
+    ModelSpec,
+    OnStep,
+    PromptTokens,
+    TokenCount,
+)
 from pipeline.errors import PretrainedNotFoundError, RecipeError
 from pipeline.models.causal import CausalConfig
 from pipeline.models.decoding import sampling
@@ -314,6 +321,11 @@ class CausalGenerator:
         )
         batch.join(requests)
         return batch
+
+    def count_prompt(self, prompt: str) -> PromptTokens:
+        """See contracts.PromptCountingGenerator.count_prompt."""
+        given = self.read_ids.count_tokens(prompt)
+        return PromptTokens(min(given, self.read_ids.max_tokens), given)
 
     def count_tokens(self, request: GenerationRequest) -> TokenCount:
         """See contracts.SteppedGenerator.count_tokens."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config import GeneratorConfig
-from pipeline.contracts import GenerationRequest, ModelParts, ModelSpec, OnStep
+from pipeline.contracts import GenerationRequest, ModelParts, ModelSpec, OnStep, PromptTokens
 from pipeline.errors import RecipeError
 from pipeline.images.augment import differentiable_augmentation
 from pipeline.images.pixels import gradient_l1, to_float, to_uint8
@@ -436,6 +436,10 @@ class GanGenerator:
         if on_step is not None:
             on_step(1, 1)
         return to_uint8(torch.cat(images)).cpu()
+
+    def count_prompt(self, prompt: str) -> PromptTokens:
+        """See contracts.PromptCountingGenerator.count_prompt."""
+        return self.read_captions.count(prompt)
 
     def _decode(
         self,

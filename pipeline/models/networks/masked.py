@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config import GeneratorConfig
-from pipeline.contracts import GenerationRequest, ModelParts, ModelSpec, OnStep, TokenCount
+from pipeline.contracts import (
+    GenerationRequest,
+    ModelParts,
+    ModelSpec,
+    OnStep,
+    PromptTokens,
+    TokenCount,
+)
 from pipeline.models.decoding import sampling
 from pipeline.models.decoding.backend import token_predictor
 from pipeline.models.decoding.parallel import (
@@ -304,6 +311,7 @@ class MaskedGenerator:
         self._condition = lru_cache(MAX_CONDITIONINGS)(condition)
         self.styles = spec.styles
         self.image_size = parts.tokenizer.image_size
+        self.num_steps = config.num_steps
 
     def generate(
         self, requests: Sequence[GenerationRequest], *, on_step: OnStep | None = None
@@ -328,6 +336,10 @@ class MaskedGenerator:
         )
         batch.join(requests)
         return batch
+
+    def count_prompt(self, prompt: str) -> PromptTokens:
+        """See contracts.PromptCountingGenerator.count_prompt."""
+        return self.read_captions.count(prompt)
 
     def count_tokens(self, request: GenerationRequest) -> TokenCount:
         """See contracts.SteppedGenerator.count_tokens."""

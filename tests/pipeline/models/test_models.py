@@ -12,7 +12,14 @@ from torch import nn
 from pipeline import registry
 from pipeline.bundles.bundle import load_bundle, load_generator
 from pipeline.config import GeneratorConfig, TrainConfig
-from pipeline.contracts import GenerationRequest, ImageGenerator, ModelSpec
+from pipeline.contracts import (
+    GenerationRequest,
+    ImageGenerator,
+    ModelSpec,
+    PromptCountingGenerator,
+    StepChoosingGenerator,
+    SteppedGenerator,
+)
 from pipeline.errors import BundleError, RecipeError, RequestError
 from pipeline.models import load_family
 from pipeline.models.gan import GanConfig
@@ -171,6 +178,27 @@ class TestBundle:
         assert isinstance(generator, ImageGenerator)
         images = generator.generate([REQUEST, replace(REQUEST, seed=8)])
         assert images.dtype == torch.uint8 and images.shape == (2, 3, 64, 64)
+
+    def test_tells_how_much_of_a_prompt_it_reads(self, generator: ImageGenerator) -> None:
+        assert isinstance(generator, PromptCountingGenerator)
+        short, long = (generator.count_prompt("a red apple " * times) for times in (1, 100))
+        assert short.used == short.given < long.used < long.given
+        if isinstance(generator, SteppedGenerator):
+            empty = generator.count_tokens(GenerationRequest("")).text
+            read = generator.count_tokens(GenerationRequest("a red apple " * 100)).text
+            assert read - empty == long.used
+
+    def test_says_whether_requests_choose_the_number_of_steps(
+        self, generator: ImageGenerator
+    ) -> None:
+        choice = replace(REQUEST, num_steps=3)
+        if isinstance(generator, StepChoosingGenerator):
+            own = replace(REQUEST, num_steps=generator.num_steps)
+            assert torch.equal(generator.generate([own]), generator.generate([REQUEST]))
+            generator.generate([choice])
+        else:
+            with pytest.raises(RequestError, match="num_steps"):
+                generator.generate([choice])
 
     def test_same_request_same_picture_whatever_the_batch(self, generator: ImageGenerator) -> None:
         alone = generator.generate([REQUEST])[0]
