@@ -6,7 +6,7 @@ UnlabelledSource(folder="photos", license="CC0-1.0").samples()
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -17,6 +17,8 @@ from pipeline.data.sources._files import Folder, make_sample, unique_names
 
 class UnlabelledSource(CreditedSource):
     """The images of a folder and the folders in it; they have no captions."""
+
+    captioned: ClassVar[bool] = False
 
     folder: Annotated[str, Positional()] = Field(min_length=1, description="A directory or URI.")
 

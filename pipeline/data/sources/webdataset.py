@@ -14,18 +14,17 @@ import hashlib
 import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from itertools import count
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from pydantic import Field
 
-from pipeline.contracts import Caption, OptionName, Positional, Sample
+from pipeline.contracts import Caption, LeftOut, OptionName, Positional, Sample
 from pipeline.data.shards.captions import BadCaption
 from pipeline.data.shards.files import CHUNK, open_patiently
-from pipeline.data.shards.manifest import InPlace, Manifest, Shard, Totals, list_tars, open_uri
-from pipeline.data.shards.records import Credits, plain_key, record_of
+from pipeline.data.shards.manifest import InPlace, Manifest, Shard, list_tars, open_uri
+from pipeline.data.shards.records import Credits, record_of
+from pipeline.data.shards.tally import NO_CAPTION, Tally, image_problem
 from pipeline.data.shards.tars import IMAGE_EXTENSIONS, TarSample, read_samples
 from pipeline.data.sources import CaptionedSource
 from pipeline.data.sources._files import Folder, make_sample
@@ -57,8 +56,8 @@ class WebDatasetSource(CaptionedSource):
         False, description="Copy the pictures into shards of Tessera's own."
     )
 
-    def samples(self) -> Iterator[Sample]:
-        """Tar by tar. What cannot be used comes without its image, and so does a repeated key.
+    def samples(self) -> Iterator[Sample | LeftOut]:
+        """Tar by tar.
 
         Raises:
             DataError: there are no tars, or one is damaged.
@@ -68,13 +67,10 @@ class WebDatasetSource(CaptionedSource):
         for name in _tars(folder):
             with open_patiently(folder.fs, f"{folder.root}/{name}") as stream:
                 for found in read_samples(stream, name=name):
-                    sample = _sample(found, credits)
-                    for number in count(2):
-                        if sample.key not in seen:
-                            break
-                        sample = replace(sample, key=f"{plain_key(found.key)}-{number}", image=b"")
-                    seen.add(sample.key)
-                    yield sample
+                    if found.key in seen and not found.problem:
+                        found.problem = "duplicate_key"
+                    seen.add(found.key)
+                    yield from _outcomes(found, name, credits)
 
     def index(self, output: str) -> Manifest | None:
         """Count and check every tar; None with `rewrite`.
@@ -83,21 +79,22 @@ class WebDatasetSource(CaptionedSource):
         together.
 
         Raises:
-            DataError: there are no tars, one is damaged, or their URI, which the manifest would
-                name, has credentials in it.
+            DataError: there are no tars, one is damaged, no sample can be used, or their URI,
+                which the manifest would name, has credentials in it.
         """
         if self.rewrite:
             return None
         folder, credits = Folder.at(self.folder), self.credits(self.folder)
         root = "." if same_folder(self.folder, output) else _address(folder)
         there = InPlace(root=root, **credits.model_dump())
-        totals, shards = Totals(), []
+        tally, shards = Tally(), []
         with ThreadPoolExecutor(READ_AT_ONCE) as pool:
             counted = pool.map(lambda name: _count(folder, name, credits), _tars(folder))
             for shard, part in counted:
                 shards.append(shard)
-                totals.merge(part)
-        return totals.manifest(shards, there)
+                tally.merge(part)
+        tally.check()
+        return Manifest.of(shards, tally, there)
 
 
 SOURCE = WebDatasetSource
@@ -122,38 +119,43 @@ def _tars(folder: Folder) -> list[str]:
     return names
 
 
-def _count(folder: Folder, name: str, credits: Credits) -> tuple[Shard, Totals]:
+def _count(folder: Folder, name: str, credits: Credits) -> tuple[Shard, Tally]:
     """Read one tar to its end."""
-    totals, samples = Totals(), 0
+    tally, samples = Tally(), 0
     with open_patiently(folder.fs, f"{folder.root}/{name}") as raw:
         stream: Any = _Hashing(raw)
         for found in read_samples(stream, name=name):
             samples += 1
-            try:
-                record = record_of(found.key, found.files, credits)
-            except BadCaption:
-                continue  # a sample all the same: preprocessing quarantines it with its reason
-            totals.add(
-                **{kind: record[kind] for kind in ("group", "style", "license", "source")},
-                languages=[caption["language"] for caption in record["captions"]],
-            )
+            for outcome in _outcomes(found, name, credits):
+                tally.add(outcome)
         while stream.read(CHUNK):
             pass
     if not samples:
         raise DataError(f"{name} in {folder.address} holds no samples (KEY.jpg, KEY.txt, KEY.json)")
     digest = stream.sha256.hexdigest()
-    return Shard(file=name, samples=samples, bytes=stream.size, sha256=digest), totals
+    return Shard(file=name, samples=samples, bytes=stream.size, sha256=digest), tally
 
 
-def _sample(found: TarSample, credits: Credits) -> Sample:
+def _outcomes(found: TarSample, name: str, credits: Credits) -> Iterator[Sample | LeftOut]:
+    """A sample of the tar called `name`, or why it cannot be used."""
+    where = f"{name}: {found.key}"
+    members = f"it has {', '.join(found.files) or 'nothing'}"
+    if found.problem:
+        yield LeftOut(found.problem, where)
+        return
     try:
         record = record_of(found.key, found.files, credits)
-    except BadCaption:
-        record = record_of(found.key, {}, credits)
-    extension = next((name for name in IMAGE_EXTENSIONS if name in found.files), "jpg")
-    image = b"" if found.problem else (found.image or b"")
+    except BadCaption as error:
+        yield LeftOut(error.reason, where)
+        return
+    if problem := image_problem(found.image):
+        yield LeftOut(problem[0], f"{where}: {members if found.image is None else problem[1]}")
+        return
     captions = [Caption(c["text"], c["language"]) for c in record.pop("captions")]
-    return make_sample(found.key, image, extension, captions, record)
+    if not captions:
+        yield LeftOut(NO_CAPTION, f"{where}: {members}")
+    extension = next(name for name in IMAGE_EXTENSIONS if name in found.files)
+    yield make_sample(found.key, found.image or b"", extension, captions, record)
 
 
 def same_folder(one: str, other: str) -> bool:
