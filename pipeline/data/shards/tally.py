@@ -187,8 +187,9 @@ def _told(loss: Loss) -> str:
 
 
 def _remedies(lost: Iterable[Loss]) -> str:
-    """What to do about each reason, in one sentence."""
-    known = [REASONS[loss.reason][1] for loss in lost if loss.reason in REASONS]
+    """What to do about each reason, in one sentence; that captions lack follows from others."""
+    ordered = sorted(lost, key=lambda loss: loss.reason == NO_CAPTION)
+    known = [REASONS[loss.reason][1] for loss in ordered if loss.reason in REASONS]
     told = "; ".join(dict.fromkeys(filter(None, known)))
     return f"{told[:1].upper()}{told[1:]}" if told else "Mend the source"
 

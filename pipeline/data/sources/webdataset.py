@@ -14,6 +14,7 @@ import hashlib
 import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
@@ -23,7 +24,7 @@ from pipeline.contracts import Caption, LeftOut, OptionName, Positional, Sample
 from pipeline.data.shards.captions import BadCaption
 from pipeline.data.shards.files import CHUNK, open_patiently
 from pipeline.data.shards.manifest import InPlace, Manifest, Shard, list_tars, open_uri
-from pipeline.data.shards.records import Credits, record_of
+from pipeline.data.shards.records import Credits, read_record
 from pipeline.data.shards.tally import NO_CAPTION, Tally, image_problem
 from pipeline.data.shards.tars import IMAGE_EXTENSIONS, TarSample, read_samples
 from pipeline.data.sources import CaptionedSource
@@ -144,13 +145,14 @@ def _outcomes(found: TarSample, name: str, credits: Credits) -> Iterator[Sample 
         yield LeftOut(found.problem, where)
         return
     try:
-        record = record_of(found.key, found.files, credits)
+        record, left_out = read_record(found.key, found.files, credits)
     except BadCaption as error:
         yield LeftOut(error.reason, where)
         return
     if problem := image_problem(found.image):
         yield LeftOut(problem[0], f"{where}: {members if found.image is None else problem[1]}")
         return
+    yield from (replace(item, example=f"{where}: {item.example}") for item in left_out)
     captions = [Caption(c["text"], c["language"]) for c in record.pop("captions")]
     if not captions:
         yield LeftOut(NO_CAPTION, f"{where}: {members}")

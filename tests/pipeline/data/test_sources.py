@@ -73,8 +73,14 @@ def test_a_folder_with_text_files(tmp_path: Path) -> None:
     assert texts(found["a"]) == [("short", "en"), ("a longer caption", "en"), ("苹果", "zh")]
     assert (found["a"].license, found["a"].attribution, found["a"].group) == ("CC0-1.0", "me", "a")
     (cat,) = (sample for key, sample in found.items() if key.startswith("cats-b-1-"))
-    assert cat.extension == "jpg" and cat.captions[0].text == "caf\udce9"
-    assert found["c"].captions == (), "no caption: preprocessing says so"
+    assert cat.extension == "jpg" and cat.captions == ()
+    assert lost(FolderSource(folder=folder, **MINE)) == {
+        "no_caption": "c",
+        "bad_utf8": "cats/b 1.JPG: cats/b 1.txt",
+        "not_read": "notes.md",
+    }
+    read = by_key(FolderSource(folder=folder, encoding="cp1252", **MINE))
+    assert texts(read[cat.key]) == [("café", "en")]
 
 
 TABLE = [
@@ -87,6 +93,7 @@ TABLE = [
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
 def test_a_folder_with_a_table(tmp_path: Path, kind: str) -> None:
     folder = put(tmp_path, {name: picture(i) for i, name in enumerate(("a.png", "b.png", "c.png"))})
+    name = f"{'metadata' if kind == 'parquet' else 'captions'}.{kind}"
     if kind == "jsonl":
         put(tmp_path, {"captions.jsonl": "\n".join(map(json.dumps, TABLE))})
     elif kind == "parquet":
@@ -105,9 +112,10 @@ def test_a_folder_with_a_table(tmp_path: Path, kind: str) -> None:
     assert (found["a"].license, found["a"].attribution) == ("MIT", "Ann")
     assert sorted(texts(found["b"])) == [("ii", "en"), ("two", "en")]
     assert (found["b"].group, found["b"].license) == ("7", "CC0-1.0")
-    assert found["c"].captions == ()
-    (gone,) = (sample for key, sample in found.items() if key.startswith("gone"))
-    assert gone.image == b"" and texts(gone) == [("three", "en")]
+    assert lost(FolderSource(folder=folder, **MINE)) == {
+        "no_caption": "c",
+        "no_picture": f"{name}, row {4 if kind == 'csv' else 3} names gone.png, which is not there",
+    }
 
 
 @pytest.mark.parametrize(
@@ -115,16 +123,17 @@ def test_a_folder_with_a_table(tmp_path: Path, kind: str) -> None:
     [
         ({}, "holds no .png"),
         ({"a.gif": b"GIF89a"}, "holds no .png"),
-        ({"a.png": b""}, "neither .txt files"),
-        ({"a.png": b"", "captions.csv": "picture,text\na.png,x"}, "row 1 names no file"),
-        ({"a.png": b"", "captions.jsonl": '{"file": "a.png"\n'}, "line 1 is not JSON"),
+        ({"a.png": b""}, r"neither \.txt nor \.caption files .* it has {'\.png': 1}"),
+        ({"a.png": b"", "captions.csv": "picture,text\na.png,x"}, "picture, text; .* --image"),
+        ({"a.png": b"", "captions.csv": "file,prompt\na.png,x"}, "file, prompt; .* --caption"),
+        ({"a.png": b"", "captions.jsonl": '{"file": "a.png"\n'}, "row 1 is not JSON"),
         ({"a.png": b"", "captions.parquet": b"no"}, "cannot be read"),
         ({"a.png": b"", "captions.csv": "", "metadata.csv": ""}, "several tables"),
     ],
 )
 def test_a_folder_that_is_none_says_why(tmp_path: Path, files: dict, said: str) -> None:
     with pytest.raises(DataError, match=said):
-        list(FolderSource(folder=put(tmp_path, files), **MINE).samples())
+        write_shards(settled(FolderSource(folder=put(tmp_path, files), **MINE)), tmp_path / "out")
     with pytest.raises(DataError, match="no folder"):
         list(FolderSource(folder=str(tmp_path / "nowhere"), **MINE).samples())
 
@@ -138,12 +147,16 @@ def test_pictures_alone(tmp_path: Path) -> None:
 def test_coco(tmp_path: Path) -> None:
     annotations, images = coco(tmp_path)
     found = by_key(CocoSource(annotations=annotations, images=images, **MINE))
-    assert list(found) == ["000000000009", "000000000025", "000000000030"]
-    dog, cat, bird = found.values()
+    assert list(found) == ["000000000009", "000000000025"]
+    dog, cat = found.values()
     assert len(dog.captions) == 5 and dog.captions[0] == Caption("A dog.", "en")
     assert (dog.license, dog.attribution) == ("CC-BY-NC-SA-2.0", "http://f/9")
     assert (cat.license, texts(cat)) == ("No known restrictions", [("A cat.", "en")])
-    assert bird.image == b"" and spdx({"id": 3}) == "NOASSERTION"
+    assert spdx({"id": 3}) == "NOASSERTION"
+    assert lost(CocoSource(annotations=annotations, images=images, **MINE)) == {
+        "no_picture": "image 30 names 000000000030.jpg, which is not there",
+        "bad_caption": "annotation 51 has the caption ''",
+    }
     with pytest.raises(DataError, match="none of the 3 pictures"):
         other = put(tmp_path / "other", {"x.jpg": b""})
         by_key(CocoSource(annotations=annotations, images=other, **MINE))
@@ -166,13 +179,15 @@ def test_parquet_as_hugging_face_writes_it(tmp_path: Path) -> None:
         table = pa.Table.from_pylist(rows[part * 75 : part * 75 + 75])
         pq.write_table(table, tmp_path / f"train-{part:05d}-of-00002.parquet", row_group_size=20)
     found = by_key(ParquetSource(table=str(tmp_path), captions=("text:en", "zh:zh"), **MINE))
-    assert len(found) == 150
+    assert len(found) == 149
     one = found["train-00001-of-00002-000000003"]
     assert one.image == picture(78) and texts(one) == [("thing 78", "en"), ("东西 78", "zh")]
-    assert found["train-00000-of-00002-000000007"].image == b""
+    row = "train-00000-of-00002.parquet, row 7 names 7.png, which is not there"
+    source = ParquetSource(table=str(tmp_path), captions=("text:en", "zh:zh"), **MINE)
+    assert lost(source) == {"no_picture": row}
     guessed = by_key(ParquetSource(table=str(tmp_path / "train-00001-of-00002.parquet"), **MINE))
     assert len(guessed) == 75 and texts(guessed[one.key]) == [("thing 78", "en")]
-    with pytest.raises(DataError, match="no column picture; it has image, text, zh"):
+    with pytest.raises(DataError, match=r"no column picture; it has image \(struct<.*text \(str"):
         list(ParquetSource(table=str(tmp_path), image="picture", **MINE).samples())
 
 
@@ -299,7 +314,8 @@ def test_a_sample_without_its_picture_is_not_written_but_counted(tmp_path: Path)
     source = CocoSource(annotations=annotations, images=images, **MINE)
     manifest = write_shards(settled(source), tmp_path / "set")
     assert manifest.samples == manifest.used == 2 and manifest.languages == {"en": 6}
-    assert manifest.found == 3 and [x.reason for x in manifest.losses] == ["no_picture"]
+    assert manifest.found == 3
+    assert [x.reason for x in manifest.losses] == ["no_picture", "bad_caption"]
     with tarfile.open(tmp_path / "set" / manifest.shards[0].file) as shard:
         assert len(shard.getnames()) == 4, "two records, two pictures"
 
