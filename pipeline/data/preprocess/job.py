@@ -196,7 +196,9 @@ def _plan_shards(shard_sets: Sequence[str], data: DataConfig) -> _ShardPlan:
                 while label in shards:  # two sets of one name
                     label = f"{number}-{label}"
                 path = f"{root}/{shard.file}"
-                shards[label] = ShardFile(label, path, shard.samples, manifest.in_place)
+                shards[label] = ShardFile(
+                    label, path, shard.samples, manifest.in_place, shard.prefix
+                )
     check_one_file_system(systems, shard_sets)
     plan = _ShardPlan(systems[0], tuple(shards.values()), missing, tuple(problems), tuple(digests))
     _check_problems(plan, data)

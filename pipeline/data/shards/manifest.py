@@ -26,7 +26,7 @@ from pipeline.artifacts import ASSETS
 from pipeline.data.shards.files import CHUNK, open_patiently
 from pipeline.data.shards.records import Credits
 from pipeline.data.shards.tally import NO_CAPTION, Loss, Tally
-from pipeline.data.shards.tars import TAR_SUFFIXES
+from pipeline.data.shards.tars import TAR_SUFFIXES, Members
 from pipeline.errors import DataError
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -44,12 +44,20 @@ class Shard(_Record):
 
     Attributes:
         file: path below the set's folder, or below InPlace.root.
+        repeats_keys: keys of an earlier tar are in this one again, for other samples; `prefix`
+            tells them apart.
     """
 
     file: str
     samples: int = Field(ge=1)
     bytes: int = Field(ge=1)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    repeats_keys: bool = Field(False, exclude_if=lambda value: not value)
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the keys of its samples to make them unique in the set."""
+        return key_prefix(self.file) if self.repeats_keys else ""
 
 
 class InPlace(Credits):
@@ -58,9 +66,11 @@ class InPlace(Credits):
 
     Attributes:
         root: the folder or URI that they are in; "." is the manifest's own.
+        members: which members of a sample are its image and its captions.
     """
 
     root: str = Field(min_length=1)
+    members: Members = Field(Members(), exclude_if=lambda value: value == Members())
 
 
 class Manifest(_Record):
@@ -266,6 +276,16 @@ def list_tars(fs: pyarrow.fs.FileSystem, root: str) -> list[str]:
     return sorted(p.removeprefix(f"{root}/") for p in paths if p.endswith(TAR_SUFFIXES))
 
 
+def key_prefix(file: str) -> str:
+    """What tells the keys of a tar from the same ones in another: its path without suffix.
+
+    >>> key_prefix("train/00001.tar.gz")
+    'train/00001/'
+    """
+    suffix = next(suffix for suffix in TAR_SUFFIXES if file.endswith(suffix))
+    return f"{file.removesuffix(suffix)}/"
+
+
 def _check(fs: pyarrow.fs.FileSystem, root: str, shard: Shard) -> Problem | None:
     path = f"{root}/{shard.file}"
     if problem := _check_size(fs.get_file_info(path), shard):
@@ -294,7 +314,7 @@ def dataset_digest(shards: Iterable[Shard], in_place: InPlace | None = None) -> 
 
     For tars that are read in place it covers their credits too, but not where they are.
     """
-    lines = [f"schema {SCHEMA_VERSION}", *(shard.sha256 for shard in shards)]
+    lines = [f"schema {SCHEMA_VERSION}", *(shard.sha256 + shard.prefix for shard in shards)]
     if in_place is not None:
         lines.append(in_place.model_dump_json(exclude={"root"}))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

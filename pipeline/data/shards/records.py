@@ -4,7 +4,7 @@ Table rows, JSON objects and tar members are read alike: `caption`, `text` or `c
 `caption_zh` for a language, in any form that `read_captions` knows; `group`, `style`, `source`,
 `license`, `attribution` (or `author`). What a record leaves out, the `Credits` of its source say.
 
-    record_of("000000012", {"jpg": ..., "txt": b"a dog"}, credits)["captions"]
+    record, left_out = record_of("000000012", {"jpg": ..., "txt": b"a dog"}, credits)
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.contracts import Caption, LeftOut
 from pipeline.data.shards.captions import BadCaption
+from pipeline.data.shards.tars import CAPTION_EXTENSIONS, LANGUAGE, Members
 
 FIELDS = ("group", "style", "source", "license", "attribution")
-LANGUAGE = r"(?P<language>[A-Za-z]{2,3}(?:[-_]\w+)*)"
-"""Matches a BCP 47 tag, written with hyphens or underscores."""
 _NO_CAPTION = r"(?!(?:id|ids|url|raw|old|len)$)"  # caption_id is a number, not Indonesian
 _CAPTION_FIELD = re.compile(rf"^(?:captions?|text)(?:_{_NO_CAPTION}{LANGUAGE})?$")
 _LANGUAGE = re.compile(rf"^{_NO_CAPTION}{LANGUAGE}$")
 _TEXT_KEYS = ("text", "raw", "caption")
-_CAPTION_FILE = re.compile(rf"^(?:{LANGUAGE}\.)?txt$")
+_CAPTION_FILE = re.compile(rf"^(?:{LANGUAGE}\.)?(?:{'|'.join(CAPTION_EXTENSIONS)})$")
 
 
 class Credits(BaseModel):
@@ -144,19 +143,15 @@ def canonical(captions: Iterable[Caption]) -> tuple[Caption, ...]:
     return tuple(ordered)
 
 
-def record_of(key: str, files: Mapping[str, bytes], credits: Credits) -> dict[str, Any]:
-    """The record of a sample in a tar that someone else wrote; see `read_record`."""
-    return read_record(key, files, credits)[0]
-
-
-def read_record(
-    key: str, files: Mapping[str, bytes], credits: Credits
+def record_of(
+    key: str, files: Mapping[str, bytes], credits: Credits, members: Members | None = None
 ) -> tuple[dict[str, Any], list[LeftOut]]:
     """The record of a sample in a tar that someone else wrote, from those of KEY.json, KEY.txt and
     KEY.zh.txt that there are, and the captions that are left out of it.
 
     Args:
         files: contents by extension.
+        members: which of them are captions.
 
     Raises:
         BadCaption: bad_json; bad_utf8 of all captions; or failed_download (the status that
@@ -166,11 +161,19 @@ def read_record(
     if said.get("status", "success") != "success":
         raise BadCaption("failed_download")
     found: list[Caption | LeftOut] = []
-    for name, content in files.items():
-        match = _CAPTION_FILE.match(name)
-        if match is not None:
-            found += _captions_of_file(name, content, tag(match["language"] or credits.language))
-    captions, left_out = parted([*found, *captions_in(said, credits.language)])
+    if members is not None and members.captions:
+        for name, language in members.captions.items():
+            if name in files:
+                found += _captions_of_file(name, files[name], language)
+            elif name.startswith("json."):
+                found += read_captions(lookup(said, name.removeprefix("json.")), language, name)
+    else:
+        for name, content in files.items():
+            if match := _CAPTION_FILE.match(name):
+                language = tag(match["language"] or credits.language)
+                found += _captions_of_file(name, content, language)
+        found += captions_in(said, credits.language)
+    captions, left_out = parted(found)
     if not captions and any(item.reason == "bad_utf8" for item in left_out):
         raise BadCaption("bad_utf8")
     record = {

@@ -29,8 +29,9 @@ import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
 from pipeline.contracts import Caption, LeftOut, Positional, Sample
-from pipeline.data.shards.records import LANGUAGE, lookup, parted, tag
+from pipeline.data.shards.records import lookup, parted, tag
 from pipeline.data.shards.tally import NO_PICTURE
+from pipeline.data.shards.tars import CAPTION_EXTENSIONS, LANGUAGE
 from pipeline.data.sources import ColumnSource
 from pipeline.data.sources._files import Folder, ImageFile, Listing, make_sample, unique_names
 from pipeline.errors import DataError
@@ -41,7 +42,7 @@ TABLES = tuple(
 FILE_COLUMNS = ("file", "file_name", "image", "path")
 
 
-CAPTION_ENDINGS = (".txt", ".caption")
+CAPTION_ENDINGS = tuple(f".{extension}" for extension in CAPTION_EXTENSIONS)
 
 Row = Mapping[str, Any]
 

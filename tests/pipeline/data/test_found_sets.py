@@ -11,17 +11,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from layouts import picture, put
-from test_sources import MINE, by_key, lost, texts
+from layouts import picture, put, tar
+from pyarrow.fs import LocalFileSystem
+from test_sources import MINE, by_key, indexed, lost, texts
 
 from pipeline.contracts import Caption, LeftOut, Source
-from pipeline.data.shards.records import read_captions
+from pipeline.data.preprocess.reader import ShardFile, _PartReader
+from pipeline.data.shards.records import plain_key, read_captions
 from pipeline.data.shards.tally import settled
 from pipeline.data.shards.writer import write_shards
 from pipeline.data.sources.coco import CocoSource
 from pipeline.data.sources.folder import FolderSource
 from pipeline.data.sources.parquet import ParquetSource
 from pipeline.data.sources.unlabelled import UnlabelledSource
+from pipeline.data.sources.webdataset import WebDatasetSource
 from pipeline.errors import DataError
 
 N = 4
@@ -279,6 +282,106 @@ def test_a_file_whose_name_is_not_utf_8_or_format_not_read_is_told(tmp_path: Pat
     Path(os.fsdecode(bytes(tmp_path) + b"/\xff.png")).write_bytes(picture(2))
     found = lost(UnlabelledSource(folder=str(tmp_path), license="MIT"))
     assert found == {"bad_name": "?.png", "other_format": "b.gif"}
+
+
+# ---- WebDataset ----------------------------------------------------------------------------------
+
+
+def pairs(*keys: str) -> list[tuple[str, bytes | str]]:
+    """A picture and a caption per key."""
+    return [
+        member
+        for i, key in enumerate(keys)
+        for member in ((f"{key}.png", picture(i)), (f"{key}.txt", f"thing {i}"))
+    ]
+
+
+def read_both_ways(folder: Path, **settings: Any) -> list[str]:
+    """The first caption of every sample, sorted: read in place as preprocessing does, and copied;
+    both are the same, with the same keys but for characters."""
+    source = WebDatasetSource(folder=str(folder), **settings, **MINE)
+    manifest = source.index(str(folder / "set"))
+    assert manifest is not None and manifest.in_place is not None
+    found = {}
+    for shard in manifest.shards:
+        file = ShardFile("x", str(folder / shard.file), shard.samples, manifest.in_place,
+                         shard.prefix)  # fmt: skip
+        read = _PartReader(LocalFileSystem(), {}, lambda _: pa.table({}))._read
+        for sample in read(file, 0, shard.samples):
+            if sample["problem"] is None and sample["image"] and sample["record"]:
+                captions = json.loads(sample["record"])["captions"]
+                found[sample["key"]] = captions[0]["text"] if captions else ""
+    copied = by_key(source).values()
+    assert {plain_key(key) for key in found} == {sample.key for sample in copied}
+    assert manifest.groups == len({sample.group for sample in copied})
+    return sorted(filter(None, found.values()))
+
+
+def test_keys_that_start_again_in_every_tar(tmp_path: Path) -> None:
+    for name in ("00000", "00001", "deep/00000"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        tar(tmp_path / f"{name}.tar", pairs("000000", "000001"))
+    assert read_both_ways(tmp_path) == ["thing 0"] * 3 + ["thing 1"] * 3
+    source = WebDatasetSource(folder=str(tmp_path), **MINE)
+    assert lost(source) == {}
+    first = indexed(str(tmp_path), tmp_path / "set")
+    assert [shard.repeats_keys for shard in first.shards] == [False, True, True]
+    assert first.groups == first.used == 6
+    tar(tmp_path / "zzz.tar", pairs("000000", "000009"))
+    more = indexed(str(tmp_path), tmp_path / "set")
+    assert more.shards[:3] == first.shards, "a tar more changes no key of those before"
+
+
+@pytest.mark.parametrize(
+    ("members", "captions"),
+    [
+        (pairs(*(f"photo_v1.{i}" for i in range(N))), THINGS),
+        (pairs(*(f"2024-01-0{i}T10.30.0{i}" for i in range(N))), THINGS),
+        (pairs(*(f"John.{name}.final" for name in ("Doe", "Smith", "de", "Zed"))), THINGS),
+        (pairs("cat", "cat.2", "cat.10"), THINGS[:3]),
+        ([("a.jpg", picture(1, "JPEG")), ("a.seg.png", picture(2)), ("a.txt", "one")], ["one"]),
+        ([("a.depth.png", picture(1)), ("a.jpg", picture(2, "JPEG")), ("a.txt", "two")], ["two"]),
+        ([("a.photo.png", picture(1)), ("a.txt", "one")], ["one"]),
+        ([("a.png", picture(1)), ("a.zh.txt", "一")], ["一"]),
+        ([("v.1.png", picture(1)), ("v.1.txt", "one"), ("v.1.zh.txt", "一"),
+          ("v.2.png", picture(2)), ("v.2.zh.txt", "二")], ["one", "二"]),
+        ([("a.png", picture(1)), ("a.caption", "one")], ["one"]),
+        ([("a.PNG", picture(1)), ("a.JSON", '{"caption": {"en": "one"}}')], ["one"]),
+    ],
+)  # fmt: skip
+def test_names_with_dots(
+    tmp_path: Path, members: list[tuple[str, bytes | str]], captions: list[str]
+) -> None:
+    tar(tmp_path / "0.tar", members)
+    assert read_both_ways(tmp_path) == captions
+
+
+def test_members_that_are_image_and_caption_can_be_named(tmp_path: Path) -> None:
+    said = json.dumps({"prompt": "a drawing", "license": "MIT"})
+    members: list[tuple[str, bytes | str]] = []
+    for i in range(2):
+        members += [(f"{i}.input.png", picture(i)), (f"{i}.target.png", picture(9 - i)),
+                    (f"{i}.cls", f"class {i}"), (f"{i}.json", said)]  # fmt: skip
+    tar(tmp_path / "0.tar", members)
+    source = WebDatasetSource(folder=str(tmp_path), **MINE)
+    with pytest.raises(
+        DataError, match=r"0\.tar: 0 has cls, json, input\.png, target\.png.*--image"
+    ):
+        source.index(str(tmp_path / "set"))
+    named = {"image": "target.png", "captions": ("cls", "json.prompt:en-GB")}
+    assert read_both_ways(tmp_path, **named) == ["class 0", "class 1"]
+    source = WebDatasetSource(folder=str(tmp_path), **named, **MINE)
+    (one, _) = by_key(source).values()
+    assert one.image == picture(9) and one.license == "MIT"
+    assert texts(one) == [("class 0", "en"), ("a drawing", "en-GB")]
+    assert lost(source) == {"not_read": "0.tar: 0.input.png"}
+
+
+def test_a_manifest_says_only_what_is_not_usual(tmp_path: Path) -> None:
+    tar(tmp_path / "0.tar", pairs("a", "b"))
+    manifest = indexed(str(tmp_path), tmp_path / "set")
+    assert "members" not in manifest.model_dump_json()
+    assert "repeats_keys" not in manifest.model_dump_json()
 
 
 # ---- COCO ----------------------------------------------------------------------------------------

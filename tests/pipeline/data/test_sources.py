@@ -332,7 +332,7 @@ def test_what_names_no_language_is_no_caption() -> None:
     found = captions_in(row, "en")
     assert [(c.text, c.language) for c in found] == [("cat", "en"), ("貓", "zh-TW")]
     assert captions_in({"caption": "chat", "language": "fr"}, "en")[0].language == "fr"
-    record = record_of("k", {"zh_cn.txt": "猫".encode(), "txt": b"cat"}, CREDITS)
+    record, _ = record_of("k", {"zh_cn.txt": "猫".encode(), "txt": b"cat"}, CREDITS)
     assert {c["language"] for c in record["captions"]} == {"zh-cn", CREDITS.language}
 
 
@@ -366,8 +366,10 @@ def test_a_small_tar_cannot_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> 
     (long,) = read_samples(packed({"a.png": b"x", "a.txt": b"x" * 5_000_000}))
     assert long.problem == "too_large" and long.files["txt"] == b""
     monkeypatch.setattr("pipeline.data.shards.tars.MAX_MEMBER_BYTES", 1_000)
-    (many,) = read_samples(packed({f"a.{i}.txt": b"x" * 300 for i in range(9)}))
-    assert many.problem == "too_large" and sum(map(len, many.files.values())) < 1_000
+    (whole,) = read_samples(packed({"a.png": b"x" * 600, "a.txt": b"x" * 600}))
+    assert whole.problem == "too_large" and sum(map(len, whole.files.values())) < 1_000
+    many = list(read_samples(packed({f"a.{i}.png": b"x" * 300 for i in range(9)})))
+    assert [sample.key for sample in many] == [f"a.{i}" for i in range(9)]
     (other,) = read_samples(packed({"a.png": b"x", "a.mp4": b"x" * 5_000}))
     assert other.problem is None and other.files["mp4"] == b"", "no part of a sample"
 
@@ -387,8 +389,10 @@ def test_licences_of_the_public_domain() -> None:
     assert named("licenses/by/2.0/jp/") == "CC-BY-2.0-JP"
 
 
-def test_a_key_that_came_before_is_not_copied_but_told(tmp_path: Path) -> None:
-    for number in (1, 2):
-        tar(tmp_path / f"{number}.tar", [("cat.png", picture(number)), ("cat.txt", "a cat")])
+def test_a_key_that_comes_twice_in_a_tar_is_told(tmp_path: Path) -> None:
+    pair: list[tuple[str, bytes | str]] = [("cat.png", picture(1)), ("cat.txt", "a cat")]
+    tar(tmp_path / "1.tar", [*pair, *pair])
     source = WebDatasetSource(folder=str(tmp_path), **MINE)
-    assert list(by_key(source)) == ["cat"] and lost(source) == {"duplicate_key": "2.tar: cat"}
+    assert list(by_key(source)) == ["cat"] and lost(source) == {"duplicate_key": "1.tar: cat"}
+    manifest = indexed(str(tmp_path), tmp_path / "set")
+    assert (manifest.found, manifest.used) == (2, 1)
