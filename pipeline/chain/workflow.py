@@ -112,8 +112,21 @@ class Session:
         """Of the steps done so far, by step."""
         return self.run()
 
+    def check_evaluation(self) -> None:
+        """Preprocess, and check before any training that its result is enough to judge by.
+
+        Raises:
+            DataError: it is not.
+        """
+        results = self.run("preprocess")
+        if waiting_steps(self.plan):
+            from pipeline.chain.preflight import check_evaluation  # as in `check_to_do`
+
+            check_evaluation(self.plan, pixels_of(results))
+
     def judge(self) -> Judged:
         """Train and evaluate all candidates, choose one, and decide whether it is promoted."""
+        self.check_evaluation()
         plan, results = self.plan, self.run(*evaluation_needs(self.plan))
         champion = self.models.champion(plan.recipe.promote.model_name)
         found = contest(plan, results, champion)
@@ -206,6 +219,7 @@ def retrain(
         TesseraError: something the user can mend; finished steps are kept.
     """
     with opened(plan, reporter, debug=debug) as session:
+        session.check_evaluation()
         results, parent = session.run(*training_targets(plan)), session.workspace.parent
         champion = session.models.champion(plan.recipe.promote.model_name)
         if champion is not None and is_champion(plan, results, champion):
