@@ -148,7 +148,7 @@ def opened(plan: Plan, reporter: Reporter, *targets: str, debug: bool = False) -
     """
     check_to_do(plan, *targets)
     tracker = Tracker(plan.home, plan.recipe.tracking.sinks)
-    with exclusive(plan.home), tracker.run(plan.recipe.name) as parent:
+    with exclusive(plan.home), _run_of(tracker, plan) as parent:
         with RunLogger(parent) as logger:
             logger.params({"recipe": plan.recipe.name, "base": plan.recipe.base})
             licenses = {name for m in plan.shards.values() for name in m.licenses}
@@ -163,6 +163,14 @@ def opened(plan: Plan, reporter: Reporter, *targets: str, debug: bool = False) -
             yield Session(plan, workspace)
         finally:
             workspace.close()
+
+
+@contextmanager
+def _run_of(tracker: Tracker, plan: Plan) -> Iterator[RunHandle]:
+    """The parent run, after those of a process that died in this home directory are ended."""
+    tracker.end_abandoned()
+    with tracker.run(plan.recipe.name) as parent:
+        yield parent
 
 
 def waiting_steps(plan: Plan, *targets: str) -> list[str]:
