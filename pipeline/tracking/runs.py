@@ -164,8 +164,8 @@ class Tracker:
     def run(
         self, name: str, *, parent: RunHandle | None = None, folder: Path | None = None
     ) -> Iterator[RunHandle]:
-        """A run for the duration of the block, which ends as FINISHED, on an error as FAILED and on
-        Ctrl-C as KILLED.
+        """A run for the duration of the block. It ends as FINISHED, on an error as FAILED, and as
+        KILLED on Ctrl-C and where the process is told to exit (Ray makes SIGTERM a SystemExit).
 
         Args:
             name: shown in MLflow.
@@ -182,7 +182,7 @@ class Tracker:
                     record.write_text(json.dumps({"run_id": run_id}))
             yield RunHandle(self.uri, run_id, self._sinks_of(run_id, name, parent))
             status = "FINISHED"
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             status = "KILLED"
             raise
         finally:

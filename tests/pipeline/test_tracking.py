@@ -23,7 +23,12 @@ def status(tracker: Tracker, handle: RunHandle) -> str:
 
 @pytest.mark.parametrize(
     ("error", "expected"),
-    [(None, "FINISHED"), (ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")],
+    [
+        (None, "FINISHED"),
+        (ValueError, "FAILED"),
+        (KeyboardInterrupt, "KILLED"),
+        (SystemExit, "KILLED"),
+    ],
 )
 def test_a_run_ends_as_its_block_does(
     tracker: Tracker, error: type[BaseException] | None, expected: str
