@@ -136,7 +136,8 @@ class WebDatasetSource(ColumnSource):
         captions = {name.removeprefix("."): language for name, language in fields}
         members = Members(image=image, captions=captions)
         credits = self.credits(self.folder)
-        return _Tars(folder, names, members, credits, listing.left_out)
+        left_out = [replace(lost, of="file") for lost in listing.left_out]
+        return _Tars(folder, names, members, credits, left_out)
 
 
 SOURCE = WebDatasetSource

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from layouts import picture, put, tar
 from pyarrow.fs import LocalFileSystem
 from test_sources import MINE, by_key, indexed, lost, texts
@@ -19,6 +23,7 @@ from pipeline.contracts import Caption, LeftOut, Source
 from pipeline.data.preprocess.reader import ShardFile, _PartReader
 from pipeline.data.shards.records import plain_key, read_captions
 from pipeline.data.shards.tally import settled
+from pipeline.data.shards.tars import read_samples
 from pipeline.data.shards.writer import write_shards
 from pipeline.data.sources.coco import CocoSource
 from pipeline.data.sources.folder import FolderSource
@@ -354,6 +359,34 @@ def test_names_with_dots(
 ) -> None:
     tar(tmp_path / "0.tar", members)
     assert read_both_ways(tmp_path) == captions
+
+
+PARTS = st.sampled_from(("a", "b", "0", "zh", "seg"))
+NAMES = st.lists(
+    st.tuples(st.lists(PARTS, min_size=1, max_size=3), st.sampled_from(("png", "jpg", "txt", "x"))),
+    unique_by=lambda name: (tuple(name[0]), name[1]), max_size=12,
+)  # fmt: skip
+
+
+@given(NAMES)
+def test_every_member_is_in_one_sample_whatever_the_names(
+    names: list[tuple[list[str], str]],
+) -> None:
+    members = [".".join((*parts, extension)) for parts, extension in names]
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as out:
+        for name in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(name)
+            out.addfile(info, io.BytesIO(name.encode()))
+    stream.seek(0)
+    found = [
+        (f"{sample.key}.{extension}", content)
+        for sample in read_samples(stream)
+        for extension, content in sample.files.items()
+    ]
+    assert sorted(name for name, _ in found) == sorted(members)
+    assert all(content in (b"", name.encode()) for name, content in found)
 
 
 def test_members_that_are_image_and_caption_can_be_named(tmp_path: Path) -> None:
