@@ -463,11 +463,16 @@ def generate(
     ] = Path("picture.png"),
     n: Annotated[int, typer.Option(min=1, max=64, help="Number of pictures.")] = 1,
     seed: Annotated[
-        int,
+        int | None,
         typer.Option(
-            min=0, help="Seed of the first picture; the following ones use seed + 1, seed + 2, ..."
+            min=0,
+            help="Seed of the first picture; the following ones use seed + 1, seed + 2, ... "
+            "Default: a random one, which the file's metadata tells.",
         ),
-    ] = 0,
+    ] = None,
+    keep_prompt: Annotated[
+        bool, typer.Option(help="Write the prompt into the files' metadata.")
+    ] = True,
     style: Annotated[
         str | None,
         typer.Option(
@@ -511,7 +516,7 @@ def generate(
 
     model = model or default_model(home, PromoteConfig().model_name)
     paths = run(
-        prompt, out, home=home, model=model, num_images=n, seed=seed,
+        prompt, out, home=home, model=model, num_images=n, seed=seed, keep_prompt=keep_prompt,
         style=style, guidance_scale=guidance_scale, temperature=temperature, num_steps=num_steps,
     )  # fmt: skip
     names = [str(path) for path in paths]

@@ -16,7 +16,8 @@ from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElap
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-if TYPE_CHECKING:  # it needs Ray, and `tessera --help` does without
+if TYPE_CHECKING:  # they need Ray and PyArrow, and `tessera --help` does without
+    from pipeline.data.shards.manifest import Manifest
     from pipeline.progress import Progress
 
 # Metrics shown beside the bar, in this order.
@@ -92,6 +93,25 @@ def time_table(seconds: Mapping[str, float]) -> Table:
         table.add_row(name, f"{value:.1f}" if value else "skipped")
     table.add_row("[bold]all[/bold]", f"[bold]{sum(seconds.values()):.1f}[/bold]")
     return table
+
+
+def ingest_table(manifest: Manifest) -> Table:
+    """What a source held: found, used, and each reason why something was left out."""
+    table = Table(title="Ingested", show_edge=False, title_justify="left")
+    table.add_column("", no_wrap=True)
+    table.add_column("count", justify="right")
+    table.add_column("example", overflow="fold")
+    captions = ", ".join(f"{name} {count}" for name, count in manifest.languages.items())
+    table.add_row("pictures found", str(manifest.found), "")
+    used = escape(f"captions: {captions}") if captions else "no captions"
+    table.add_row("[bold]pictures used[/bold]", f"[bold]{manifest.used}[/bold]", used)
+    for loss in manifest.losses:
+        table.add_row(LOST[loss.of] + loss.reason, str(loss.count), escape(loss.example))
+    return table
+
+
+LOST = {"image": "", "caption": "caption: ", "file": "file: "}
+"""What stands before the reason of a loss, by what was lost."""
 
 
 def trial_table(trials: Sequence[Mapping[str, Any]]) -> Table:

@@ -155,7 +155,8 @@ def _record(sample: TarSample, manifest: Manifest) -> dict[str, Any]:
     """
     if manifest.in_place is None:
         return parse_record(sample.files.get("json"))
-    return record_of(sample.key, sample.files, manifest.in_place)
+    there = manifest.in_place
+    return record_of(sample.key, sample.files, there, there.members)[0]
 
 
 def _spread(uri: str, manifest: Manifest, count: int) -> Iterator[TarSample]:
@@ -168,7 +169,9 @@ def _spread(uri: str, manifest: Manifest, count: int) -> Iterator[TarSample]:
         shard = manifest.shards[place]
         step = max(1, min(shard.samples // share, 16))
         with open_patiently(fs, f"{root}/{shard.file}") as stream:
-            yield from islice(read_samples(stream, name=shard.file), 0, share * step, step)
+            members = manifest.in_place.members if manifest.in_place is not None else None
+            samples = read_samples(stream, name=shard.file, members=members)
+            yield from islice(samples, 0, share * step, step)
 
 
 def _cell(sample: TarSample, manifest: Manifest) -> tuple[NDArray[np.uint8], str]:

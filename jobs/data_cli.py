@@ -75,13 +75,17 @@ def data_show(
         },
     }
     if as_json:
-        typer.echo(json.dumps({**counts, "sheet": str(out)}, ensure_ascii=False))
+        losses = [loss.model_dump() for loss in manifest.losses]
+        told = {**counts, "losses": losses, "sheet": str(out)}
+        typer.echo(json.dumps(told, ensure_ascii=False))
         return
     for name, value in counts.items():
         shown = (
             ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
         )
         typer.echo(f"{name:<10} {shown}")
+    for loss in manifest.losses:
+        typer.echo(f"{'left out':<10} {loss.of} {loss.reason} {loss.count}: {loss.example}")
     typer.echo(str(out))
 
 

@@ -3,11 +3,12 @@
     tessera generate "a red apple" --out apple.png --n 4 --seed 1
 
 The file's name says its format (PNG, JPEG, WebP); each names its prompt, seed, model and settings,
-as the service's files do (serve/encode.py).
+as the service's files do (serve/encode.py), or all but the prompt.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,7 +40,8 @@ def generate(
     home: Path,
     model: str,
     num_images: int = 1,
-    seed: int = 0,
+    seed: int | None = None,
+    keep_prompt: bool = True,
     style: str | None = None,
     guidance_scale: float | None = None,
     temperature: float | None = None,
@@ -49,6 +51,10 @@ def generate(
 
     A single image is written to `out`. Of several, each is written to NAME-1.png, NAME-2.png, ...
     beside it, and `out` shows them all in a row.
+
+    Args:
+        seed: None draws another one each time.
+        keep_prompt: whether a file's metadata holds its prompt; the seed is always there.
 
     Returns:
         The files written, `out` first.
@@ -61,6 +67,7 @@ def generate(
     output = OutputOptions(image_format(out), QUALITY)
     resolved = resolve_model(model, home=home)
     generator = load_generator(resolved.path, pretrained_cache=home / "pretrained")
+    seed = secrets.randbelow(MAX_SEED + 1) if seed is None else seed
     requests = [
         GenerationRequest(prompt, (seed + i) % (MAX_SEED + 1), style, guidance_scale,
                           temperature, num_steps)
@@ -68,9 +75,11 @@ def generate(
     ]  # fmt: skip
     images = generator.generate(requests)
     out.parent.mkdir(parents=True, exist_ok=True)
+    told = [describe(r, model=resolved.name, version=resolved.version) for r in requests]
+    if not keep_prompt:
+        told = [{k: v for k, v in metadata.items() if k != "prompt"} for metadata in told]
     encoded = [
-        encode(image, output, describe(request, model=resolved.name, version=resolved.version))
-        for image, request in zip(images, requests, strict=True)
+        encode(image, output, metadata) for image, metadata in zip(images, told, strict=True)
     ]
     if len(encoded) == 1:
         out.write_bytes(encoded[0])

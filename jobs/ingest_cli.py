@@ -112,6 +112,9 @@ def _command(name: str) -> TyperCommand:
         debug: bool,
         **settings: Any,
     ) -> None:
+        from rich.console import Console
+
+        from jobs.console import ingest_table
         from jobs.ingest import ingest
         from pipeline.data.shards.manifest import locate
 
@@ -119,6 +122,7 @@ def _command(name: str) -> TyperCommand:
         output = locate(out, home)
         max_shard_bytes = round(shard_mb * 1_000_000)
         manifest = ingest(made, output, max_shard_bytes=max_shard_bytes, compress=compress)
+        Console(stderr=True, emoji=False).print(ingest_table(manifest))
         typer.echo(manifest.model_dump_json() if as_json else output)
 
     run.__signature__ = _signature(source)  # type: ignore[attr-defined]

@@ -52,8 +52,7 @@ class Sample:
 
     Attributes:
         key: unique name within a shard set; letters, digits, "-" and "_" only.
-        image: the encoded image (PNG, WebP or JPEG); empty where the source has none, which
-            preprocessing quarantines.
+        image: the encoded image (PNG, WebP or JPEG); empty where the source has none.
         extension: the image's file name extension without the dot: "png", "webp", "jpg".
         captions: what it shows; the first caption of a language is the shortest, canonical one.
             Empty for images that train the tokenizer alone.
@@ -73,6 +72,22 @@ class Sample:
     source: str
     license: str
     attribution: str
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Something that a source holds and cannot use, told beside its samples: nothing is lost
+    without a word.
+
+    Attributes:
+        reason: a key for tables, one of `REASONS` in pipeline/data/shards/tally.py where it fits.
+        example: where it is and what is wrong, for a person: "row 7 names gone.png, ...".
+        of: what is lost: an image, one caption of an image that stays, or a file that is neither.
+    """
+
+    reason: str
+    example: str
+    of: Literal["image", "caption", "file"] = "image"
 
 
 @dataclass(frozen=True)
@@ -104,7 +119,7 @@ class Source(BaseModel):
         class SquaresSource(Source):
             side: int = Field(64, ge=8, description="Side of a square, in pixels.")
 
-            def samples(self) -> Iterator[Sample]:
+            def samples(self) -> Iterator[Sample | LeftOut]:
                 ...
 
         SOURCE = SquaresSource
@@ -114,12 +129,14 @@ class Source(BaseModel):
 
     Attributes:
         default_output: where `tessera ingest` writes without --out; None: --out must be given.
+        captioned: whether an image without a caption is a loss, which the ingest's table counts.
         cache: directory to keep downloads in. `tessera ingest` sets it to HOME/downloads.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     default_output: ClassVar[str | None] = None
+    captioned: ClassVar[bool] = True
     cache: Path = Path(".tessera/downloads")
 
     def __init__(self, **settings: Any) -> None:
@@ -134,11 +151,11 @@ class Source(BaseModel):
             raise DataError(explain(error, type(self))) from error
 
     @abstractmethod
-    def samples(self) -> Iterator[Sample]:
-        """Yield every sample once, in a deterministic order.
+    def samples(self) -> Iterator[Sample | LeftOut]:
+        """Yield every sample once, in a deterministic order, and what cannot be used as `LeftOut`.
 
-        Nothing is dropped without a word: what lacks its image or its captions is yielded all the
-        same, and preprocessing quarantines it with a reason.
+        One bad row costs itself, not the set. A sample without its image or its captions may be
+        yielded as it is: `tessera ingest` counts it with its reason.
 
         Raises:
             DataError: the source is missing or damaged as a whole.

@@ -9,9 +9,12 @@ Networks are built on PyTorch's meta device, where they have shapes and no weigh
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -19,19 +22,27 @@ from torch import nn
 from pipeline.bundles.bundle import read_bundle
 from pipeline.chain.idle import idle_settings
 from pipeline.chain.plan import Candidate, Plan
-from pipeline.config import ImageFilter, Recipe
+from pipeline.config import DataConfig, ImageFilter, Recipe
 from pipeline.config.promote import judge_of
 from pipeline.config.train import TrainConfig
+from pipeline.data.preprocess.store import read_table
 from pipeline.data.shards.manifest import check_one_file_system, find_absent, open_shards
+from pipeline.data.shards.splits import split_of
 from pipeline.errors import DataError, PretrainedNotFoundError, RecipeError
 from pipeline.evaluation.aligner import Aligner, aligner_shape_of_source
+from pipeline.evaluation.eval_set import check_enough
 from pipeline.objective import GeneratorNetwork, TrainableNetwork
 from pipeline.text.encoder_identity import check_identity
 from pipeline.tokenizers._saved import TokenizerManifest, check_files, read_manifest
+from pipeline.training.feed import fewest_validation_rows
 from pipeline.training.policy import apply_policy
 from pipeline.training.vgg import find_vgg
 
 logger = logging.getLogger(__name__)
+TEST_FRACTIONS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45)
+"""Shares of the images held out to judge by that small sets are tried with."""
+FEW_IMAGES, SPLIT_SEEDS = 200, 32
+"""With fewer images than these, as many seeds are tried."""
 
 
 def check(plan: Plan, waiting: Collection[str] = ("preprocess",)) -> None:
@@ -140,6 +151,84 @@ def check_shards(plan: Plan) -> None:
             raise DataError(
                 f"{uri}: {'; '.join(map(str, problems))}. Write the shards again, or set "
                 "data.allow_missing_shards=true to go on without them"
+            )
+
+
+def check_evaluation(plan: Plan, pixels: Path) -> None:
+    """The preprocessed images are enough to train on and to judge by, in every split.
+
+    Args:
+        pixels: the output of preprocessing.
+
+    Raises:
+        DataError: they are not; the message says which split of them would do, if one does.
+    """
+    table = read_table(pixels, columns=["group", "captions"], captioned=True)
+    try:
+        _check_splits(plan, table)
+    except DataError as error:
+        raise DataError(f"{error}. {_split_remedy(plan, table)}") from error
+
+
+def _check_splits(plan: Plan, table: pa.Table) -> None:
+    """Raises DataError: a set of the evaluation, or a training's validation, has too few images."""
+    check_enough(table, plan.recipe.evaluate)
+    sections = {c.section: (c.config.train, c.config.data) for c in plan.candidates.values()}
+    if plan.aligner is None and "aligner" in plan.recipe.evaluate.judges:
+        sections["aligner"] = (plan.recipe.aligner.train, ImageFilter())
+    held_out = table.filter(pc.equal(table["split"], "validation"))
+    for section, (train, only) in sections.items():
+        styles = pa.array(only.kept(plan.styles))
+        length = held_out.filter(pc.is_in(held_out["style"], styles)).num_rows
+        fewest = length and fewest_validation_rows(
+            length, batch_size=train.batch_size, num_batches=train.validation_batches,
+            world_size=train.num_workers,
+        )  # fmt: skip
+        if not fewest:
+            raise DataError(
+                f"only {length} pictures are in the validation split of {section}, at least "
+                f"{train.num_workers} are needed, one per worker ({section}.train.num_workers)"
+            )
+
+
+def _split_remedy(plan: Plan, table: pa.Table) -> str:
+    """The split with the fewest held-out images that would do; else what the data lacks."""
+    groups = table["group"].to_pylist()
+    place = table.schema.get_field_index("split")
+    for data in _larger_splits(plan.recipe.data, len(groups)):
+        fractions = data.validation_fraction, data.test_fraction
+        splits = [split_of(group, data.split_seed, *fractions) for group in groups]
+        try:
+            _check_splits(plan, table.set_column(place, "split", pa.array(splits)))
+        except DataError:
+            continue
+        changed = ("validation_fraction", "test_fraction", "split_seed")
+        settings = (f"data.{n}={getattr(data, n):g}" for n in changed
+                    if getattr(data, n) != getattr(plan.recipe.data, n))  # fmt: skip
+        return (
+            f"With {' '.join(settings)} there are enough: {splits.count('test')} of {len(groups)} "
+            "pictures are unseen then"
+        )
+    texts = Counter(row[0]["text"] for row in table["captions"].to_pylist())
+    said = ", ".join(text[:20] for text, _ in texts.most_common(3))
+    return (
+        f"No other split helps: there are {len(groups)} pictures, and {len(texts)} captions that "
+        f"differ ({said}, ...). Give more, or train without judging: `tessera train`"
+    )
+
+
+def _larger_splits(data: DataConfig, count: int) -> Iterator[DataConfig]:
+    """Settings that hold out more of `count` images. Of a few images, chance decides how many: so
+    other seeds are tried then."""
+    seeds = dict.fromkeys((data.split_seed, *range(SPLIT_SEEDS if count < FEW_IMAGES else 0)))
+    for seed in seeds:
+        for test in TEST_FRACTIONS:
+            yield data.model_copy(
+                update={
+                    "validation_fraction": max(data.validation_fraction, min(0.1, test / 2)),
+                    "test_fraction": max(data.test_fraction, test),
+                    "split_seed": seed,
+                }
             )
 
 

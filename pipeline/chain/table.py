@@ -116,6 +116,7 @@ def _preprocess_step(plan: Plan) -> Step:
         accept=lambda result: check_bad_fraction(
             result.values["reasons"], result.values["promised"], limit
         ),
+        version=2,
     )
 
 

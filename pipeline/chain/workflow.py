@@ -114,8 +114,21 @@ class Session:
         """Of the steps done so far, by step."""
         return self.run()
 
+    def check_evaluation(self) -> None:
+        """Preprocess, and check before any training that its result is enough to judge by.
+
+        Raises:
+            DataError: it is not.
+        """
+        results = self.run("preprocess")
+        if waiting_steps(self.plan):
+            from pipeline.chain.preflight import check_evaluation  # as in `check_to_do`
+
+            check_evaluation(self.plan, pixels_of(results))
+
     def judge(self) -> Judged:
         """Train and evaluate all candidates, choose one, and decide whether it is promoted."""
+        self.check_evaluation()
         plan, results = self.plan, self.run(*evaluation_needs(self.plan))
         champion = self.models.champion(plan.recipe.promote.model_name)
         found = contest(plan, results, champion)
@@ -137,7 +150,7 @@ def opened(plan: Plan, reporter: Reporter, *targets: str, debug: bool = False) -
     """
     check_to_do(plan, *targets)
     tracker = Tracker(plan.home, plan.recipe.tracking.sinks)
-    with exclusive(plan.home), tracker.run(plan.recipe.name) as parent:
+    with exclusive(plan.home), _run_of(tracker, plan) as parent:
         with RunLogger(parent) as logger:
             logger.params({"recipe": plan.recipe.name, "base": plan.recipe.base})
             licenses = {name for m in plan.shards.values() for name in m.licenses}
@@ -152,6 +165,14 @@ def opened(plan: Plan, reporter: Reporter, *targets: str, debug: bool = False) -
             yield Session(plan, workspace)
         finally:
             workspace.close()
+
+
+@contextmanager
+def _run_of(tracker: Tracker, plan: Plan) -> Iterator[RunHandle]:
+    """The parent run, after those of a process that died in this home directory are ended."""
+    tracker.end_abandoned()
+    with tracker.run(plan.recipe.name) as parent:
+        yield parent
 
 
 def waiting_steps(plan: Plan, *targets: str) -> list[str]:
@@ -208,6 +229,7 @@ def retrain(
         TesseraError: something the user can mend; finished steps are kept.
     """
     with opened(plan, reporter, debug=debug) as session:
+        session.check_evaluation()
         results, parent = session.run(*training_targets(plan)), session.workspace.parent
         champion = session.models.champion(plan.recipe.promote.model_name)
         if champion is not None and is_champion(plan, results, champion):

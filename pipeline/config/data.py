@@ -96,7 +96,9 @@ class PreprocessConfig(Config):
         64_000_000, ge=1, description="width * height; images with more are quarantined"
     )
     max_caption_chars: int = Field(
-        1_000, ge=1, description="samples with a longer caption are quarantined"
+        1_000,
+        ge=1,
+        description="a longer caption is left out; a sample that has no other is quarantined",
     )
     max_bad_fraction: float = Field(
         0.05,

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -97,18 +98,32 @@ class EvalSet:
             for style in styles
             for split in SPLITS.values()
         }
-        languages = _languages(list(tables.values()), config.languages)
-        sets = []
-        for style in styles:
-            enough = config.num_images if style == styles[0] else num_other_images(config)
-            for name, split in SPLITS.items():
-                others = [t for (s, p), t in tables.items() if s == style and p != split]
-                rng = np.random.default_rng((config.seed, zlib.crc32(f"{style}/{name}".encode())))
-                picker = _Picker(languages, enough, rng)
-                sets.append(_choose(tables[style, split], others, name, picker, image_size))
+        languages, choices = _choose(tables, styles, config)
+        sets = [_image_set(choice, tables, image_size) for choice in choices]
         training = {style: _pixels(tables[style, SPLITS["seen"]], image_size) for style in styles}
         names = {s: tuple(tables[s, SPLITS["seen"]]["key"].to_pylist()) for s in styles}
         return cls(tuple(sets), training, names, languages)
+
+
+def check_enough(table: pa.Table, config: EvaluateConfig) -> None:
+    """Check that evaluation will find its images; no pixels are read.
+
+    Args:
+        table: "style", "split", "group" and "captions" of all captioned images.
+        config: styles, languages, sizes and the seed.
+
+    Raises:
+        DataError: as for `EvalSet.from_parquet`.
+    """
+    styles = config.styles or tuple(sorted(set(table["style"].to_pylist())))
+    tables = {
+        (style, split): table.filter(
+            pc.and_(pc.equal(table["style"], style), pc.equal(table["split"], split))
+        )
+        for style in styles
+        for split in SPLITS.values()
+    }
+    _choose(tables, styles, config)
 
 
 def _styles(directory: Path) -> tuple[str, ...]:
@@ -148,31 +163,59 @@ def num_other_images(config: EvaluateConfig) -> int:
     return config.num_other_images or config.num_images
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """Which rows of a style's split are a set, with the captions that go with it."""
+
+    name: str
+    style: str
+    rows: list[int]
+    captions: dict[str, list[str]]
+
+
+Tables = Mapping[tuple[str, str], pa.Table]
+"""The captioned images by style and split, each sorted by key."""
+
+
 def _choose(
-    table: pa.Table, others: Sequence[pa.Table], name: str, picker: _Picker, image_size: int
-) -> ImageSet:
-    """The rows that the picker takes of a table; if those are fewer than it wants, captions of the
-    other tables' rows fill up as distractors.
+    tables: Tables, styles: Sequence[str], config: EvaluateConfig
+) -> tuple[tuple[str, ...], list[_Choice]]:
+    """The languages and the rows of every set; if those are fewer than are wanted, captions of the
+    style's other split fill up as distractors.
 
     Raises:
-        DataError: fewer than MIN_IMAGES differ in subject and captions.
+        DataError: fewer than MIN_IMAGES of a set differ in subject and captions.
     """
-    style = table["style"][0].as_py()
-    rows = picker.take(table)
-    if len(rows) < MIN_IMAGES:
-        raise DataError(
-            f"only {len(rows)} {name} pictures of style {style!r} differ in subject and captions, "
-            f"at least {MIN_IMAGES} are needed: give more data or another evaluate.styles"
-        )
-    for other in others:
-        picker.take(other)
-    chosen = table.take(rows)
+    languages = _languages(list(tables.values()), config.languages)
+    choices = []
+    for style in styles:
+        enough = config.num_images if style == styles[0] else num_other_images(config)
+        for name, split in SPLITS.items():
+            rng = np.random.default_rng((config.seed, zlib.crc32(f"{style}/{name}".encode())))
+            picker = _Picker(languages, enough, rng)
+            table = tables[style, split]
+            rows = picker.take(table)
+            if len(rows) < MIN_IMAGES:
+                raise DataError(
+                    f"only {len(rows)} of {table.num_rows} {name} pictures of style {style!r} "
+                    f"differ in subject and captions, at least {MIN_IMAGES} are needed: give more "
+                    "data or another evaluate.styles"
+                )
+            for other in SPLITS.values():
+                if other != split:
+                    picker.take(tables[style, other])
+            choices.append(_Choice(name, style, rows, picker.captions))
+    return languages, choices
+
+
+def _image_set(choice: _Choice, tables: Tables, image_size: int) -> ImageSet:
+    chosen = tables[choice.style, SPLITS[choice.name]].take(choice.rows)
     return ImageSet(
-        name=name,
-        style=style,
+        name=choice.name,
+        style=choice.style,
         keys=tuple(chosen["key"].to_pylist()),
         images=_pixels(chosen, image_size),
-        captions={language: tuple(texts) for language, texts in picker.captions.items()},
+        captions={language: tuple(texts) for language, texts in choice.captions.items()},
     )
 
 

@@ -32,8 +32,12 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from PIL.Image import Image
 
+LOG = logging.getLogger(__name__)
 EXPERIMENT = "tessera"
 PARENT = "mlflow.parentRunId"
+HOME = "tessera.home"
+"""The tag that names the home directory which a run was begun for."""
+MAX_RUNNING = 1_000
 RUN_FILE = "run.json"
 ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 """MLflow's codes for what is not there, and for a name that nothing can have."""
@@ -149,6 +153,9 @@ class Tracker:
         experiment = self.client.get_experiment_by_name(EXPERIMENT)
         if experiment is not None:
             self.experiment_id = experiment.experiment_id
+            if experiment.lifecycle_stage == "deleted":  # MLflow finds it by name all the same
+                LOG.warning("the MLflow experiment %s was deleted: it is restored", EXPERIMENT)
+                self.client.restore_experiment(self.experiment_id)
         else:
             location = None if _is_remote(self.uri) else (home / "mlartifacts").absolute().as_uri()
             self.experiment_id = self.client.create_experiment(EXPERIMENT, location)
@@ -157,8 +164,8 @@ class Tracker:
     def run(
         self, name: str, *, parent: RunHandle | None = None, folder: Path | None = None
     ) -> Iterator[RunHandle]:
-        """A run for the duration of the block, which ends as FINISHED, on an error as FAILED and on
-        Ctrl-C as KILLED.
+        """A run for the duration of the block. It ends as FINISHED, on an error as FAILED, and as
+        KILLED on Ctrl-C and where the process is told to exit (Ray makes SIGTERM a SystemExit).
 
         Args:
             name: shown in MLflow.
@@ -175,11 +182,32 @@ class Tracker:
                     record.write_text(json.dumps({"run_id": run_id}))
             yield RunHandle(self.uri, run_id, self._sinks_of(run_id, name, parent))
             status = "FINISHED"
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             status = "KILLED"
             raise
         finally:
             self.client.set_terminated(run_id, status)
+
+    def end_abandoned(self) -> int:
+        """End the runs of this home directory that still count as running as KILLED: those of a
+        process that died without a word. Only for who holds the home directory's lock.
+
+        Returns:
+            How many there were.
+        """
+        home = str(self.home.absolute())
+        abandoned = [
+            run
+            for run in self.client.search_runs(
+                [self.experiment_id], "attributes.status = 'RUNNING'", max_results=MAX_RUNNING
+            )
+            if run.data.tags.get(HOME) == home
+        ]
+        for run in abandoned:
+            self.client.set_terminated(run.info.run_id, "KILLED")
+        if abandoned:
+            LOG.warning("%d runs that were cut off before are ended as KILLED", len(abandoned))
+        return len(abandoned)
 
     def _sinks_of(self, run_id: str, name: str, parent: RunHandle | None) -> SinkAddress | None:
         if not self.sinks:
@@ -188,7 +216,7 @@ class Tracker:
         return SinkAddress(self.sinks, str(self.home.absolute()), run_id, name, group)
 
     def _create(self, name: str, parent: RunHandle | None) -> str:
-        tags = {PARENT: parent.run_id} if parent else {}
+        tags = {HOME: str(self.home.absolute()), **({PARENT: parent.run_id} if parent else {})}
         run_id: str = self.client.create_run(
             self.experiment_id, run_name=name, tags=tags
         ).info.run_id

@@ -141,6 +141,18 @@ def validation_rows(
     return [batch[rank::world_size] for batch in batches]
 
 
+def fewest_validation_rows(
+    length: int, *, batch_size: int, num_batches: int, world_size: int
+) -> int:
+    """The rows that a rank has in its smallest validation batch; 0 if one goes without."""
+    shares = (
+        validation_rows(length, batch_size=batch_size, num_batches=num_batches, rank=rank,
+                        world_size=world_size)
+        for rank in range(world_size)
+    )  # fmt: skip
+    return min((len(rows) for share in shares for rows in share), default=0)
+
+
 def spread(length: int, count: int) -> NDArray[np.int64]:
     """Up to `count` of the rows 0 to length - 1, evenly spread: int64."""
     return np.linspace(0, length - 1, min(length, count)).round().astype(np.int64)

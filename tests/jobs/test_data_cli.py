@@ -41,7 +41,7 @@ def test_every_source_ingests_verifies_and_shows(tmp_path: Path) -> None:
     counts = {
         "folder": ([folder, *mine], 2),
         "unlabelled": ([folder, *mine], 2),
-        "coco": ([annotations, images], 3),
+        "coco": ([annotations, images], 2),
         "webdataset": ([tars, *mine], 10),
     }
     for source, (arguments, samples) in counts.items():
@@ -55,7 +55,26 @@ def test_every_source_ingests_verifies_and_shows(tmp_path: Path) -> None:
     copied = run(
         "ingest", "webdataset", tars, *mine, "--copy", "--out", "home:own", *home, "--json"
     )
-    assert json.loads(copied)["samples"] == 10
+    lost = {"of": "image", "reason": "failed_download", "count": 2,
+            "example": "00000.tar: 000000004"}  # fmt: skip
+    assert json.loads(copied)["samples"] == 8 and json.loads(copied)["losses"] == [lost]
+    told = run("data", "show", "home:own", "--out", str(tmp_path / "sheet.png"), *home)
+    assert "left out   image failed_download 2: 00000.tar: 000000004" in told
+
+
+def test_an_ingest_ends_with_a_table(tmp_path: Path) -> None:
+    files = {"a.png": picture(1), "a.txt": "a [bold]cat", "b.png": picture(2), "c.png": b"<html>"}
+    folder = put(tmp_path / "cats", files)
+    arguments = [folder, "--license", "MIT", "--out", str(tmp_path / "set")]
+    table = CliRunner().invoke(app, ["ingest", "folder", *arguments]).stderr
+    rows = [line.split() for line in table.splitlines() if "│" in line]
+    told = {" ".join(row[: row.index("│")]): row[row.index("│") + 1 :] for row in rows}
+    assert told["pictures found"][0] == "3" and told["pictures used"][0] == "1"
+    assert told["no_caption"][:3] == ["1", "│", "b"] and told["undecodable"][0] == "1"
+    with pytest.raises(DataError, match=r"no picture can be used: undecodable 1 \(c: begins with"):
+        run("ingest", "unlabelled", put(tmp_path / "bad", {"c.png": b"<html>"}), *arguments[1:])
+    manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
+    assert manifest["samples"] == 2, "the set before stays"
 
 
 def test_verify_names_the_shard_and_fails(tmp_path: Path) -> None:

@@ -23,7 +23,12 @@ def status(tracker: Tracker, handle: RunHandle) -> str:
 
 @pytest.mark.parametrize(
     ("error", "expected"),
-    [(None, "FINISHED"), (ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")],
+    [
+        (None, "FINISHED"),
+        (ValueError, "FAILED"),
+        (KeyboardInterrupt, "KILLED"),
+        (SystemExit, "KILLED"),
+    ],
 )
 def test_a_run_ends_as_its_block_does(
     tracker: Tracker, error: type[BaseException] | None, expected: str
@@ -105,3 +110,26 @@ def test_a_damaged_database_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     database.write_text("no database, and longer than the header of one is" * 9)
     with pytest.raises(ResourceError, match=f"{database}, cannot be used: .*move it away"):
         connect(tmp_path)
+
+
+def test_an_experiment_that_was_deleted_is_restored(tmp_path: Path) -> None:
+    first = Tracker(tmp_path)
+    with first.run("one") as one:
+        pass
+    first.client.delete_experiment(first.experiment_id)
+    again = Tracker(tmp_path)
+    with again.run("two") as two:
+        pass
+    runs = again.client.search_runs([again.experiment_id])
+    assert {run.info.run_id for run in runs} == {one.run_id, two.run_id}
+
+
+def test_runs_of_a_process_that_died_are_ended_and_no_others(tmp_path: Path) -> None:
+    here = Tracker(tmp_path)
+    dead = [here._create("parent", None), here._create("step", None)]
+    elsewhere = Tracker(tmp_path)
+    elsewhere.home = tmp_path / "other"
+    alive = elsewhere._create("alive", None)
+    assert here.end_abandoned() == 2 and here.end_abandoned() == 0
+    status = {run: here.client.get_run(run).info.status for run in (*dead, alive)}
+    assert status == {**dict.fromkeys(dead, "KILLED"), alive: "RUNNING"}

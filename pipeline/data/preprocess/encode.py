@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +50,7 @@ from pipeline.runtime import (
 from pipeline.text.caption_encoder import load_caption_encoder
 from pipeline.tokenizers._saved import load_tokenizer
 
+LOG = logging.getLogger(__name__)
 COPIED_COLUMNS = ("key", "group", "style", "split", "captions")
 CAPTIONS_PER_CALL = 256  # of the encoder
 ROWS_PER_GROUP = 4_096  # of a Parquet file
@@ -243,6 +245,11 @@ def encode_captions(
         )
     output.mkdir(parents=True, exist_ok=True)
     offsets = _write_states(encoded, output / "states.npy", texts, on_progress)
+    if cut := int((np.diff(offsets) >= config.max_tokens).sum()):
+        LOG.warning(
+            "%d of %d captions fill caption_encoder.max_tokens=%d; what is longer is cut there",
+            cut, len(texts), config.max_tokens,
+        )  # fmt: skip
     np.save(output / "offsets.npy", offsets)
     (output / "captions.json").write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
     return len(texts)

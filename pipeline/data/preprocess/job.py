@@ -52,6 +52,7 @@ from pipeline.data.preprocess.rows import ACCEPTED, LEFT_OUT, RowDecoder, group_
 from pipeline.data.preprocess.staging import (
     StagingWriter,
     is_staged,
+    left_out_captions,
     rows_per_group,
     shard_folder,
     staged_outcomes,
@@ -73,7 +74,7 @@ from pipeline.runtime import task_slots
 
 LOG = logging.getLogger(__name__)
 JOB, STAGED_ROWS, FINAL = "plan.json", "staged", "final"  # within the staging folder
-STAGING_FORMAT = 2  # of what is in it; another one is not gone on with
+STAGING_FORMAT = 3  # of what is in it; another one is not gone on with
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,9 @@ def _plan_shards(shard_sets: Sequence[str], data: DataConfig) -> _ShardPlan:
                 while label in shards:  # two sets of one name
                     label = f"{number}-{label}"
                 path = f"{root}/{shard.file}"
-                shards[label] = ShardFile(label, path, shard.samples, manifest.in_place)
+                shards[label] = ShardFile(
+                    label, path, shard.samples, manifest.in_place, shard.prefix
+                )
     check_one_file_system(systems, shard_sets)
     plan = _ShardPlan(systems[0], tuple(shards.values()), missing, tuple(problems), tuple(digests))
     _check_problems(plan, data)
@@ -252,6 +255,9 @@ def _run(
     accepted = rows.filter(pc.equal(rows["outcome"], ACCEPTED))
     if not len(accepted):
         raise DataError(f"none of {plan.promised} samples can be used: {reasons}")
+    if lost := left_out_captions(staging / STAGED_ROWS):
+        listed = ", ".join(f"{reason} {count}" for reason, count in lost.items())
+        LOG.warning("captions left out of samples that have others: %s", listed)
     write_tables(
         staging / STAGED_ROWS,
         staging / FINAL,
@@ -268,6 +274,7 @@ def _run(
         left_out=Counter(rows["outcome"].to_pylist())[LEFT_OUT],
         missing=plan.missing,
         reasons=reasons,
+        captions_left_out=lost,
         splits=count_by_split_and_style(accepted),
         split_groups=count_groups_by_split(accepted),
         digests=plan.digests,

@@ -19,7 +19,8 @@ import pyarrow.fs
 
 from pipeline.data.shards.captions import BadCaption
 from pipeline.data.shards.files import open_patiently
-from pipeline.data.shards.records import Credits, record_of
+from pipeline.data.shards.manifest import InPlace
+from pipeline.data.shards.records import record_of
 from pipeline.data.shards.tars import TarSample, read_samples
 
 if TYPE_CHECKING:  # takes 1.5 s to import; who only reads samples does without it
@@ -68,13 +69,15 @@ class ShardFile:
         label: SET/FILE, its name in tables.
         path: on the file system.
         samples: how many its manifest promises.
-        credits: for a tar that someone else wrote and that is read in place; else None.
+        in_place: how to read a tar that someone else wrote and that is read in place; else None.
+        prefix: what stands before the keys of its samples.
     """
 
     label: str
     path: str
     samples: int
-    credits: Credits | None = None
+    in_place: InPlace | None = None
+    prefix: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,9 @@ class _PartReader:
         """The last part reads to the end of the tar, which may hold more than was promised."""
         is_last = end == shard.samples
         with open_patiently(self.filesystem, shard.path) as stream:
-            for index, sample in enumerate(read_samples(stream, name=shard.label)):
+            members = shard.in_place.members if shard.in_place is not None else None
+            samples = read_samples(stream, name=shard.label, members=members)
+            for index, sample in enumerate(samples):
                 if index >= end and not is_last:
                     return
                 if index >= start:
@@ -116,12 +121,15 @@ def _batches(samples: Iterable[EncodedSample]) -> Iterator[list[EncodedSample]]:
 
 def _encoded_sample(sample: TarSample, shard: ShardFile, index: int) -> EncodedSample:
     problem, record = sample.problem, sample.files.get("json")
-    key = sample.key.encode("utf-8", "backslashreplace").decode()
-    if key != sample.key:  # a name that is not UTF-8
+    named = shard.prefix + sample.key
+    key = named.encode("utf-8", "backslashreplace").decode()
+    if key != named:  # a name that is not UTF-8
         problem = problem or "bad_utf8"
-    if shard.credits is not None and problem is None:
+    if shard.in_place is not None and problem is None:
+        there = shard.in_place
         try:
-            record = json.dumps(record_of(sample.key, sample.files, shard.credits)).encode()
+            found, _ = record_of(named, sample.files, there, there.members)
+            record = json.dumps(found).encode()
         except BadCaption as error:
             problem = error.reason
     return {

@@ -49,6 +49,7 @@ class PreprocessReport:
         left_out: samples of groups beyond data.limit.
         missing: samples in damaged shards, with data.allow_missing_shards.
         reasons: quarantined samples by reason.
+        captions_left_out: captions by reason that accepted samples lost, having others.
         splits: accepted samples by split, then style.
         split_groups: groups by split.
         digests: the shard sets' dataset digests, in their order.
@@ -64,6 +65,7 @@ class PreprocessReport:
     left_out: int
     missing: int
     reasons: dict[str, int]
+    captions_left_out: dict[str, int]
     splits: dict[str, dict[str, int]]
     split_groups: dict[str, int]
     digests: tuple[str, ...]

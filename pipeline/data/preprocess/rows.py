@@ -60,6 +60,7 @@ STAGED = pa.schema(
         ("digest", pa.binary()),  # of the pixels: equal images have equal ones
         ("perceptual_hash", pa.uint64()),  # null unless preprocess.deduplicate=perceptual
         ("outcome", pa.string()),
+        ("captions_left_out", pa.list_(pa.string())),  # of an accepted sample, their reasons
     ]
 )
 """What is kept of every sample while preprocessing runs."""
@@ -96,12 +97,13 @@ class RowDecoder:
             record = parse_record(sample["record"])
             if self.groups is not None and record["group"] not in self.groups:
                 return row | {"outcome": LEFT_OUT}
-            captions = self._captions(record.get("captions"))
+            captions, left_out = self._captions(record.get("captions"))
             if sample["image"] is None:
                 raise BadImage("no_picture")
             pixels = decode(sample["image"], self.config, key=sample["key"])
         except (BadCaption, BadImage) as error:
             return row | {"outcome": error.reason}
+        row["captions_left_out"] = list(left_out)
         return row | self._accepted(record, captions, pixels)
 
     def _accepted(
@@ -125,8 +127,9 @@ class RowDecoder:
             **{name: record[name] for name in FIELDS},
         }
 
-    def _captions(self, raw: Any) -> tuple[Caption, ...]:
-        """The captions in the languages that the config keeps.
+    def _captions(self, raw: Any) -> tuple[tuple[Caption, ...], tuple[str, ...]]:
+        """The captions in the languages that the config keeps, and the reasons of those that cannot
+        be used.
 
         Raises:
             BadCaption: as `captions_of`; other_language if no caption is left.
@@ -137,7 +140,7 @@ class RowDecoder:
             if not raw and config.require_captions:
                 raise BadCaption("other_language")
         if raw == [] and not config.require_captions:
-            return ()
+            return (), ()
         return captions_of(raw, config.max_caption_chars)
 
     def _is_kept(self, caption: Any) -> bool:

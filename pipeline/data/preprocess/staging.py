@@ -93,6 +93,13 @@ def staged_outcomes(staged: Path) -> pa.Table:
     return dataset.to_table(list(OUTCOME_COLUMNS))
 
 
+def left_out_captions(staged: Path) -> dict[str, int]:
+    """How many captions samples lost that were accepted when they were decoded, by reason."""
+    column = pads.dataset(staged, schema=STAGED).to_table(["captions_left_out"]).column(0)
+    counted = pc.value_counts(pc.list_flatten(column)).to_pylist()
+    return {row["values"]: row["counts"] for row in counted}
+
+
 def write_tables(
     staged: Path,
     final: Path,

@@ -2,7 +2,7 @@
 
 Use:
 
-    captions_of([{"text": "red apple", "language": "en"}], max_chars=1_000)
+    captions, left_out = captions_of([{"text": "red apple", "language": "en"}], max_chars=1_000)
 """
 
 from __future__ import annotations
@@ -33,21 +33,32 @@ def clean(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", spaced).split())
 
 
-def captions_of(raw: Any, max_chars: int) -> tuple[Caption, ...]:
+def captions_of(raw: Any, max_chars: int) -> tuple[tuple[Caption, ...], tuple[str, ...]]:
     """The captions of a parsed JSON list of {"text", "language"} objects, cleaned.
+
+    A caption that cannot be used costs itself, as long as there is another.
 
     Args:
         max_chars: length of the longest caption allowed, in characters.
 
+    Returns:
+        The captions that can be used, and the reason of each other one.
+
     Raises:
-        BadCaption: it is no such list, it is empty, or a caption is empty, too long or not Unicode.
+        BadCaption: it is no such list, it is empty, or each caption is malformed, empty, too long
+            or not Unicode; the reason is the first one's.
     """
     if not isinstance(raw, list):
         raise BadCaption("bad_json")
-    captions = tuple(_caption(item, max_chars) for item in raw)
+    captions, left_out = [], []
+    for item in raw:
+        try:
+            captions.append(_caption(item, max_chars))
+        except BadCaption as error:
+            left_out.append(error.reason)
     if not captions:
-        raise BadCaption("empty_caption")
-    return captions
+        raise BadCaption(left_out[0] if left_out else "empty_caption")
+    return tuple(captions), tuple(left_out)
 
 
 def speaks(language: str, wanted: Sequence[str]) -> bool:

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pipeline.artifacts import ASSETS
 from pipeline.data.shards.files import CHUNK, open_patiently
 from pipeline.data.shards.records import Credits
-from pipeline.data.shards.tars import TAR_SUFFIXES
+from pipeline.data.shards.tally import NO_CAPTION, Loss, Tally
+from pipeline.data.shards.tars import TAR_SUFFIXES, Members
 from pipeline.errors import DataError
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -44,12 +44,20 @@ class Shard(_Record):
 
     Attributes:
         file: path below the set's folder, or below InPlace.root.
+        repeats_keys: keys of an earlier tar are in this one again, for other samples; `prefix`
+            tells them apart.
     """
 
     file: str
     samples: int = Field(ge=1)
     bytes: int = Field(ge=1)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    repeats_keys: bool = Field(False, exclude_if=lambda value: not value)
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the keys of its samples to make them unique in the set."""
+        return key_prefix(self.file) if self.repeats_keys else ""
 
 
 class InPlace(Credits):
@@ -58,9 +66,11 @@ class InPlace(Credits):
 
     Attributes:
         root: the folder or URI that they are in; "." is the manifest's own.
+        members: which members of a sample are its image and its captions.
     """
 
     root: str = Field(min_length=1)
+    members: Members = Field(Members(), exclude_if=lambda value: value == Members())
 
 
 class Manifest(_Record):
@@ -73,6 +83,8 @@ class Manifest(_Record):
         styles: samples by style; `licenses` and `sources` likewise.
         languages: captions, not samples, by language.
         in_place: where the shards are, if Tessera did not write them.
+        losses: what the source held and cannot be used, by reason. Images of tars that are read in
+            place are still in them, and so are images without a caption in any set; others are not.
     """
 
     schema_version: Literal[1]
@@ -85,6 +97,36 @@ class Manifest(_Record):
     languages: dict[str, int]
     shards: tuple[Shard, ...]
     in_place: InPlace | None = Field(None, exclude_if=lambda value: value is None)
+    losses: tuple[Loss, ...] = Field((), exclude_if=lambda value: not value)
+
+    @classmethod
+    def of(cls, shards: Sequence[Shard], tally: Tally, in_place: InPlace | None = None) -> Manifest:
+        """The manifest of these shards, whose samples were counted."""
+        return cls(
+            schema_version=SCHEMA_VERSION,
+            digest=dataset_digest(shards, in_place),
+            samples=sum(shard.samples for shard in shards),
+            groups=len(tally.groups),
+            shards=tuple(shards),
+            in_place=in_place,
+            losses=tally.losses(),
+            **{name: dict(sorted(counter.items())) for name, counter in tally.counts.items()},
+        )
+
+    @property
+    def found(self) -> int:
+        """Images that the source held, or should have held."""
+        kept = {NO_CAPTION} if self.in_place is None else {loss.reason for loss in self.losses}
+        return self.samples + self._lost(but=kept)
+
+    @property
+    def used(self) -> int:
+        """Images that can be used, with a caption where one was expected."""
+        return self.found - self._lost()
+
+    def _lost(self, but: Collection[str] = ()) -> int:
+        lost = (x for x in self.losses if x.of == "image" and x.reason not in but)
+        return sum(loss.count for loss in lost)
 
     @model_validator(mode="after")
     def _names_are_safe(self) -> Manifest:
@@ -96,52 +138,6 @@ class Manifest(_Record):
             if not fits or shard.file.startswith("/"):
                 raise ValueError(f"{shard.file!r} is no shard's name")
         return self
-
-
-@dataclass
-class Totals:
-    """What a set holds, counted sample by sample, as its manifest states it.
-
-    Attributes:
-        groups: those seen.
-        counts: samples by style, license and source, and captions by language; keyed by the field
-            of `Manifest`.
-    """
-
-    groups: set[str] = field(default_factory=set)
-    counts: dict[str, Counter[str]] = field(
-        default_factory=lambda: {
-            name: Counter() for name in ("styles", "licenses", "sources", "languages")
-        }
-    )
-
-    def add(
-        self, *, group: str, style: str, license: str, source: str, languages: Iterable[str]
-    ) -> None:
-        """Count one sample; `languages` has one entry per caption."""
-        self.groups.add(group)
-        self.counts["styles"][style] += 1
-        self.counts["licenses"][license] += 1
-        self.counts["sources"][source] += 1
-        self.counts["languages"].update(languages)
-
-    def merge(self, other: Totals) -> None:
-        """Add what another part of the set holds."""
-        self.groups |= other.groups
-        for name, counter in other.counts.items():
-            self.counts[name].update(counter)
-
-    def manifest(self, shards: Sequence[Shard], in_place: InPlace | None = None) -> Manifest:
-        """The manifest of these shards, whose samples were counted here."""
-        return Manifest(
-            schema_version=SCHEMA_VERSION,
-            digest=dataset_digest(shards, in_place),
-            samples=sum(shard.samples for shard in shards),
-            groups=len(self.groups),
-            shards=tuple(shards),
-            in_place=in_place,
-            **{name: dict(sorted(counter.items())) for name, counter in self.counts.items()},
-        )
 
 
 @dataclass(frozen=True)
@@ -280,6 +276,16 @@ def list_tars(fs: pyarrow.fs.FileSystem, root: str) -> list[str]:
     return sorted(p.removeprefix(f"{root}/") for p in paths if p.endswith(TAR_SUFFIXES))
 
 
+def key_prefix(file: str) -> str:
+    """What tells the keys of a tar from the same ones in another: its path without suffix.
+
+    >>> key_prefix("train/00001.tar.gz")
+    'train/00001/'
+    """
+    suffix = next(suffix for suffix in TAR_SUFFIXES if file.endswith(suffix))
+    return f"{file.removesuffix(suffix)}/"
+
+
 def _check(fs: pyarrow.fs.FileSystem, root: str, shard: Shard) -> Problem | None:
     path = f"{root}/{shard.file}"
     if problem := _check_size(fs.get_file_info(path), shard):
@@ -308,7 +314,7 @@ def dataset_digest(shards: Iterable[Shard], in_place: InPlace | None = None) -> 
 
     For tars that are read in place it covers their credits too, but not where they are.
     """
-    lines = [f"schema {SCHEMA_VERSION}", *(shard.sha256 for shard in shards)]
+    lines = [f"schema {SCHEMA_VERSION}", *(shard.sha256 + shard.prefix for shard in shards)]
     if in_place is not None:
         lines.append(in_place.model_dump_json(exclude={"root"}))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -20,9 +20,10 @@ from typing import Any
 import pyarrow.fs
 from webdataset import TarWriter
 
-from pipeline.contracts import Sample
+from pipeline.contracts import LeftOut, Sample
 from pipeline.data.shards.files import PARTIAL, publish
-from pipeline.data.shards.manifest import MANIFEST, SHARD_NAME, Manifest, Shard, Totals, open_uri
+from pipeline.data.shards.manifest import MANIFEST, SHARD_NAME, Manifest, Shard, open_uri
+from pipeline.data.shards.tally import Tally
 from pipeline.errors import DataError
 
 _KEY = re.compile(r"^[A-Za-z0-9_-]+$")
@@ -32,7 +33,7 @@ MAX_SHARD_BYTES = 256_000_000
 
 
 def write_shards(
-    samples: Iterable[Sample],
+    samples: Iterable[Sample | LeftOut],
     output: str | Path,
     *,
     max_bytes: int = MAX_SHARD_BYTES,
@@ -41,22 +42,20 @@ def write_shards(
     """Write a shard set, replacing what `output` held.
 
     Args:
-        samples: in the order they are to be stored.
+        samples: in the order they are to be stored; what is left out is counted in the manifest.
         output: folder or URI.
         max_bytes: of a shard, before compression.
         compress: gzip the shards; pays where small images make tar headers most of the file.
 
     Raises:
-        DataError: no samples, or a key that is used twice or is not a plain name.
+        DataError: no sample that can be used, or a key that is used twice or is not a plain name.
     """
     fs, root = open_uri(str(output))
     fs.create_dir(root, recursive=True)
-    totals, shards = Totals(), []
-    for index, batch in enumerate(_batches(_checked(samples, totals), max_bytes)):
+    tally, shards = Tally(), []
+    for index, batch in enumerate(_batches(_checked(samples, tally), max_bytes)):
         shards.append(_write_shard(fs, root, index, batch, compress))
-    if not shards:
-        raise DataError(f"nothing to write to {output}: the source yielded no samples")
-    manifest = totals.manifest(shards)
+    manifest = Manifest.of(shards, tally)
     _replace(fs, root, manifest)
     return manifest
 
@@ -77,24 +76,25 @@ def _replace(fs: pyarrow.fs.FileSystem, root: str, manifest: Manifest) -> None:
             fs.delete_file(info.path)
 
 
-def _checked(samples: Iterable[Sample], totals: Totals) -> Iterator[Sample]:
-    """The samples as they are counted; raises DataError for a key that cannot be stored."""
+def _checked(samples: Iterable[Sample | LeftOut], tally: Tally) -> Iterator[Sample]:
+    """The samples as they are counted.
+
+    Raises:
+        DataError: a key that cannot be stored, or, at the end, no sample that can be used.
+    """
     keys: set[str] = set()
     for sample in samples:
+        tally.add(sample)
+        if isinstance(sample, LeftOut):
+            continue
         if not _KEY.match(sample.key) or sample.key in keys:
             raise DataError(
                 f"sample key {sample.key!r} is a duplicate or has other characters than letters, "
                 "digits, '-' and '_'"
             )
         keys.add(sample.key)
-        totals.add(
-            group=sample.group,
-            style=sample.style,
-            license=sample.license,
-            source=sample.source,
-            languages=[caption.language for caption in sample.captions],
-        )
         yield sample
+    tally.check()
 
 
 def _batches(samples: Iterable[Sample], max_bytes: int) -> Iterator[list[Sample]]:

@@ -14,7 +14,9 @@ from __future__ import annotations
 from pipeline import registry
 from pipeline.contracts import Source
 from pipeline.data.sources._credited import CaptionedSource as CaptionedSource
+from pipeline.data.sources._credited import ColumnSource as ColumnSource
 from pipeline.data.sources._credited import CreditedSource as CreditedSource
+from pipeline.data.sources._credited import FolderReader as FolderReader
 
 __path__ = registry.search_path(__name__)
 

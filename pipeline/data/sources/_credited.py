@@ -6,12 +6,14 @@ FolderSource(folder="photos/cats", license="CC0-1.0").credits("photos/cats").sou
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from pydantic import Field
 
-from pipeline.contracts import Source
-from pipeline.data.shards.records import Credits
+from pipeline.contracts import Caption, LeftOut, OptionName, Source
+from pipeline.data.shards.records import Credits, captions_in, lookup, read_captions
 
 
 class CreditedSource(Source):
@@ -48,6 +50,43 @@ class CaptionedSource(CreditedSource):
         min_length=2,
         description="Language of the captions that name none, as a BCP 47 tag such as en or zh.",
     )
+
+
+class FolderReader(Source):
+    """A source that reads files of a folder."""
+
+    follow_links: bool = Field(
+        False,
+        description="Read symbolic links that lead out of the folder too, as in Hugging Face's "
+        "cache.",
+    )
+
+
+class ColumnSource(CaptionedSource, FolderReader):
+    """A captioned source whose images and captions are in fields with names."""
+
+    image: str | None = Field(None, description="The field that holds or names the pictures.")
+    captions: Annotated[tuple[str, ...], OptionName("caption")] = Field(
+        (),
+        description="A field that holds captions, with its language if it is not --language: text, "
+        "or text_zh:zh; FIELD.NAME for what is in an object; may be repeated. Default: every field "
+        "with a name like caption, text or caption_zh.",
+    )
+
+    def caption_fields(self) -> dict[str, str]:
+        """The language of each field that is named."""
+        fields = [caption.partition(":") for caption in self.captions]
+        return {name: language or self.language for name, _, language in fields}
+
+    def captions_in(self, row: Mapping[str, Any]) -> list[Caption | LeftOut]:
+        """The captions of a row, of the fields that are named or of all that are called so."""
+        if not self.captions:
+            return captions_in(row, self.language)
+        return [
+            caption
+            for name, language in self.caption_fields().items()
+            for caption in read_captions(lookup(row, name), language, name)
+        ]
 
 
 def last_part(path: str) -> str:

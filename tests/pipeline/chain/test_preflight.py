@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.artifacts import ASSETS, WEIGHTS
 from pipeline.chain.judging import evaluation_needs
 from pipeline.chain.plan import Plan, resolve
-from pipeline.chain.preflight import check, check_candidate
+from pipeline.chain.preflight import check, check_candidate, check_evaluation
 from pipeline.config import load_recipe
+from pipeline.data.shards.splits import split_of
 from pipeline.errors import (
     BundleError,
     DataError,
@@ -213,3 +217,59 @@ def test_only_judges_that_are_asked_are_trained(home: Path) -> None:
         for settings in ([], ["evaluate.judges=[aligner]"])
     )
     assert {"aligner", "judge"} <= set(both) and set(both) - set(one) == {"judge"}
+
+
+def preprocessed(folder: Path, plan: Plan, count: int, num_captions: int) -> Path:
+    """Pixels' tables of images with captions, split as the plan says."""
+    data = plan.recipe.data
+    rows = [
+        {
+            "key": f"{i:03d}", "group": f"g{i}", "style": "noto",
+            "split": split_of(f"g{i}", data.split_seed, data.validation_fraction,
+                              data.test_fraction),
+            "captions": [{"text": f"thing {i % num_captions}", "language": "en"}],
+        }
+        for i in range(count)
+    ]  # fmt: skip
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), folder / "00000.parquet")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("count", "num_captions", "said"),
+    [
+        (500, 500, None),
+        (200, 200, None),
+        (50, 50, r"only . of . unseen pictures.*With data\.validation_fraction=.* are unseen then"),
+        (20, 20, r"With data\.validation_fraction=.* data\.test_fraction=.* data\.split_seed="),
+        (12, 12, r"No other split helps: there are 12 pictures, and 12 captions"),
+        (300, 5, r"No other split helps: .* and 5 captions that differ \(thing 0, .*tessera train"),
+    ],
+)
+def test_small_sets_are_told_before_any_training(
+    count: int, num_captions: int, said: str | None, home: Path, tmp_path: Path
+) -> None:
+    def plan_of(*settings: str) -> Plan:
+        evaluation = ("evaluate.styles=[noto]", "evaluate.languages=[en]")
+        return resolve(load_recipe("smoke", (*evaluation, *settings), environment={}), home)
+
+    plan = plan_of()
+    pixels = preprocessed(tmp_path / "pixels", plan, count, num_captions)
+    if said is None:
+        check_evaluation(plan, pixels)
+        return
+    with pytest.raises(DataError, match=said) as caught:
+        check_evaluation(plan, pixels)
+    remedy = re.findall(r"data\.\w+=[\d.]+", str(caught.value).partition("With ")[2])
+    if remedy:
+        other = plan_of(*remedy)
+        check_evaluation(other, preprocessed(tmp_path / "other", other, count, num_captions))
+
+
+def test_every_worker_needs_a_validation_image(home: Path, tmp_path: Path) -> None:
+    settings = ("evaluate.styles=[noto]", "evaluate.languages=[en]",
+                "data.validation_fraction=0.001")  # fmt: skip
+    plan = resolve(load_recipe("smoke", settings, environment={}), home)
+    with pytest.raises(DataError, match="only 0 pictures are in the validation split"):
+        check_evaluation(plan, preprocessed(tmp_path / "pixels", plan, 200, 200))

@@ -124,6 +124,14 @@ def test_captions_by_language_and_images_without_any() -> None:
     assert row(captions=[{"text": "", "language": "en"}], **free)["outcome"] == "accepted"
 
 
+def test_a_long_caption_costs_itself_and_not_the_image() -> None:
+    short, long = ({"text": text, "language": "en"} for text in ("an apple", "x" * 1_001))
+    blank = {"text": " ", "language": "zh"}
+    row = RowDecoder(None, DATA, CONFIG).row(encoded(said={"captions": [short, long, blank, 7]}))
+    assert row["outcome"] == "accepted" and [c["text"] for c in row["captions"]] == ["an apple"]
+    assert row["captions_left_out"] == ["long_caption", "empty_caption", "bad_json"]
+
+
 def table(*rows: tuple[str, str, str, bytes]) -> pa.Table:
     """Rows of (key, shard, split, digest), accepted."""
     keys, shards, splits, digests = zip(*rows, strict=True)
@@ -252,8 +260,10 @@ def test_sets_of_one_name_keep_all_their_shards(tmp_path: Path) -> None:
 
 
 def mixed() -> Iterator[Sample]:
-    """40 groups by two artists, three bad samples, one leak."""
-    yield from map(sample, range(40))
+    """40 groups by two artists, three bad samples, one leak, one caption too long."""
+    yield from map(sample, range(39))
+    last = sample(39)
+    yield replace(last, captions=(*last.captions, Caption("x" * 1_001, "en")))
     for i in range(40):
         yield sample(i, "twemoji")
     yield replace(sample(1), key="bad-image", image=encoded_image(1)[:300])
@@ -288,6 +298,7 @@ class TestThroughRay:
             "leak": "held_out_twin",
         }
         self.check_row(rows, report.splits, report.split_groups)
+        assert report.captions_left_out == {"long_caption": 1}
         saved = json.loads((tmp_path / "a" / "report.json").read_text())
         assert saved["reasons"] == report.reasons and "MapBatches" in saved["stats"]
         preprocess([str(tmp_path / "set")], tmp_path / "b", **arguments)

@@ -16,6 +16,7 @@ from pipeline.contracts import Caption, Sample, Source
 from pipeline.data.shards.captions import BadCaption
 from pipeline.data.shards.manifest import Manifest, read_manifest, verify
 from pipeline.data.shards.records import Credits, canonical, captions_in, plain_key, record_of
+from pipeline.data.shards.tally import Tally, settled
 from pipeline.data.shards.tars import read_samples
 from pipeline.data.shards.writer import write_index, write_shards
 from pipeline.data.sources.coco import CocoSource, spdx
@@ -30,9 +31,17 @@ MINE = CREDITS.model_dump()
 
 
 def by_key(source: Source) -> dict[str, Sample]:
-    found = list(source.samples())
+    found = [outcome for outcome in source.samples() if isinstance(outcome, Sample)]
     assert len({sample.key for sample in found}) == len(found)
     return {sample.key: sample for sample in found}
+
+
+def lost(source: Source) -> dict[str, str]:
+    """By reason, the first example of what the source and the ingest leave out."""
+    tally = Tally()
+    for outcome in settled(source):
+        tally.add(outcome)
+    return {loss.reason: loss.example for loss in tally.losses()}
 
 
 def indexed(tars: str, output: Path, **changes: str) -> Manifest:
@@ -64,8 +73,14 @@ def test_a_folder_with_text_files(tmp_path: Path) -> None:
     assert texts(found["a"]) == [("short", "en"), ("a longer caption", "en"), ("苹果", "zh")]
     assert (found["a"].license, found["a"].attribution, found["a"].group) == ("CC0-1.0", "me", "a")
     (cat,) = (sample for key, sample in found.items() if key.startswith("cats-b-1-"))
-    assert cat.extension == "jpg" and cat.captions[0].text == "caf\udce9"
-    assert found["c"].captions == (), "no caption: preprocessing says so"
+    assert cat.extension == "jpg" and cat.captions == ()
+    assert lost(FolderSource(folder=folder, **MINE)) == {
+        "no_caption": "c",
+        "bad_utf8": "cats/b 1.JPG: cats/b 1.txt",
+        "not_read": "notes.md",
+    }
+    read = by_key(FolderSource(folder=folder, encoding="cp1252", **MINE))
+    assert texts(read[cat.key]) == [("café", "en")]
 
 
 TABLE = [
@@ -78,6 +93,7 @@ TABLE = [
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
 def test_a_folder_with_a_table(tmp_path: Path, kind: str) -> None:
     folder = put(tmp_path, {name: picture(i) for i, name in enumerate(("a.png", "b.png", "c.png"))})
+    name = f"{'metadata' if kind == 'parquet' else 'captions'}.{kind}"
     if kind == "jsonl":
         put(tmp_path, {"captions.jsonl": "\n".join(map(json.dumps, TABLE))})
     elif kind == "parquet":
@@ -96,9 +112,10 @@ def test_a_folder_with_a_table(tmp_path: Path, kind: str) -> None:
     assert (found["a"].license, found["a"].attribution) == ("MIT", "Ann")
     assert sorted(texts(found["b"])) == [("ii", "en"), ("two", "en")]
     assert (found["b"].group, found["b"].license) == ("7", "CC0-1.0")
-    assert found["c"].captions == ()
-    (gone,) = (sample for key, sample in found.items() if key.startswith("gone"))
-    assert gone.image == b"" and texts(gone) == [("three", "en")]
+    assert lost(FolderSource(folder=folder, **MINE)) == {
+        "no_caption": "c",
+        "no_picture": f"{name}, row {4 if kind == 'csv' else 3} names gone.png, which is not there",
+    }
 
 
 @pytest.mark.parametrize(
@@ -106,16 +123,17 @@ def test_a_folder_with_a_table(tmp_path: Path, kind: str) -> None:
     [
         ({}, "holds no .png"),
         ({"a.gif": b"GIF89a"}, "holds no .png"),
-        ({"a.png": b""}, "neither .txt files"),
-        ({"a.png": b"", "captions.csv": "picture,text\na.png,x"}, "row 1 names no file"),
-        ({"a.png": b"", "captions.jsonl": '{"file": "a.png"\n'}, "line 1 is not JSON"),
+        ({"a.png": b""}, r"neither \.txt nor \.caption files .* it has {'\.png': 1}"),
+        ({"a.png": b"", "captions.csv": "picture,text\na.png,x"}, "picture, text; .* --image"),
+        ({"a.png": b"", "captions.csv": "file,prompt\na.png,x"}, "file, prompt; .* --caption"),
+        ({"a.png": b"", "captions.jsonl": '{"file": "a.png"\n'}, "row 1 is not JSON"),
         ({"a.png": b"", "captions.parquet": b"no"}, "cannot be read"),
         ({"a.png": b"", "captions.csv": "", "metadata.csv": ""}, "several tables"),
     ],
 )
 def test_a_folder_that_is_none_says_why(tmp_path: Path, files: dict, said: str) -> None:
     with pytest.raises(DataError, match=said):
-        list(FolderSource(folder=put(tmp_path, files), **MINE).samples())
+        write_shards(settled(FolderSource(folder=put(tmp_path, files), **MINE)), tmp_path / "out")
     with pytest.raises(DataError, match="no folder"):
         list(FolderSource(folder=str(tmp_path / "nowhere"), **MINE).samples())
 
@@ -129,12 +147,16 @@ def test_pictures_alone(tmp_path: Path) -> None:
 def test_coco(tmp_path: Path) -> None:
     annotations, images = coco(tmp_path)
     found = by_key(CocoSource(annotations=annotations, images=images, **MINE))
-    assert list(found) == ["000000000009", "000000000025", "000000000030"]
-    dog, cat, bird = found.values()
+    assert list(found) == ["000000000009", "000000000025"]
+    dog, cat = found.values()
     assert len(dog.captions) == 5 and dog.captions[0] == Caption("A dog.", "en")
     assert (dog.license, dog.attribution) == ("CC-BY-NC-SA-2.0", "http://f/9")
     assert (cat.license, texts(cat)) == ("No known restrictions", [("A cat.", "en")])
-    assert bird.image == b"" and spdx({"id": 3}) == "NOASSERTION"
+    assert spdx({"id": 3}) == "NOASSERTION"
+    assert lost(CocoSource(annotations=annotations, images=images, **MINE)) == {
+        "no_picture": "image 30 names 000000000030.jpg, which is not there",
+        "bad_caption": "annotation 51 has the caption ''",
+    }
     with pytest.raises(DataError, match="none of the 3 pictures"):
         other = put(tmp_path / "other", {"x.jpg": b""})
         by_key(CocoSource(annotations=annotations, images=other, **MINE))
@@ -157,13 +179,15 @@ def test_parquet_as_hugging_face_writes_it(tmp_path: Path) -> None:
         table = pa.Table.from_pylist(rows[part * 75 : part * 75 + 75])
         pq.write_table(table, tmp_path / f"train-{part:05d}-of-00002.parquet", row_group_size=20)
     found = by_key(ParquetSource(table=str(tmp_path), captions=("text:en", "zh:zh"), **MINE))
-    assert len(found) == 150
+    assert len(found) == 149
     one = found["train-00001-of-00002-000000003"]
     assert one.image == picture(78) and texts(one) == [("thing 78", "en"), ("东西 78", "zh")]
-    assert found["train-00000-of-00002-000000007"].image == b""
+    row = "train-00000-of-00002.parquet, row 7 names 7.png, which is not there"
+    source = ParquetSource(table=str(tmp_path), captions=("text:en", "zh:zh"), **MINE)
+    assert lost(source) == {"no_picture": row}
     guessed = by_key(ParquetSource(table=str(tmp_path / "train-00001-of-00002.parquet"), **MINE))
     assert len(guessed) == 75 and texts(guessed[one.key]) == [("thing 78", "en")]
-    with pytest.raises(DataError, match="no column picture; it has image, text, zh"):
+    with pytest.raises(DataError, match=r"no column picture; it has image \(struct<.*text \(str"):
         list(ParquetSource(table=str(tmp_path), image="picture", **MINE).samples())
 
 
@@ -190,9 +214,11 @@ def test_img2dataset_tars_stay_where_they_are(tmp_path: Path) -> None:
 
 def test_tars_as_samples_of_our_own(tmp_path: Path) -> None:
     found = by_key(WebDatasetSource(folder=img2dataset(tmp_path / "laion"), **MINE))
-    assert len(found) == 10 and found["000010001"].group == "http://u/10001"
+    assert len(found) == 8 and found["000010001"].group == "http://u/10001"
     assert texts(found["000000002"]) == [("thing 2", "en")], "the .txt says what the .json says"
-    assert found["000000004"].image == b"" and found["000000004"].captions == ()
+    assert lost(WebDatasetSource(folder=str(tmp_path / "laion"), **MINE)) == {
+        "failed_download": "00000.tar: 000000004"
+    }
 
 
 @pytest.mark.parametrize("cut", [0, 700, 6_000, 10_000])
@@ -283,14 +309,15 @@ def test_captions_of_every_spelling() -> None:
     assert plain_key("a-b_1") == "a-b_1" and plain_key("a b") != plain_key("a.b")
 
 
-def test_a_sample_without_its_picture_is_written_and_counted(tmp_path: Path) -> None:
+def test_a_sample_without_its_picture_is_not_written_but_counted(tmp_path: Path) -> None:
     annotations, images = coco(tmp_path)
-    manifest = write_shards(
-        CocoSource(annotations=annotations, images=images, **MINE).samples(), tmp_path / "set"
-    )
-    assert manifest.samples == 3 and manifest.languages == {"en": 7}
+    source = CocoSource(annotations=annotations, images=images, **MINE)
+    manifest = write_shards(settled(source), tmp_path / "set")
+    assert manifest.samples == manifest.used == 2 and manifest.languages == {"en": 6}
+    assert manifest.found == 3
+    assert [x.reason for x in manifest.losses] == ["no_picture", "bad_caption"]
     with tarfile.open(tmp_path / "set" / manifest.shards[0].file) as shard:
-        assert len(shard.getnames()) == 5, "three records, two pictures"
+        assert len(shard.getnames()) == 4, "two records, two pictures"
 
 
 @pytest.mark.parametrize(
@@ -305,7 +332,7 @@ def test_what_names_no_language_is_no_caption() -> None:
     found = captions_in(row, "en")
     assert [(c.text, c.language) for c in found] == [("cat", "en"), ("貓", "zh-TW")]
     assert captions_in({"caption": "chat", "language": "fr"}, "en")[0].language == "fr"
-    record = record_of("k", {"zh_cn.txt": "猫".encode(), "txt": b"cat"}, CREDITS)
+    record, _ = record_of("k", {"zh_cn.txt": "猫".encode(), "txt": b"cat"}, CREDITS)
     assert {c["language"] for c in record["captions"]} == {"zh-cn", CREDITS.language}
 
 
@@ -339,8 +366,10 @@ def test_a_small_tar_cannot_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> 
     (long,) = read_samples(packed({"a.png": b"x", "a.txt": b"x" * 5_000_000}))
     assert long.problem == "too_large" and long.files["txt"] == b""
     monkeypatch.setattr("pipeline.data.shards.tars.MAX_MEMBER_BYTES", 1_000)
-    (many,) = read_samples(packed({f"a.{i}.txt": b"x" * 300 for i in range(9)}))
-    assert many.problem == "too_large" and sum(map(len, many.files.values())) < 1_000
+    (whole,) = read_samples(packed({"a.png": b"x" * 600, "a.txt": b"x" * 600}))
+    assert whole.problem == "too_large" and sum(map(len, whole.files.values())) < 1_000
+    many = list(read_samples(packed({f"a.{i}.png": b"x" * 300 for i in range(9)})))
+    assert [sample.key for sample in many] == [f"a.{i}" for i in range(9)]
     (other,) = read_samples(packed({"a.png": b"x", "a.mp4": b"x" * 5_000}))
     assert other.problem is None and other.files["mp4"] == b"", "no part of a sample"
 
@@ -360,10 +389,10 @@ def test_licences_of_the_public_domain() -> None:
     assert named("licenses/by/2.0/jp/") == "CC-BY-2.0-JP"
 
 
-def test_a_key_that_came_before_is_copied_without_its_picture(tmp_path: Path) -> None:
-    for number in (1, 2):
-        tar(tmp_path / f"{number}.tar", [("cat.png", picture(number)), ("cat.txt", "a cat")])
+def test_a_key_that_comes_twice_in_a_tar_is_told(tmp_path: Path) -> None:
+    pair: list[tuple[str, bytes | str]] = [("cat.png", picture(1)), ("cat.txt", "a cat")]
+    tar(tmp_path / "1.tar", [*pair, *pair])
     source = WebDatasetSource(folder=str(tmp_path), **MINE)
-    found = {key: bool(sample.image) for key, sample in by_key(source).items()}
-    assert found == {"cat": True, "cat-2": False}
-    assert write_shards(source.samples(), str(tmp_path / "copy")).samples == 2
+    assert list(by_key(source)) == ["cat"] and lost(source) == {"duplicate_key": "1.tar: cat"}
+    manifest = indexed(str(tmp_path), tmp_path / "set")
+    assert (manifest.found, manifest.used) == (2, 1)
