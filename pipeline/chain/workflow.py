@@ -328,7 +328,9 @@ def _show(session: Session, judged: Judged, decision: Decision) -> None:
     ruling = judged.ruling
     shown = json.loads(ruling.page.with_suffix(".json").read_text(encoding="utf-8"))["decision"]
     if (shown["promoted"], tuple(shown["reasons"])) != (decision.promoted, decision.reasons):
-        run = RunHandle(session.workspace.parent.tracking_uri, recorded_run(ruling.page.parent))
+        gate = recorded_run(ruling.page.parent)
+        assert gate is not None, "every step has a run"
+        run = RunHandle(session.workspace.parent.tracking_uri, gate)
         final = replace(ruling, decision=decision)
         write_report(session.plan, session.results, judged.evaluation, final, run)
 
