@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from jobs.console import ConsoleReporter, time_table, trial_table
+from jobs.console import ConsoleReporter, output, time_table, trial_table
 from jobs.data_cli import data_app
 from jobs.entry import INTERRUPTED
 from jobs.ingest_cli import ingest_app
@@ -115,7 +115,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps(to_json(found), ensure_ascii=False))
     else:
-        Console().print(plan_table(found))
+        output().print(plan_table(found))
 
 
 @app.command()
@@ -334,7 +334,8 @@ def _evaluate_models(
             models, data, home, reporter, overrides=overrides or (), debug=debug
         )
     if as_json:
-        typer.echo(found.page.with_suffix(".json").read_text(encoding="utf-8"))
+        report = json.loads(found.page.with_suffix(".json").read_text(encoding="utf-8"))
+        typer.echo(json.dumps({**report, "page": str(found.page)}, ensure_ascii=False))
         return
     console.print(gain_table(found))
     typer.echo(found.page)

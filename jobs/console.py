@@ -24,6 +24,15 @@ if TYPE_CHECKING:  # they need Ray and PyArrow, and `tessera --help` does withou
 SHOWN = ("validation_loss", "train_loss", "train_psnr", "validation_psnr", "images_per_s")
 
 
+PIPE_WIDTH = 500
+
+
+def output() -> Console:
+    """Standard output for tables: as wide as the terminal; a pipe or a file gets them uncut."""
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPE_WIDTH)
+
+
 class ConsoleReporter:
     """Shows a chain's steps; an implementation of pipeline.tracking.steps.Reporter.
 

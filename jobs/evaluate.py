@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from pipeline.bundles.bundle import read_bundle
+from pipeline.bundles.bundle import check_bundle, read_bundle
 from pipeline.bundles.registry import resolve_model
 from pipeline.chain.judging import Contest, evaluation_needs, evaluation_of, evaluation_step
 from pipeline.chain.plan import resolve
@@ -62,6 +62,8 @@ def evaluate_models(
         TesseraError: something the user can mend; finished steps are kept.
     """
     paths = {name: resolve_model(model, home=home).path for name, model in models.items()}
+    for path in paths.values():
+        check_bundle(path)
     names = list(paths)
     recipe = recipe_for(paths[names[0]], data, overrides)
     plan = replace(resolve(recipe, home), candidates={})
@@ -126,4 +128,5 @@ def gain_table(found: Evaluated) -> Table:
 
 def is_model(target: str) -> bool:
     """Whether a command's argument names a model, rather than a recipe."""
-    return ":" in target or (Path(target) / "config.json").is_file()
+    path = "/" in target and not target.endswith((".yaml", ".yml"))
+    return ":" in target or path or (Path(target) / "config.json").is_file()

@@ -7,8 +7,8 @@ import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
+from jobs.console import output
 from jobs.options import DEFAULT_HOME, AsJson, Debug, Home
 from pipeline.config import PromoteConfig
 
@@ -37,7 +37,7 @@ def models(
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(row) for row in rows], ensure_ascii=False))
     elif rows:
-        Console().print(version_table(rows))
+        output().print(version_table(rows))
     else:
         what = f"no version of {name} is" if name else "no model is"
         typer.echo(f"{what} registered at {tracking_uri(home)}", err=True)

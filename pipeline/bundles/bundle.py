@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.artifacts import WEIGHTS, bundle_digest, file_digest, resolve_path
 from pipeline.config import CaptionEncoderConfig, Config, GeneratorConfig
 from pipeline.contracts import ImageGenerator, ModelParts, ModelSpec
+from pipeline.errors import BundleError
 from pipeline.models import load_family
 from pipeline.objective import GeneratorNetwork
 from pipeline.runtime import cast_weights, choose_device
@@ -34,6 +35,7 @@ from pipeline.text.caption_encoder import load_caption_encoder
 from pipeline.text.encoder_identity import EncoderIdentity, check_encoder
 from pipeline.tokenizers._saved import (
     FORMAT,
+    check_files,
     copy_tokenizer,
     load_tokenizer,
     load_weights,
@@ -163,17 +165,29 @@ def load_bundle(bundle: str | Path) -> Bundle:
     return Bundle(manifest, model, load_tokenizer(path / "tokenizer"), bundle_digest(path))
 
 
+def check_bundle(bundle: Path) -> None:
+    """Check that every file of a bundle is the one that its manifest names.
+
+    Raises:
+        BundleError: one is missing or another one, or the manifest cannot be read.
+    """
+    check_files(bundle, read_bundle(bundle).files)
+
+
 def load_generator(
     bundle: str | Path, *, pretrained_cache: Path, device: str = "auto"
 ) -> ImageGenerator:
     """A bundle as a generator, with the caption encoder that it was trained with.
 
     Raises:
-        BundleError: the bundle is unusable, or the caption encoder found is another one.
+        BundleError: the bundle is unusable, weights of it are no finite numbers, or the caption
+            encoder found is another one.
         PretrainedNotFoundError: the caption encoder cannot be found.
     """
     loaded = load_bundle(bundle)
     manifest = loaded.manifest
+    for network in (loaded.model, loaded.tokenizer):
+        _check_finite(network, bundle)
     target = choose_device(device)
     encoder = load_caption_encoder(
         manifest.caption_encoder, cache=pretrained_cache, device=str(target)
@@ -187,6 +201,16 @@ def load_generator(
     )
     parts = ModelParts(loaded.tokenizer.to(target), encoder, target, caption_tokenizer)
     return family.generator(loaded.model, manifest.generator, manifest.model_spec, parts)
+
+
+def _check_finite(network: nn.Module, bundle: str | Path) -> None:
+    for name, weight in network.named_parameters():
+        if not weight.isfinite().all():
+            raise BundleError(
+                f"{bundle}: the weights {name} are not finite numbers, so nothing can be drawn "
+                "with it: its training diverged; use another version, or train it anew with a "
+                "smaller learning rate"
+            )
 
 
 def text_tokenizer_of(bundle: Path) -> str | None:

@@ -27,13 +27,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from pipeline.config.promote import LOG_SUFFIX
 from pipeline.errors import ResourceError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-SUFFIX = "-decisions"
 _DESCRIPTION = (
     "Promotions, rollbacks and refusals of {name}, in order. Written by Tessera; keep it."
 )
@@ -132,7 +132,7 @@ class DecisionLog:
     """
 
     def __init__(self, client: MlflowClient, name: str) -> None:
-        self.client, self.name, self.log_name = client, name, name + SUFFIX
+        self.client, self.name, self.log_name = client, name, name + LOG_SUFFIX
 
     def entries(self) -> list[Entry]:
         """All entries, the oldest first."""

@@ -31,9 +31,10 @@ from typing import TYPE_CHECKING, Literal
 
 from pipeline import __version__
 from pipeline.artifacts import bundle_digest, publish_once, resolve_path
-from pipeline.bundles.decisions import SUFFIX, DecisionLog, Entry, Verdict, insist, registry_answers
+from pipeline.bundles.decisions import DecisionLog, Entry, Verdict, insist, registry_answers
 from pipeline.config import Recipe
 from pipeline.config.overrides import stated
+from pipeline.config.promote import LOG_SUFFIX
 from pipeline.errors import BundleError, PromotionError
 from pipeline.runtime import code_commit
 from pipeline.tracking.runs import ABSENT, RunHandle, RunLogger, connect, tracking_uri
@@ -164,7 +165,7 @@ class ModelRegistry:
         with registry_answers("which models are registered"):
             while True:
                 page = self.client.search_registered_models(page_token=token)
-                found += [model.name for model in page if not model.name.endswith(SUFFIX)]
+                found += [model.name for model in page if not model.name.endswith(LOG_SUFFIX)]
                 if not (token := page.token):
                     return sorted(found)
 

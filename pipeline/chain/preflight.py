@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from pipeline.bundles.bundle import read_bundle
+from pipeline.bundles.bundle import check_bundle, read_bundle
 from pipeline.chain.idle import idle_settings
 from pipeline.chain.plan import Candidate, Plan
 from pipeline.config import DataConfig, ImageFilter, Recipe
@@ -111,14 +111,21 @@ def check_rules(plan: Plan) -> None:
     A warning is logged if the evaluation has too few images for any candidate to be promoted.
 
     Raises:
-        RecipeError: a rule about a judge, a style or a language that is not evaluated.
+        RecipeError: a rule about a judge, a style, a language or compositions that are not
+            evaluated.
     """
     promote, evaluate = plan.recipe.promote, plan.recipe.evaluate
     if promote.unjudged or not plan.candidates:
         return
     judges = [name.partition(":")[0] for name in evaluate.judges]
     there = {"style": evaluate.styles or plan.styles, "language": evaluate.languages}
-    for rule, metric in promote.metrics:
+    choice = [("choose_by", promote.choose_by)] if len(plan.candidates) > 1 else []
+    for rule, metric in (*promote.metrics, *choice):
+        if metric.startswith("composition/") and not evaluate.compositions:
+            raise RecipeError(
+                f"promote.{rule}: {metric} is not measured with evaluate.compositions=false: set "
+                "it to true, or give other rules"
+            )
         judge = judge_of(metric)
         if judge is not None and judge not in judges:
             raise RecipeError(
@@ -240,7 +247,7 @@ def check_models(plan: Plan) -> None:
         PretrainedNotFoundError: weights of a pretrained language model are cut off.
     """
     if plan.base is not None:
-        check_files(plan.base, read_bundle(plan.base).files)
+        check_bundle(plan.base)
     if plan.tokenizer.source is not None:
         there = plan.tokenizer.source
         check_files(there, read_manifest(there, TokenizerManifest).files)

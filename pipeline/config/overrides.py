@@ -12,6 +12,7 @@ from typing import Any, TypeGuard, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from pipeline.config.section import Config
 from pipeline.errors import RecipeError
@@ -71,7 +72,10 @@ def explain(
         shown: what the user calls that section, if not `inside`.
     """
     lines = []
-    for item in error.errors():
+    mistakes = error.errors()
+    for item in mistakes:
+        if item["type"] == "too_short" and any(_is_inside(other, item) for other in mistakes):
+            continue  # it is too short without what is wrong in it
         loc = (*inside, *item["loc"])
         key = ".".join(str(part) for part in (*(inside if shown is None else shown), *item["loc"]))
         if item["type"] == "extra_forbidden":
@@ -82,6 +86,12 @@ def explain(
             value = "" if of_a_section else f"={item['input']!r}"
             lines.append(f"{key}{value}: {said}" if key else said)
     return "; ".join(lines)
+
+
+def _is_inside(mistake: ErrorDetails, other: ErrorDetails) -> bool:
+    """Whether a mistake is in an item of the list that another one is about."""
+    depth = len(other["loc"])
+    return len(mistake["loc"]) > depth and mistake["loc"][:depth] == other["loc"]
 
 
 def stated(config: BaseModel) -> dict[str, Any]:

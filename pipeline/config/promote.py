@@ -26,6 +26,8 @@ from pydantic import AfterValidator, Field, model_validator
 from pipeline.config.judges import HUB_JUDGES, TRAINED_JUDGES
 from pipeline.config.section import Config
 
+LOG_SUFFIX = "-decisions"
+"""Of the registered model that is the log of decisions about another one."""
 OF_JUDGES = ("r1", "r5", "alignment")
 MEASURES = (
     *(f"{judge}_{name}" for judge in (*TRAINED_JUDGES, *HUB_JUDGES) for name in OF_JUDGES),
@@ -185,10 +187,19 @@ class CanaryConfig(Config):
     )
 
 
+def _no_log(name: str) -> str:
+    if name.endswith(LOG_SUFFIX):
+        raise ValueError(
+            f"a name that ends in {LOG_SUFFIX} is that of another model's log of decisions: "
+            "choose another name"
+        )
+    return name
+
+
 class PromoteConfig(Config):
     """The rules by which a candidate becomes champion (pipeline/chain/promotion.py)."""
 
-    model_name: str = Field(
+    model_name: Annotated[str, AfterValidator(_no_log)] = Field(
         "tessera", pattern=r"^[^/:@']+$", description="name in the model registry"
     )
     level: float = Field(

@@ -10,6 +10,7 @@ right answer. The choice depends on the data and the recipe's seed alone.
 from __future__ import annotations
 
 import hashlib
+import logging
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,8 @@ from torch import Tensor
 from pipeline.config import EvaluateConfig, ImageFilter
 from pipeline.data.preprocess.store import fixed_width, read_table
 from pipeline.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 SPLITS = {"seen": "train", "unseen": "test"}
 MIN_IMAGES = 8
@@ -154,6 +157,11 @@ def _languages(tables: Sequence[pa.Table], wanted: Sequence[str]) -> tuple[str, 
         raise DataError(
             f"most pictures have no caption in {', '.join(wanted)}; their captions are in "
             f"{', '.join(sorted(found))}: set evaluate.languages"
+        )
+    if left_out := [language for language in wanted if language not in kept]:
+        logger.warning(
+            f"not evaluated in {', '.join(left_out)}, in which most pictures have no caption "
+            f"(evaluate.languages); the gate reads the captions in {kept[0]}"
         )
     return kept
 

@@ -61,6 +61,7 @@ def test_ci_runs_exactly_the_readme_test_command() -> None:
             "choose another with --port",
         ),
         (["data", "verify", "foo://somewhere"], "s3://BUCKET/FOLDER"),
+        (["evaluate", "./nowhere", "--data", "asset:emoji"], "no bundle at ./nowhere"),
     ],
 )
 def test_a_mistake_is_one_message(arguments: list[str], said: str, tmp_path: Path) -> None:

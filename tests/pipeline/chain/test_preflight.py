@@ -211,6 +211,13 @@ def test_weights_of_a_language_model_that_are_cut_off_are_told(home: Path, tmp_p
         check(broken)
 
 
+def test_rules_about_what_is_not_measured_are_refused(home: Path) -> None:
+    rule = "promote.improve=[{metric: composition/compositions}]"
+    with pytest.raises(RecipeError, match=r"improve: composition/compositions is not measured"):
+        checked("smoke", rule, home=home)
+    checked("smoke", rule, "evaluate.compositions=true", home=home)
+
+
 def test_only_judges_that_are_asked_are_trained(home: Path) -> None:
     both, one = (
         evaluation_needs(resolve(load_recipe("smoke", settings, environment={}), home))

@@ -70,8 +70,15 @@ def test_rules_are_read_from_a_recipe_and_replace_the_defaults() -> None:
         ("level=0.5", "less than 0.5"),
         ("level=0", "greater than 0"),
         ("min_kid_gain=0.1", "unknown key 'promote.min_kid_gain'"),
+        ("model_name=mine-decisions", "another model's log of decisions"),
     ],
 )
 def test_mistakes_name_the_value_and_the_remedy(given: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         promote(given)
+
+
+def test_a_list_with_a_mistake_in_it_is_not_called_empty() -> None:
+    with pytest.raises(RecipeError) as error:
+        promote("improve=[{metric: imagnet_r1/all}]")
+    assert "did you mean" in str(error.value) and "at least 1 item" not in str(error.value)
