@@ -393,9 +393,14 @@ def find_version(registry: ModelRegistry, model: str) -> ModelVersion:
         name, _, number = reference.partition("/")
         version = registry.version(name, number=number)
     if version is None:
+        remedy = "`tessera retrain RECIPE` or `tessera demo` makes a champion"
+        if registry.versions(name):
+            remedy = f"`tessera models {name}` lists its versions and aliases"
+        elif names := registry.names():
+            known = ", ".join(f"{SCHEME}{known}" for known in names)
+            remedy = f"the registered models are {known}; `tessera models` lists their versions"
         raise BundleError(
-            f"{model} is not in the registry at {tracking_uri(registry.home)}; "
-            "`tessera retrain RECIPE` or `tessera demo` makes a champion"
+            f"{model} is not in the registry at {tracking_uri(registry.home)}; {remedy}"
         )
     return version
 

@@ -130,6 +130,9 @@ def test_what_did_not_pass_against_todays_champion_is_refused_and_recorded(desk:
     assert told == [("refuse", "2"), ("promote", "1"), ("refuse", "3"), ("refuse", "4")]
     absent = desk.run("promote", "9").exception
     assert isinstance(absent, BundleError) and "models:/tessera/9 is not in the reg" in str(absent)
+    assert "`tessera models tessera` lists its versions" in str(absent)
+    unknown = desk.run("promote", "models:/other/9").exception
+    assert "the registered models are models:/tessera; " in str(unknown)
 
 
 def test_what_cannot_be_served_is_not_promoted_by_force_either(desk: Desk) -> None:
