@@ -26,7 +26,7 @@ from jobs.models_cli import models, promote, rollback
 from jobs.options import DEFAULT_HOME, AsJson, Debug, Home, Overrides, RecipeName
 from jobs.serving_cli import bench_app, key
 from pipeline.errors import RecipeError, user_error
-from pipeline.runtime import set_environment
+from pipeline.runtime import TERMINATED, exit_on_sigterm, set_environment, terminated
 
 if TYPE_CHECKING:
     from pipeline.chain.workflow import Outcome
@@ -589,9 +589,10 @@ def main() -> None:
 
     An error is told in one message, with a traceback only if --debug is given. Exit status: 1 for
     an error that the user can mend, 2 for an unexpected one and for a mistake in the arguments,
-    130 after Ctrl-C.
+    130 after Ctrl-C, 143 after SIGTERM.
     """
     set_environment()
+    exit_on_sigterm()
     debug = "--debug" in sys.argv
     logging.basicConfig(
         level=logging.INFO if debug else logging.WARNING, format="%(name)s: %(message)s"
@@ -601,7 +602,9 @@ def main() -> None:
     try:
         app()
     except SystemExit as end:
-        if end.code == INTERRUPTED:
+        if terminated.is_set():
+            end.code = TERMINATED
+        if end.code in (INTERRUPTED, TERMINATED):
             console.print("interrupted; run the same command again to go on from here")
         raise
     except Exception as error:

@@ -40,8 +40,9 @@ Tessera.
 
 Results go to standard output, as JSON with `--json`; progress and errors go to standard error. The
 exit status is 0 for success, 1 for an error that the message says how to mend, 2 for a mistake in
-the arguments or an unexpected error (`--debug` shows its traceback), and 130 after Ctrl-C. Of a
-recipe's steps those that were done before with the same data and settings are skipped.
+the arguments or an unexpected error (`--debug` shows its traceback), 130 after Ctrl-C and 143 after
+SIGTERM. Of a recipe's steps those that were done before with the same data and settings are
+skipped.
 
 Below is what each command says with `--help`.
 """

@@ -19,8 +19,10 @@ import os
 import platform
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from importlib.util import find_spec
@@ -42,6 +44,11 @@ STDERR = 2
 HARMLESS = "core_worker.*has constructor arguments in the object store"
 """An error, so called, that Ray logs of every actor of Ray Data's: they take what they do from the
 object store, whose owner is this process, and it lives as long as they do."""
+
+TERMINATED = 128 + signal.SIGTERM
+"""Exit status of a process that SIGTERM ended, as shells and schedulers know it."""
+terminated = threading.Event()
+"""SIGTERM has come. A call of Ray's that it interrupts raises KeyboardInterrupt all the same."""
 
 EXPECTED = "worker processes have been started on node"
 """A warning that Ray prints of a local Ray as this one is meant to be: with more logical CPUs than
@@ -178,6 +185,23 @@ class RayPrints(io.TextIOBase):
         self._target.flush()
 
 
+def exit_on_sigterm() -> None:
+    """Make SIGTERM a SystemExit with the status TERMINATED, so that what is open is closed and runs
+    end as KILLED; `terminated` is set.
+
+    Ray takes the signal over when it starts, with a handler that aborts the process: call this
+    again afterwards. Of other threads than the main one Python accepts no handlers, and nothing is
+    done.
+    """
+
+    def leave(*_: object) -> None:
+        terminated.set()
+        sys.exit(TERMINATED)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, leave)
+
+
 @contextlib.contextmanager
 def ray_runtime(*, debug: bool = False) -> Iterator[None]:
     """Ray for the duration of a job; a local one that this call started is shut down after.
@@ -189,6 +213,7 @@ def ray_runtime(*, debug: bool = False) -> Iterator[None]:
     prints = sys.stderr if debug else RayPrints(sys.stderr)
     with contextlib.redirect_stdout(prints):
         started = start_ray(debug=debug)
+        exit_on_sigterm()
         if not debug:
             quiet_ray_data()
         try:

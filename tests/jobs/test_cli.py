@@ -9,14 +9,18 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import typer
+from mlflow import MlflowClient
 from PIL import Image
 from rich.console import Console
+from served import TESSERA
 from typer.testing import CliRunner
 
 from jobs import cli, entry, generate
@@ -24,6 +28,7 @@ from jobs.cli import app
 from jobs.console import ConsoleReporter
 from pipeline.config import recipe_names
 from pipeline.errors import MissingExtraError, RecipeError, TesseraError
+from pipeline.tracking.runs import tracking_uri
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -214,3 +219,22 @@ def test_the_bar_goes_however_a_step_ends() -> None:
         raise KeyboardInterrupt
     drawn = console.file.getvalue()  # type: ignore[attr-defined]
     assert drawn.rfind("\x1b[?25h") > drawn.rfind("\x1b[?25l") >= 0, "the cursor is shown again"
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_retrain_as_schedulers_expect(new_home: Callable[[str], Path]) -> None:
+    home = new_home("terminated")
+    process = subprocess.Popen(
+        [*TESSERA, "retrain", "smoke", "--home", str(home)], stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "preprocess: started" in line:
+            break
+    time.sleep(5)
+    process.terminate()
+    said = process.stderr.read()
+    assert process.wait(timeout=60) == 143
+    assert "run the same command again" in said and "SIGTERM received" not in said
+    runs = MlflowClient(tracking_uri(home)).search_runs(["0", "1"])
+    assert {run.info.status for run in runs} == {"KILLED"}
