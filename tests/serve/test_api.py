@@ -122,6 +122,7 @@ def test_models(server: Running) -> None:
     assert [model.id for model in models] == [
         "champion",
         "tiny",
+        "tessera",
         "dall-e-2",
         "dall-e-3",
         "gpt-image-1",
