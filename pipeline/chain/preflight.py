@@ -30,7 +30,7 @@ from pipeline.data.shards.manifest import check_one_file_system, find_absent, op
 from pipeline.data.shards.splits import split_of
 from pipeline.errors import DataError, PretrainedNotFoundError, RecipeError
 from pipeline.evaluation.aligner import Aligner, aligner_shape_of_source
-from pipeline.evaluation.eval_set import check_enough
+from pipeline.evaluation.eval_set import SPLITS, check_enough
 from pipeline.objective import GeneratorNetwork, TrainableNetwork
 from pipeline.text.encoder_identity import check_identity
 from pipeline.tokenizers._saved import TokenizerManifest, check_files, read_manifest
@@ -164,6 +164,8 @@ def check_shards(plan: Plan) -> None:
 def check_evaluation(plan: Plan, pixels: Path) -> None:
     """The preprocessed images are enough to train on and to judge by, in every split.
 
+    A warning is logged if they are too few for any candidate to be promoted.
+
     Args:
         pixels: the output of preprocessing.
 
@@ -175,6 +177,22 @@ def check_evaluation(plan: Plan, pixels: Path) -> None:
         _check_splits(plan, table)
     except DataError as error:
         raise DataError(f"{error}. {_split_remedy(plan, table)}") from error
+    if plan.candidates and not plan.recipe.promote.unjudged:
+        _warn_of_few(plan, table)
+
+
+def _warn_of_few(plan: Plan, table: pa.Table) -> None:
+    """Warn if the images to judge by are fewer than the gate needs; `check_rules` has warned if the
+    recipe asks for too few."""
+    promote, evaluate = plan.recipe.promote, plan.recipe.evaluate
+    style = (evaluate.styles or plan.styles)[0]
+    splits = Counter(table.filter(pc.equal(table["style"], style))["split"].to_pylist())
+    judged = sum(min(evaluate.num_images, splits[split]) for split in SPLITS.values())
+    if judged < promote.min_images <= 2 * evaluate.num_images:
+        logger.warning(
+            f"nothing can be promoted: {judged} pictures of style {style!r} can be judged by, "
+            f"fewer than promote.min_images={promote.min_images}: give more, or lower it"
+        )
 
 
 def _check_splits(plan: Plan, table: pa.Table) -> None:

@@ -32,7 +32,8 @@ MOST_OTHER_GROUPS = 6
 EXTREMES, NEIGHBOURS = 8, 8
 MOST_COMPOSITIONS = 80
 GLANCE = (
-    "{second}_r1/all", "{first}_r1/all", "kid/all", "coverage/all", "sharpness/all",
+    "{second}_r1/all", "{first}_r1/all", "style_match/all", "kid/all", "coverage/all",
+    "sharpness/all",
     "composition/compositions", "copies/unseen", "latency_s",
 )  # fmt: skip
 """Metrics that are drawn beside their floors at the top."""
