@@ -274,6 +274,21 @@ def test_small_sets_are_told_before_any_training(
         check_evaluation(other, preprocessed(tmp_path / "other", other, count, num_captions))
 
 
+def test_a_set_that_no_model_can_win_on_is_told(
+    home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = ("evaluate.styles=[noto]", "evaluate.languages=[en]", "evaluate.num_images=100")
+    plan = resolve(load_recipe("smoke", settings, environment={}), home)
+    check_evaluation(plan, preprocessed(tmp_path / "pixels", plan, 300, 300))
+    assert "nothing can be promoted" not in caplog.text
+    settings = (*settings, "promote.min_images=200")
+    plan = resolve(load_recipe("smoke", settings, environment={}), home)
+    check_evaluation(plan, tmp_path / "pixels")
+    assert "pictures of style 'noto' can be judged by, fewer than promote.min_images=200" in (
+        caplog.text
+    )
+
+
 def test_every_worker_needs_a_validation_image(home: Path, tmp_path: Path) -> None:
     settings = ("evaluate.styles=[noto]", "evaluate.languages=[en]",
                 "data.validation_fraction=0.001")  # fmt: skip
