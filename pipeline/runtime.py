@@ -123,6 +123,7 @@ def start_ray(*, object_store_mb: int = 600, debug: bool = False) -> bool:
             f"could not reach {where}: {error}. Unset RAY_ADDRESS to run on this machine alone, or "
             "see `tessera doctor`"
         ) from error
+    exit_on_sigterm()  # Ray's own handler aborts the process
     return not address
 
 
@@ -189,8 +190,7 @@ def exit_on_sigterm() -> None:
     """Make SIGTERM a SystemExit with the status TERMINATED, so that what is open is closed and runs
     end as KILLED; `terminated` is set.
 
-    Ray takes the signal over when it starts, with a handler that aborts the process: call this
-    again afterwards. Of other threads than the main one Python accepts no handlers, and nothing is
+    Ray takes the signal over when it starts, so `start_ray` calls this again. Of other threads than the main one Python accepts no handlers, and nothing is
     done.
     """
 
@@ -213,7 +213,6 @@ def ray_runtime(*, debug: bool = False) -> Iterator[None]:
     prints = sys.stderr if debug else RayPrints(sys.stderr)
     with contextlib.redirect_stdout(prints):
         started = start_ray(debug=debug)
-        exit_on_sigterm()
         if not debug:
             quiet_ray_data()
         try:
