@@ -190,8 +190,8 @@ def exit_on_sigterm() -> None:
     """Make SIGTERM a SystemExit with the status TERMINATED, so that what is open is closed and runs
     end as KILLED; `terminated` is set.
 
-    Ray takes the signal over when it starts, so `start_ray` calls this again. Of other threads than the main one Python accepts no handlers, and nothing is
-    done.
+    Ray takes the signal over when it starts, so `start_ray` calls this again. Of other threads than
+    the main one Python accepts no handlers, and nothing is done.
     """
 
     def leave(*_: object) -> None:
