@@ -22,6 +22,7 @@ from torch import nn
 from pipeline.bundles.bundle import check_bundle, read_bundle
 from pipeline.chain.idle import idle_settings
 from pipeline.chain.plan import Candidate, Plan
+from pipeline.chain.table import judge_steps
 from pipeline.config import DataConfig, ImageFilter, Recipe
 from pipeline.config.promote import judge_of
 from pipeline.config.train import TrainConfig
@@ -30,7 +31,7 @@ from pipeline.data.shards.manifest import check_one_file_system, find_absent, op
 from pipeline.data.shards.splits import split_of
 from pipeline.errors import DataError, PretrainedNotFoundError, RecipeError
 from pipeline.evaluation.aligner import Aligner, aligner_shape_of_source
-from pipeline.evaluation.eval_set import SPLITS, check_enough
+from pipeline.evaluation.eval_set import SPLITS, check_enough, warn_of_languages
 from pipeline.objective import GeneratorNetwork, TrainableNetwork
 from pipeline.text.encoder_identity import check_identity
 from pipeline.tokenizers._saved import TokenizerManifest, check_files, read_manifest
@@ -174,9 +175,10 @@ def check_evaluation(plan: Plan, pixels: Path) -> None:
     """
     table = read_table(pixels, columns=["group", "captions"], captioned=True)
     try:
-        _check_splits(plan, table)
+        languages = _check_splits(plan, table)
     except DataError as error:
         raise DataError(f"{error}. {_split_remedy(plan, table)}") from error
+    warn_of_languages(plan.recipe.evaluate.languages, languages)
     if plan.candidates and not plan.recipe.promote.unjudged:
         _warn_of_few(plan, table)
 
@@ -195,17 +197,21 @@ def _warn_of_few(plan: Plan, table: pa.Table) -> None:
         )
 
 
-def _check_splits(plan: Plan, table: pa.Table) -> None:
-    """Raises DataError: a set of the evaluation, or a training's validation, has too few images."""
-    check_enough(table, plan.recipe.evaluate)
+def _check_splits(plan: Plan, table: pa.Table) -> tuple[str, ...]:
+    """The languages that will be evaluated.
+
+    Raises:
+        DataError: a set of the evaluation, or a training's validation, has too few images.
+    """
+    languages = check_enough(table, plan.recipe.evaluate)
     sections = {c.section: (c.config.train, c.config.data) for c in plan.candidates.values()}
-    if plan.aligner is None and "aligner" in plan.recipe.evaluate.judges:
+    if "aligner" in judge_steps(plan):
         sections["aligner"] = (plan.recipe.aligner.train, ImageFilter())
     held_out = table.filter(pc.equal(table["split"], "validation"))
     for section, (train, only) in sections.items():
         styles = pa.array(only.kept(plan.styles))
         length = held_out.filter(pc.is_in(held_out["style"], styles)).num_rows
-        fewest = length and fewest_validation_rows(
+        fewest = fewest_validation_rows(
             length, batch_size=train.batch_size, num_batches=train.validation_batches,
             world_size=train.num_workers,
         )  # fmt: skip
@@ -214,6 +220,7 @@ def _check_splits(plan: Plan, table: pa.Table) -> None:
                 f"only {length} pictures are in the validation split of {section}, at least "
                 f"{train.num_workers} are needed, one per worker ({section}.train.num_workers)"
             )
+    return languages
 
 
 def _split_remedy(plan: Plan, table: pa.Table) -> str:

@@ -104,6 +104,7 @@ class Session:
         self.plan, self.workspace = plan, workspace
         self.models = ModelRegistry(plan.home, workspace.tracker.client)
         self.table = training_steps(plan)
+        self._is_checked = False
 
     def run(self, *steps: str) -> dict[str, StepResult]:
         """Do these steps and those they need; returns all results so far, by step."""
@@ -115,16 +116,19 @@ class Session:
         return self.run()
 
     def check_evaluation(self) -> None:
-        """Preprocess, and check before any training that its result is enough to judge by.
+        """Preprocess, and check once, before any training, that its result is enough to judge by.
 
         Raises:
             DataError: it is not.
         """
         results = self.run("preprocess")
+        if self._is_checked:
+            return
         if waiting_steps(self.plan):
             from pipeline.chain.preflight import check_evaluation  # as in `check_to_do`
 
             check_evaluation(self.plan, pixels_of(results))
+        self._is_checked = True
 
     def judge(self) -> Judged:
         """Train and evaluate all candidates, choose one, and decide whether it is promoted."""

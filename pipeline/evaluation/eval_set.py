@@ -102,18 +102,22 @@ class EvalSet:
             for split in SPLITS.values()
         }
         languages, choices = _choose(tables, styles, config)
+        warn_of_languages(config.languages, languages)
         sets = [_image_set(choice, tables, image_size) for choice in choices]
         training = {style: _pixels(tables[style, SPLITS["seen"]], image_size) for style in styles}
         names = {s: tuple(tables[s, SPLITS["seen"]]["key"].to_pylist()) for s in styles}
         return cls(tuple(sets), training, names, languages)
 
 
-def check_enough(table: pa.Table, config: EvaluateConfig) -> None:
+def check_enough(table: pa.Table, config: EvaluateConfig) -> tuple[str, ...]:
     """Check that evaluation will find its images; no pixels are read.
 
     Args:
         table: "style", "split", "group" and "captions" of all captioned images.
         config: styles, languages, sizes and the seed.
+
+    Returns:
+        The languages that will be evaluated.
 
     Raises:
         DataError: as for `EvalSet.from_parquet`.
@@ -126,7 +130,7 @@ def check_enough(table: pa.Table, config: EvaluateConfig) -> None:
         for style in styles
         for split in SPLITS.values()
     }
-    _choose(tables, styles, config)
+    return _choose(tables, styles, config)[0]
 
 
 def _styles(directory: Path) -> tuple[str, ...]:
@@ -158,12 +162,16 @@ def _languages(tables: Sequence[pa.Table], wanted: Sequence[str]) -> tuple[str, 
             f"most pictures have no caption in {', '.join(wanted)}; their captions are in "
             f"{', '.join(sorted(found))}: set evaluate.languages"
         )
+    return kept
+
+
+def warn_of_languages(wanted: Sequence[str], kept: Sequence[str]) -> None:
+    """Log which of the wanted languages are not evaluated."""
     if left_out := [language for language in wanted if language not in kept]:
         logger.warning(
             f"not evaluated in {', '.join(left_out)}, in which most pictures have no caption "
             f"(evaluate.languages); the gate reads the captions in {kept[0]}"
         )
-    return kept
 
 
 def num_other_images(config: EvaluateConfig) -> int:

@@ -145,12 +145,14 @@ def fewest_validation_rows(
     length: int, *, batch_size: int, num_batches: int, world_size: int
 ) -> int:
     """The rows that a rank has in its smallest validation batch; 0 if one goes without."""
+    if not length:
+        return 0
     shares = (
         validation_rows(length, batch_size=batch_size, num_batches=num_batches, rank=rank,
                         world_size=world_size)
         for rank in range(world_size)
     )  # fmt: skip
-    return min((len(rows) for share in shares for rows in share), default=0)
+    return min(len(rows) for share in shares for rows in share)
 
 
 def spread(length: int, count: int) -> NDArray[np.int64]:

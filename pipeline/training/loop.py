@@ -293,20 +293,20 @@ class _Worker:
         """
         config, length = self.config, len(self.training.validation)
         fewest = self.objective.min_validation_rows
-        shares = [
-            feed.validation_rows(
-                length, batch_size=config.batch_size, num_batches=config.validation_batches,
-                rank=rank, world_size=self.world_size,
-            )
-            for rank in range(self.world_size)
-        ]  # fmt: skip
-        if min(len(rows) for share in shares for rows in share) < fewest:
+        found = feed.fewest_validation_rows(
+            length, batch_size=config.batch_size, num_batches=config.validation_batches,
+            world_size=self.world_size,
+        )  # fmt: skip
+        if found < fewest:
             raise DataError(
                 f"{length} validation pictures in batches of up to {config.batch_size} do not give "
                 f"each of {self.world_size} workers {fewest} a batch: give more data, raise "
                 "data.validation_fraction or train.batch_size, or lower train.num_workers"
             )
-        return shares[self.rank]
+        return feed.validation_rows(
+            length, batch_size=config.batch_size, num_batches=config.validation_batches,
+            rank=self.rank, world_size=self.world_size,
+        )  # fmt: skip
 
     def _restore(self) -> None:
         checkpoint = ray.train.get_checkpoint()
