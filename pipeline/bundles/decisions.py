@@ -115,6 +115,11 @@ def valid(entries: Iterable[Entry]) -> list[Entry]:
     return chain
 
 
+def last_valid(entries: Iterable[Entry]) -> Entry:
+    """The last decision that holds; NOTHING if none does."""
+    return (valid(entries) or [NOTHING])[-1]
+
+
 def effective(entries: Sequence[Entry]) -> list[Entry]:
     """The valid decisions and the refusals, in order: all but those that came too late."""
     chain = {entry.number for entry in valid(entries)}
@@ -149,7 +154,7 @@ class DecisionLog:
 
     def last(self) -> Entry:
         """The last valid entry; NOTHING if there is none."""
-        return (valid(self.entries()) or [NOTHING])[-1]
+        return last_valid(self.entries())
 
     def holds(self, entry_id: str) -> bool:
         """Whether the entry with this id is valid."""

@@ -31,7 +31,14 @@ from typing import TYPE_CHECKING, Literal
 
 from pipeline import __version__
 from pipeline.artifacts import bundle_digest, publish_once, resolve_path
-from pipeline.bundles.decisions import DecisionLog, Entry, Verdict, insist, registry_answers
+from pipeline.bundles.decisions import (
+    DecisionLog,
+    Entry,
+    Verdict,
+    insist,
+    last_valid,
+    registry_answers,
+)
 from pipeline.config import Recipe
 from pipeline.config.overrides import stated
 from pipeline.config.promote import LOG_SUFFIX
@@ -277,10 +284,11 @@ class ModelRegistry:
     def refuse(self, name: str, version: str, verdict: Verdict) -> None:
         """Note in the log that a version was not promoted, and why, unless it says so already."""
         log = DecisionLog(self.client, name)
-        about = [entry for entry in log.entries() if entry.version == version]
+        entries = log.entries()
+        about = [entry for entry in entries if entry.version == version]
         if about and about[-1].kind == "refuse" and about[-1].reasons == verdict.reasons:
             return
-        log.append("refuse", version, verdict, follows=log.last().number)
+        log.append("refuse", version, verdict, follows=last_valid(entries).number)
 
     def rollback(self, name: str, reason: str) -> Standing:
         """Make the previous champion champion again; the one it replaces is then the previous.

@@ -165,7 +165,7 @@ class Tracker:
         self, name: str, *, parent: RunHandle | None = None, folder: Path | None = None
     ) -> Iterator[RunHandle]:
         """A run for the duration of the block. It ends as FINISHED, on an error as FAILED, and as
-        KILLED on Ctrl-C and where the process is told to exit (Ray makes SIGTERM a SystemExit).
+        KILLED on Ctrl-C and where the process is told to exit (`runtime.exit_on_sigterm`).
 
         Args:
             name: shown in MLflow.
