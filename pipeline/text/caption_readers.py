@@ -18,12 +18,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.contracts import CaptionEncoder, PromptTokens
+from pipeline.contracts import CaptionEncoder, CaptionTokenizer, PromptTokens
 
 REMEMBERED = 2_048
 """Captions whose states a CaptionReader keeps."""
 REMEMBERED_CHARS = 1_000
 """Of a caption that is kept: longer ones are rare and would fill the memory."""
+
+
+def count_prompt(reads: CaptionEncoder | CaptionTokenizer, prompt: str) -> PromptTokens:
+    """How many tokens of a prompt are read by what reads captions."""
+    given = reads.count_tokens(prompt)
+    return PromptTokens(min(given, reads.max_tokens), given)
 
 
 class CaptionReader:
@@ -44,11 +50,6 @@ class CaptionReader:
         """B captions -> states float32 (B, max_tokens, width) and mask bool (B, max_tokens)."""
         states, masks = zip(*(self._read(caption) for caption in captions), strict=True)
         return torch.stack(states), torch.stack(masks)
-
-    def count(self, caption: str) -> PromptTokens:
-        """How many tokens of a caption are read."""
-        given = self.encoder.count_tokens(caption)
-        return PromptTokens(min(given, self.encoder.max_tokens), given)
 
     def _read(self, caption: str) -> tuple[Tensor, Tensor]:
         read = self._remembered if len(caption) <= REMEMBERED_CHARS else self._encode

@@ -55,6 +55,7 @@ from pipeline.models.networks.vocabulary import ImageVocabulary
 from pipeline.objective import GeneratorNetwork, Objective
 from pipeline.runtime import autocast, choose_device
 from pipeline.tasks import gives_source
+from pipeline.text.caption_readers import count_prompt
 
 GUIDANCE_SCALE = 3.0
 NO_TARGET = -100
@@ -324,8 +325,7 @@ class CausalGenerator:
 
     def count_prompt(self, prompt: str) -> PromptTokens:
         """See contracts.PromptCountingGenerator.count_prompt."""
-        given = self.read_ids.count_tokens(prompt)
-        return PromptTokens(min(given, self.read_ids.max_tokens), given)
+        return count_prompt(self.read_ids, prompt)
 
     def count_tokens(self, request: GenerationRequest) -> TokenCount:
         """See contracts.SteppedGenerator.count_tokens."""

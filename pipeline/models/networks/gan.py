@@ -35,7 +35,7 @@ from pipeline.models.gan import GanConfig
 from pipeline.objective import GeneratorNetwork, Objective
 from pipeline.runtime import autocast
 from pipeline.text.caption_encoder import masked_mean, standardise
-from pipeline.text.caption_readers import CaptionReader
+from pipeline.text.caption_readers import CaptionReader, count_prompt
 
 GUIDANCE_SCALE = 1.0  # off: it is trained without
 SHARPNESS = 10.0  # of the contrastive loss when training begins; its inverse is the temperature
@@ -439,7 +439,7 @@ class GanGenerator:
 
     def count_prompt(self, prompt: str) -> PromptTokens:
         """See contracts.PromptCountingGenerator.count_prompt."""
-        return self.read_captions.count(prompt)
+        return count_prompt(self.read_captions.encoder, prompt)
 
     def _decode(
         self,

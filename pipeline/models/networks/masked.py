@@ -41,7 +41,7 @@ from pipeline.models.networks.levels import level_digits
 from pipeline.objective import GeneratorNetwork, Objective
 from pipeline.runtime import autocast
 from pipeline.text.caption_encoder import masked_mean, standardise
-from pipeline.text.caption_readers import CaptionReader
+from pipeline.text.caption_readers import CaptionReader, count_prompt
 
 GUIDANCE_SCALE = 3.0
 
@@ -339,7 +339,7 @@ class MaskedGenerator:
 
     def count_prompt(self, prompt: str) -> PromptTokens:
         """See contracts.PromptCountingGenerator.count_prompt."""
-        return self.read_captions.count(prompt)
+        return count_prompt(self.read_captions.encoder, prompt)
 
     def count_tokens(self, request: GenerationRequest) -> TokenCount:
         """See contracts.SteppedGenerator.count_tokens."""
