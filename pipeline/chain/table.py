@@ -17,7 +17,6 @@ each) when it works: most scheduled retrains find every step done.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -27,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.artifacts import bundle_digest, file_digest
 from pipeline.chain.plan import Candidate, Plan, given_inputs
 from pipeline.config import Config, PreprocessConfig
-from pipeline.data.preprocess.report import NOT_BAD, check_bad_fraction
+from pipeline.data.preprocess.report import check_bad_fraction
 from pipeline.text.pretrained import content_digest
 from pipeline.tracking.runs import RunLogger
 from pipeline.tracking.steps import Results, Step, StepContext, step_settings
@@ -35,8 +34,6 @@ from pipeline.tracking.steps import Results, Step, StepContext, step_settings
 if TYPE_CHECKING:
     from pipeline.training.generator import GeneratorTask
 
-
-logger = logging.getLogger(__name__)
 
 JUDGE = "judge"
 """The step that trains the judge over ImageNet features."""
@@ -130,13 +127,6 @@ def _preprocess(plan: Plan, context: StepContext) -> dict[str, Any]:
         list(plan.shards), context.path / "data", data=plan.recipe.data,
         config=plan.recipe.preprocess, on_progress=context.on_progress,
     )  # fmt: skip
-    bad = {name: count for name, count in report.reasons.items() if name not in NOT_BAD}
-    if bad:
-        reasons = ", ".join(f"{name} {count}" for name, count in bad.items())
-        logger.warning(
-            f"{sum(bad.values())} of {report.promised} pictures cannot be used: {reasons} (their "
-            f"keys are in {context.path / 'data' / 'quarantine'})"
-        )
     values = asdict(report)
     (context.path / "ray_data_stats.txt").write_text(values.pop("stats"))
     RunLogger(context.run).files(context.path / "ray_data_stats.txt", folder="data")

@@ -41,6 +41,7 @@ from pipeline.config import DataConfig, PreprocessConfig
 from pipeline.data.preprocess.reader import EncodedSample, ShardFile, map_samples
 from pipeline.data.preprocess.report import (
     PreprocessReport,
+    bad_among,
     check_bad_fraction,
     check_counts,
     count_by_split_and_style,
@@ -139,6 +140,12 @@ def preprocess(
         (staging / FINAL / "report.json").write_text(text + "\n", encoding="utf-8")
         replace_directory(staging / FINAL, output)
         shutil.rmtree(staging)
+    if bad := bad_among(report.reasons):
+        listed = ", ".join(f"{reason} {count}" for reason, count in bad.items())
+        LOG.warning(
+            "%d of %d pictures cannot be used: %s (their keys are in %s)",
+            bad.total(), report.promised, listed, output / "quarantine",
+        )  # fmt: skip
     return report
 
 

@@ -181,6 +181,11 @@ def check_counts(rows: pa.Table, promised: Mapping[str, int]) -> None:
         )
 
 
+def bad_among(reasons: Mapping[str, int]) -> Counter[str]:
+    """Those of the quarantined samples, by reason, that mean bad data."""
+    return Counter({reason: n for reason, n in reasons.items() if reason not in NOT_BAD})
+
+
 def check_bad_fraction(reasons: Mapping[str, int], promised: int, limit: float) -> None:
     """Check that no more than `limit` of the promised samples are bad.
 
@@ -192,7 +197,7 @@ def check_bad_fraction(reasons: Mapping[str, int], promised: int, limit: float) 
     Raises:
         DataError: more are bad; the message lists the most frequent reasons.
     """
-    bad_reasons = Counter({reason: n for reason, n in reasons.items() if reason not in NOT_BAD})
+    bad_reasons = bad_among(reasons)
     bad = bad_reasons.total()
     if bad > limit * promised:
         listed = ", ".join(f"{reason} {n}" for reason, n in bad_reasons.most_common(5))
