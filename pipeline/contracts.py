@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -88,6 +88,10 @@ class LeftOut:
     reason: str
     example: str
     of: Literal["image", "caption", "file"] = "image"
+
+    def within(self, where: str) -> LeftOut:
+        """The same, its example preceded by what it is in."""
+        return replace(self, example=f"{where}: {self.example}")
 
 
 @dataclass(frozen=True)

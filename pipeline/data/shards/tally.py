@@ -82,7 +82,8 @@ REASONS = {
 images show when they are decoded (pipeline/data/preprocess/decode.py)."""
 
 EXAMPLE_CHARS = 160
-_STARTS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")
+SIGNATURES = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpg", b"RIFF": "webp"}
+"""The extension of the images whose bytes begin so."""
 
 
 class Loss(BaseModel):
@@ -131,21 +132,12 @@ class Tally:
             self.left_out[key] += 1
             self.examples.setdefault(key, printable(outcome.example))
             return
-        languages = [caption.language for caption in outcome.captions]
-        self.add_record(
-            outcome.group, outcome.style, outcome.license, outcome.source, languages=languages
-        )
-
-    def add_record(
-        self, group: str, style: str, license: str, source: str, *, languages: Iterable[str]
-    ) -> None:
-        """Count a sample by what is said of it; `languages` has one entry per caption."""
         self.samples += 1
-        self.groups.add(group)
-        self.counts["styles"][style] += 1
-        self.counts["licenses"][license] += 1
-        self.counts["sources"][source] += 1
-        self.counts["languages"].update(languages)
+        self.groups.add(outcome.group)
+        self.counts["styles"][outcome.style] += 1
+        self.counts["licenses"][outcome.license] += 1
+        self.counts["sources"][outcome.source] += 1
+        self.counts["languages"].update(caption.language for caption in outcome.captions)
 
     def merge(self, other: Tally) -> None:
         """Add what another part of the source holds."""
@@ -217,7 +209,7 @@ def image_problem(encoded: bytes | None) -> tuple[str, str] | None:
     """Why bytes cannot be an image, as a reason and words; None if they begin like one."""
     if not encoded:
         return NO_PICTURE, "empty"
-    if encoded.startswith(_STARTS):
+    if encoded.startswith(tuple(SIGNATURES)):
         return None
     return UNDECODABLE, f"begins with {bytes(encoded[:12])!r}"
 

@@ -177,7 +177,7 @@ class Listing:
             said: the path.
             beside: the folder, below the data set's, of the file that names it.
         """
-        said = posixpath.normpath(said.strip().replace("\\", "/"))
+        said = _plain(said)
         base = posixpath.join(self.root, beside).rstrip("/")
         places = base.split("/")
         starts = ["/".join(places[-count:]) + "/" for count in range(1, len(places) + 1)]
@@ -195,10 +195,15 @@ class Listing:
         """
         if is_url(said):
             return LeftOut("url", f"{where} names {said}")
-        plain = posixpath.normpath(said.strip().replace("\\", "/"))
+        plain = _plain(said)
         if plain.startswith("..") or (plain.startswith("/") and not plain.startswith(self.root)):
             return LeftOut("outside_folder", f"{where} names {said}")
         return LeftOut(NO_PICTURE, f"{where} names {said}, which is not there")
+
+
+def _plain(path: str) -> str:
+    """A path as it is written in a data set, with slashes and without detours."""
+    return posixpath.normpath(path.strip().replace("\\", "/"))
 
 
 def is_url(text: str) -> bool:

@@ -45,6 +45,8 @@ FILE_COLUMNS = ("file", "file_name", "image", "path")
 CAPTION_ENDINGS = tuple(f".{extension}" for extension in CAPTION_EXTENSIONS)
 
 Row = Mapping[str, Any]
+Captioned = tuple[Row, list[Caption | LeftOut]]
+"""A row with its captions."""
 
 
 class FolderSource(ColumnSource):
@@ -85,25 +87,25 @@ class FolderSource(ColumnSource):
                 f"{dict(Counter(PurePosixPath(n).suffix for n in listing.names))}. `tessera ingest "
                 "unlabelled` takes pictures alone"
             )
-        rows: dict[str, list[Row]] = {}
+        rows: dict[str, list[Captioned]] = {}
         for table in tables:
             yield from self._read(folder, listing, table, rows)
         keys = unique_names(images)
         contents = folder.contents(image.name for image in images)
         for image, content in zip(images, contents, strict=True):
             said = rows.get(image.name, [])
-            found = [caption for row in said for caption in self.captions_in(row)]
+            found = [caption for _, captions in said for caption in captions]
             for language, name in beside.get(image.stem, ()):
                 found += self._lines(folder, name, language or self.language)
             captions, left_out = parted(found)
-            yield from (replace(x, example=f"{image.name}: {x.example}") for x in left_out)
-            fields = credits.fill(said[0] if said else {}, group=image.stem)
+            yield from (lost.within(image.name) for lost in left_out)
+            fields = credits.fill(said[0][0] if said else {}, group=image.stem)
             yield make_sample(keys[image.name], content, image.extension, captions, fields)
         read = {name for files in beside.values() for _, name in files}
         yield from listing.unread({*keys, *tables, *read})
 
     def _read(
-        self, folder: Folder, listing: Listing, table: str, rows: dict[str, list[Row]]
+        self, folder: Folder, listing: Listing, table: str, rows: dict[str, list[Captioned]]
     ) -> Iterator[LeftOut]:
         """Put a table's rows to those of the images that they name; yield what is left out.
 
@@ -123,12 +125,13 @@ class FolderSource(ColumnSource):
             if said is None:
                 yield LeftOut(NO_PICTURE, f"{where} names no file")
                 continue
-            named, captioned = named + 1, captioned + bool(self.captions_in(row))
+            captions = self.captions_in(row)
+            named, captioned = named + 1, captioned + bool(captions)
             image = listing.find(said, table.rpartition("/")[0])
             if image is None:
                 yield listing.absent(said, where)
             else:
-                rows.setdefault(image, []).append(row)
+                rows.setdefault(image, []).append((row, captions))
         there = f"{self.folder}/{table} has the columns {', '.join(columns)}"
         if columns and not named:
             raise DataError(

@@ -24,13 +24,12 @@ from pydantic import Field
 
 from pipeline.contracts import LeftOut, Positional, Sample
 from pipeline.data.shards.records import FIELDS, captions_in, parted
-from pipeline.data.shards.tally import NO_PICTURE
+from pipeline.data.shards.tally import NO_PICTURE, SIGNATURES
 from pipeline.data.sources import ColumnSource
 from pipeline.data.sources._files import Folder, Listing, is_url, make_sample
 from pipeline.errors import DataError
 
 BATCH = 64  # rows read at once; an image may have megabytes
-_SIGNATURES = ((b"\x89PNG", "png"), (b"RIFF", "webp"))
 
 
 class ParquetSource(ColumnSource):
@@ -111,7 +110,7 @@ class ParquetSource(ColumnSource):
         self, row: dict[str, Any], image: bytes, key: str, where: str
     ) -> Iterator[Sample | LeftOut]:
         captions, left_out = parted(self.captions_in(row))
-        yield from (replace(item, example=f"{where}: {item.example}") for item in left_out)
+        yield from (lost.within(where) for lost in left_out)
         fields = self.credits(self.table).fill(row, group=key)
         yield make_sample(key, image, _extension(image), captions, fields)
 
@@ -200,4 +199,4 @@ def _picture(value: Any) -> bytes | str | LeftOut:
 
 def _extension(image: bytes) -> str:
     """By the first bytes: it names the file in the shard; decoding looks at the bytes itself."""
-    return next((name for start, name in _SIGNATURES if image.startswith(start)), "jpg")
+    return next((name for start, name in SIGNATURES.items() if image.startswith(start)), "jpg")

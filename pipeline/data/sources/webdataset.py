@@ -219,7 +219,7 @@ def _outcomes(
     if bad := image_problem(found.image):
         yield LeftOut(bad[0], f"{where} {has if found.image is None else bad[1]}")
         return
-    yield from (replace(item, example=f"{where}: {item.example}") for item in left_out)
+    yield from (lost.within(where) for lost in left_out)
     captions = [Caption(c["text"], c["language"]) for c in record.pop("captions")]
     if not captions:
         yield LeftOut(NO_CAPTION, f"{where} {has}")
